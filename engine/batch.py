@@ -1,0 +1,73 @@
+"""The packed row: every token of a step, of all sequences, in one flat forward (prefill chunks, decode and draft tokens alike)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+    from engine.kv_pool import KVPool
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardBatch:
+    """One step's input. T tokens of S sequences, sequence s owning rows `query_start[s]:query_start[s + 1]`.
+
+    token_ids, positions, slots: int64 [T]; `slots` is where each token's key and value go (block * block_size + offset).
+    block_tables: int32 [S, widest]; row s lists the KV blocks of sequence s, padded with 0.
+    query_start: int32 [S + 1]. kv_lengths: int32 [S], the context after this step's tokens were written.
+    logit_rows: int64 [R], the rows whose next-token logits are wanted, ascending.
+    max_query, max_kv: Python ints, so that nobody has to ask the device.
+    shared_prefix_blocks: leading blocks that are the same for *all* S sequences (0 = none); a kernel may read them once.
+    taps: hidden-state indices wanted beside the output (0 = embeddings, i = after layer i), for drafters.
+    """
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    block_tables: torch.Tensor
+    query_start: torch.Tensor
+    kv_lengths: torch.Tensor
+    logit_rows: torch.Tensor
+    max_query: int
+    max_kv: int
+    shared_prefix_blocks: int = 0
+    taps: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardOutput:
+    """logits: float32 [R, vocab] of the rows asked for. taps: one [T, hidden] tensor an index asked for."""
+
+    logits: torch.Tensor
+    taps: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """What the rest of the engine must know of a loaded target model."""
+
+    name: str
+    revision: str
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    vocab_size: int
+    max_positions: int
+    eos_token_ids: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    parameter_bytes: int
+
+
+class TargetModel(Protocol):
+    """A decoder that runs packed rows over a paged KV cache (the lean decoder, or any transformers model through the fallback)."""
+
+    spec: ModelSpec
+
+    def forward(self, batch: ForwardBatch, kv: KVPool) -> ForwardOutput:
+        """Writes the keys and values of all T tokens into `kv` and returns the logits of `batch.logit_rows`."""
+        ...

@@ -1,0 +1,108 @@
+"""What goes into the engine and what comes out: plain data, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class FinishReason(StrEnum):
+    """Why a request stopped. `STOP` and `LENGTH` carry an answer, the other two do not."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORTED = "aborted"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen. `temperature == 0` is greedy; `top_k == 0` and `top_p == 1` are off.
+
+    `seed` makes the text a function of (prompt, params, model) alone, whatever else shares the batch.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        if not 0.0 <= self.temperature:
+            raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be 0 (off) or more, got {self.top_k}")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt to continue.
+
+    `template` names requests that were written from one pattern (same system prompt, say): siblings share
+    length statistics and draft for each other. `drafter` is `auto`, `off` or a registered name. `deadline` is a number
+    that only has to be comparable with the other requests' (Unix seconds, say); lower is sooner.
+    """
+
+    id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    template: str | None = None
+    priority: int = 0
+    deadline: float | None = None
+    drafter: str = "auto"
+
+
+@dataclass(slots=True)
+class TokenLedger:
+    """Where the work of one request went. Token counts unless the name says nanoseconds.
+
+    Conserved (tested): `drafted == verified + pruned`, `verified == accepted + rejected`,
+    `prompt == cached + prefilled` for a request that was never preempted; recomputed positions count in `recomputed`.
+    `sampled` counts every token the target model produced, end token included: `sampled == generated + dropped`, where
+    `dropped` came after a stop string or the end token inside an accepted block.
+    The device time of a step is shared out over the requests of that step, so the three times sum to busy time.
+    """
+
+    prompt: int = 0
+    cached: int = 0
+    prefilled: int = 0
+    recomputed: int = 0
+    generated: int = 0
+    sampled: int = 0
+    dropped: int = 0
+    drafted: int = 0
+    verified: int = 0
+    pruned: int = 0
+    accepted: int = 0
+    rejected: int = 0
+    steps: int = 0
+    """Forward passes in which this request sampled: (generated + dropped) / steps is its acceptance length."""
+    prefill_ns: int = 0
+    draft_ns: int = 0
+    decode_ns: int = 0
+    """Target forward time spent on decoding and verification."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What became of a request. `token_ids` includes the end token (it is billed), `text` does not."""
+
+    id: str
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+    ledger: TokenLedger = field(default_factory=TokenLedger)
+    drafter: str | None = None
+    error: str | None = None
