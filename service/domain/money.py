@@ -1,0 +1,79 @@
+"""Money as exact integers, and the shapes of the ledger.
+
+The ledger's unit is the femto-dollar (1e-15): a rate is nano-dollars per million tokens, so tokens x rate is a whole number of
+femto-dollars and nothing is ever rounded before a report prints it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+
+FEMTO_PER_NANO = 10**6
+FEMTO_PER_DOLLAR = 10**15
+
+
+class Meter(StrEnum):
+    """What is counted and priced."""
+
+    INPUT = "input"
+    CACHED_INPUT = "cached_input"
+    OUTPUT = "output"
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Nano-dollars per million tokens, discount already taken off."""
+
+    input: int
+    cached_input: int
+    output: int
+
+    def of(self, meter: Meter) -> int:
+        return int(getattr(self, meter.value))
+
+
+@dataclass(frozen=True, slots=True)
+class PriceBook:
+    """One immutable version of all prices. `default` prices a model that has no entry of its own."""
+
+    version: int
+    created_at: datetime
+    models: Mapping[str, Rates]
+    default: Rates
+
+    def rates(self, model: str) -> Rates:
+        return self.models.get(model, self.default)
+
+
+class LedgerKind(StrEnum):
+    """With the line, the key that makes a transaction unique."""
+
+    CHARGE = "charge"
+    REVERSAL = "reversal"
+
+
+@dataclass(frozen=True, slots=True)
+class Leg:
+    """One side of a transaction: positive debits `account`, negative credits it. `quantity` tokens at `rate` where it is metered."""
+
+    account: str
+    amount: int
+    meter: Meter | None = None
+    quantity: int = 0
+    rate: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerTransaction:
+    """Legs that sum to zero, posted together or not at all; UNIQUE (batch_id, line_no, kind)."""
+
+    project_id: str
+    batch_id: str
+    line_no: int
+    kind: LedgerKind
+    model: str
+    price_version: int
+    legs: tuple[Leg, ...]

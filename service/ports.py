@@ -1,0 +1,460 @@
+"""What the use cases need of the outside world. Adapters implement these.
+
+All database work goes through `Database.begin()`: one block, one transaction, committed when the block ends without an exception.
+Lock order everywhere: groups in id order, then batches in id order, then outbox rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import Any, BinaryIO, Generic, Protocol, TypeVar
+
+from service.domain.account import ApiKey, File, FilePurpose, Project
+from service.domain.job import Batch
+from service.domain.line import GroupLease, LineOutcome, LineWork, PendingLine, PlannedGroup, Segment, StagedLine, StoredResult
+from service.domain.money import LedgerTransaction, PriceBook, Rates
+from service.domain.usage import Usage, Work
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, slots=True)
+class Page(Generic[Item]):
+    """One page of a listing, in the order asked for."""
+
+    items: Sequence[Item]
+    has_more: bool
+
+
+# --- database -----------------------------------------------------------------------------------------------------------------
+
+
+class AccountStore(Protocol):
+    """Projects and their keys."""
+
+    def add_project(self, name: str) -> Project: ...
+    def projects(self) -> Sequence[Project]: ...
+    def add_key(self, key: ApiKey) -> None: ...
+    def keys(self, project_id: str | None = None) -> Sequence[ApiKey]: ...
+    def keys_with_prefix(self, prefix: str) -> Sequence[ApiKey]:
+        """Live keys only; the caller compares digests in constant time."""
+        ...
+
+    def touch_key(self, key_id: str) -> None:
+        """Records the use, at most once a minute a key."""
+        ...
+
+    def revoke_key(self, key_id: str) -> bool: ...
+
+
+class FileStore(Protocol):
+    """Files by owner. A deleted file answers like an unknown one."""
+
+    def add(self, file: File) -> None: ...
+    def get(self, project_id: str, file_id: str) -> File | None: ...
+    def page(self, project_id: str, *, after: str | None, limit: int, ascending: bool, purpose: FilePurpose | None) -> Page[File]:
+        """Raises InvalidRequest where `after` names no file of this project."""
+        ...
+
+    def delete(self, project_id: str, file_id: str) -> bool: ...
+    def set_expiry(self, file_id: str, at: datetime) -> None: ...
+    def unreferenced_keys(self, limit: int) -> Sequence[str]:
+        """Storage keys of deleted or expired files that no open batch reads: the janitor removes the objects."""
+        ...
+
+    def forget_keys(self, keys: Collection[str]) -> None: ...
+
+
+class BatchStore(Protocol):
+    """Batches. `save` writes what `evolve` and `to` changed; counters move only through `count`."""
+
+    def add(self, batch: Batch) -> None: ...
+    def get(self, project_id: str, batch_id: str) -> Batch | None: ...
+    def load(self, batch_id: str, *, lock: bool = False) -> Batch:
+        """By id alone, for the control process and workers; `lock` takes the row FOR UPDATE. Raises NotFound."""
+        ...
+
+    def page(self, project_id: str, *, after: str | None, limit: int) -> Page[Batch]: ...
+    def save(self, batch: Batch) -> None: ...
+    def count(self, batch_id: str, *, completed: int, failed: int, usage: Usage) -> int:
+        """Adds to the counters and returns the new commit number (locks the row until the transaction ends)."""
+        ...
+
+    def overdue(self, limit: int) -> Sequence[str]:
+        """Ids of open batches past their expiry, by database time."""
+        ...
+
+
+class RequestMemory(Protocol):
+    """Creates that were answered before: what makes POST /batches idempotent."""
+
+    def lock(self, project_id: str, digest: bytes) -> None:
+        """Serialises creates of the same project and body until the transaction ends (advisory lock)."""
+        ...
+
+    def by_key(self, project_id: str, idempotency_key: str) -> tuple[bytes, str] | None:
+        """(request digest, batch id) of an earlier create under this key."""
+        ...
+
+    def remember(self, project_id: str, idempotency_key: str, digest: bytes, batch_id: str) -> None: ...
+    def recent_twin(self, project_id: str, api_key_id: str | None, digest: bytes, within: timedelta) -> str | None:
+        """The newest batch created from the same body with the same API key."""
+        ...
+
+
+class LineStore(Protocol):
+    """The lines of a batch, from staging to attempts."""
+
+    def stage(self, batch_id: str, lines: Sequence[StagedLine]) -> None: ...
+    def clear(self, batch_id: str) -> None:
+        """Forgets a half-done validation: lines, groups and their rejected results."""
+        ...
+
+    def duplicates(self, batch_id: str) -> Iterator[tuple[int, int, str]]:
+        """(line, first line with the same custom_id, custom_id), ascending; found by the database, so memory stays flat."""
+        ...
+
+    def for_grouping(self, batch_id: str) -> Iterator[StagedLine]:
+        """Lines without a result, ordered by model, prefix_key, longest expected first, line number."""
+        ...
+
+    def pending(self, group_ids: Collection[int]) -> Sequence[PendingLine]:
+        """Lines of these groups that have no result, ordered by group and line."""
+        ...
+
+    def admit(self, keys: Collection[tuple[str, int]]) -> None:
+        """Counts an attempt: these lines are about to enter the engine, and are suspects if it dies."""
+        ...
+
+    def acquit(self, keys: Collection[tuple[str, int]]) -> None:
+        """Takes the attempt back: the worker gave these lines up in good order."""
+        ...
+
+
+class ResultStore(Protocol):
+    """Delivered lines: insert-only, primary key (batch_id, line_no)."""
+
+    def add(self, segment: Segment, outcomes: Sequence[tuple[LineOutcome, int, int]], commit_no: int) -> set[int]:
+        """Records a segment and its lines (outcome, offset, length).
+
+        Returns the line numbers that were new; a line that already has a result is left as it is.
+        """
+        ...
+
+    def existing(self, batch_id: str, line_nos: Collection[int]) -> set[int]: ...
+    def after(self, batch_id: str, commit_no: int, limit: int) -> Sequence[StoredResult]:
+        """Results committed after this cursor, whole commits only, in (commit_no, line_no) order."""
+        ...
+
+    def in_order(self, batch_id: str) -> Iterator[tuple[int, str | None, StoredResult | None]]:
+        """Every line of the batch in input order with its result, if any; streamed."""
+        ...
+
+    def segments(self, batch_id: str) -> Sequence[Segment]: ...
+    def work(self, batch_id: str) -> Work:
+        """Sum of the token ledgers of the delivered lines."""
+        ...
+
+    def unfinished(self, batch_id: str) -> Iterator[tuple[int, int, int]]:
+        """(line, offset, length) of the lines that are not in the output file: what a retry sends again."""
+        ...
+
+
+class GroupStore(Protocol):
+    """Groups of lines: the unit of lease and recovery. Leases are judged by the database's clock."""
+
+    def plan(self, batch_id: str, groups: Iterable[PlannedGroup]) -> int:
+        """Creates the groups of a validated batch, due at once; returns how many."""
+        ...
+
+    def claim(self, worker_id: str, *, model: str | None, lease: timedelta, max_lines: int) -> Sequence[GroupLease]:
+        """Takes due groups (highest priority, then soonest expiry, then oldest), raising their tokens; SKIP LOCKED.
+
+        At least one group if any is due, further ones while they fit `max_lines`. A suspect group comes alone.
+        `model=None` takes the model with the most due work.
+        """
+        ...
+
+    def renew(self, leases: Mapping[int, int], lease: timedelta) -> set[int]:
+        """Extends {group id: token}; returns the ids still held."""
+        ...
+
+    def lock_held(self, leases: Mapping[int, int]) -> set[int]:
+        """Locks these groups FOR UPDATE in id order; returns the ids whose token still matches and that are open."""
+        ...
+
+    def close_finished(self, group_ids: Collection[int]) -> set[int]:
+        """Closes those whose lines all have results (rows are locked by the caller); returns the ids closed."""
+        ...
+
+    def release(self, leases: Mapping[int, int], *, delay: timedelta = timedelta(0)) -> None:
+        """Gives groups back, due again after `delay`. A token that no longer matches is left alone."""
+        ...
+
+    def close_batch(self, batch_id: str) -> int:
+        """Locks and closes all open groups of a batch and raises their tokens, so that no worker can commit to them."""
+        ...
+
+
+class GroupWatch(Protocol):
+    """The sweeper's and autoscaler's view of the groups."""
+
+    def due(self) -> Mapping[str, int]:
+        """Model -> groups claimable now."""
+        ...
+
+    def due_or_leased(self) -> Mapping[str, int]:
+        """Model -> open groups of running batches: what the autoscaler scales on."""
+        ...
+
+    def open_in(self, batch_id: str) -> int: ...
+    def take_back_dead(self, limit: int) -> Sequence[int]:
+        """Ends leases that ran out: tokens raised, groups due again. Returns their ids."""
+        ...
+
+    def take_back_worker(self, worker_id: str) -> Sequence[int]:
+        """The same for every lease of a worker known to be dead."""
+        ...
+
+    def isolate(self, group_ids: Collection[int], *, attempts: int) -> int:
+        """Moves unfinished lines admitted at least `attempts` times into suspect groups of one line each; returns how many."""
+        ...
+
+
+class OutboxKind(StrEnum):
+    VALIDATE = "validate"
+    FINALIZE = "finalize"
+    WAKE = "wake"
+    """Tell workers of a model that groups are due (a hint: losing it costs latency only)."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutboxItem:
+    """Work promised in the transaction that made it due; leased and fenced like a group."""
+
+    id: int
+    kind: OutboxKind
+    batch_id: str | None
+    payload: Mapping[str, Any]
+    token: int
+    attempts: int
+
+
+class Outbox(Protocol):
+    """The control process's work list."""
+
+    def add(self, kind: OutboxKind, *, batch_id: str | None = None, payload: Mapping[str, Any] | None = None) -> None:
+        """At most one open item for (kind, batch_id, payload): a second add changes nothing."""
+        ...
+
+    def claim(self, owner: str, *, kinds: Collection[OutboxKind], lease: timedelta, limit: int) -> Sequence[OutboxItem]: ...
+    def renew(self, item: OutboxItem, lease: timedelta) -> bool: ...
+    def hold(self, item: OutboxItem) -> None:
+        """Locks the row and compares the token: call it first in every transaction that acts for the item. Raises LeaseLost."""
+        ...
+
+    def done(self, item: OutboxItem) -> None: ...
+    def retry(self, item: OutboxItem, *, error: str, delay: timedelta) -> None: ...
+    def open_items(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ChargeRow:
+    """An aggregate of the ledger: amounts in femto-dollars."""
+
+    key: tuple[str, ...]
+    amounts: Mapping[str, int]
+    quantities: Mapping[str, int]
+    lines: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.amounts.values())
+
+
+class Ledger(Protocol):
+    """Append-only double-entry ledger and the versioned price book."""
+
+    def post(self, transactions: Sequence[LedgerTransaction]) -> None:
+        """Inserts them; a second charge for a line raises Conflict and nothing is written."""
+        ...
+
+    def batch_total(self, batch_id: str) -> ChargeRow: ...
+    def report(self, *, project_id: str | None, start: datetime, end: datetime, by: Sequence[str]) -> Sequence[ChargeRow]:
+        """Charges net of reversals, grouped by any of day, model, project, batch, and `tag:<metadata key>`."""
+        ...
+
+    def price_book(self, version: int | None = None) -> PriceBook:
+        """The newest, or a pinned version. Raises NotFound."""
+        ...
+
+    def price_history(self) -> Sequence[PriceBook]: ...
+    def set_prices(self, models: Mapping[str, Rates], default: Rates | None = None) -> PriceBook:
+        """A new version: the newest one with these entries replaced."""
+        ...
+
+    def violations(self, batch_id: str | None = None) -> Sequence[str]:
+        """What breaks O1-O3 and O5 of the billing oracles, one sentence each; empty is good."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRow:
+    """A worker process and where its wall time went, nanoseconds."""
+
+    id: str
+    host: str
+    pid: int
+    device: str
+    started_at: datetime
+    seen_at: datetime
+    stopped_at: datetime | None
+    model: str | None = None
+    busy_ns: int = 0
+    idle_ns: int = 0
+    load_ns: int = 0
+    profile_ns: int = 0
+    tokens_per_second: float = 0.0
+    acceptance_length: float = 0.0
+
+
+class WorkerStore(Protocol):
+    def register(self, worker_id: str, *, host: str, pid: int, device: str) -> None: ...
+    def beat(self, worker: WorkerRow) -> None:
+        """Writes the meters and raises `seen_at` to database time."""
+        ...
+
+    def stop(self, worker_id: str) -> None: ...
+    def get(self, worker_id: str) -> WorkerRow | None: ...
+    def live(self, within: timedelta) -> Sequence[WorkerRow]: ...
+
+
+class UnitOfWork(Protocol):
+    """One transaction. `now` is its database time, UTC."""
+
+    now: datetime
+    accounts: AccountStore
+    files: FileStore
+    batches: BatchStore
+    requests: RequestMemory
+    lines: LineStore
+    results: ResultStore
+    groups: GroupStore
+    watch: GroupWatch
+    outbox: Outbox
+    ledger: Ledger
+    workers: WorkerStore
+
+    def try_lock(self, name: str) -> bool:
+        """A transaction-scoped advisory lock; False where another holds it."""
+        ...
+
+
+class Database(Protocol):
+    def begin(self) -> AbstractContextManager[UnitOfWork]:
+        """Raises Unavailable where the database does not answer, and for deadlocks and serialisation failures: try again."""
+        ...
+
+    def ping(self) -> None: ...
+    def close(self) -> None: ...
+
+
+# --- objects ------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class BlobInfo:
+    key: str
+    bytes: int
+    sha256: str | None
+
+
+class BlobWriter(Protocol):
+    """A streaming put. Nothing is visible before `commit`; leaving the block without it leaves nothing behind."""
+
+    def write(self, data: bytes | memoryview) -> None: ...
+    def commit(self) -> BlobInfo:
+        """Makes the object visible, length and SHA-256 verified."""
+        ...
+
+    def __enter__(self) -> BlobWriter: ...
+    def __exit__(self, *exc: object) -> None: ...
+
+
+class BlobStore(Protocol):
+    """Objects by key (`a/b/c`, no leading slash). Puts are atomic; readers never see half an object."""
+
+    def writer(self, key: str) -> BlobWriter: ...
+    def put(self, key: str, data: bytes) -> BlobInfo: ...
+    def open(self, key: str, *, start: int = 0, length: int | None = None) -> BinaryIO:
+        """A stream of the bytes (or a range of them). Raises BlobNotFound."""
+        ...
+
+    def head(self, key: str) -> BlobInfo | None: ...
+    def delete(self, key: str) -> None:
+        """Idempotent."""
+        ...
+
+    def list(self, prefix: str) -> Iterator[BlobInfo]:
+        """For garbage collection only: nothing is learned by listing."""
+        ...
+
+    def probe(self) -> Mapping[str, str]:
+        """Writes, reads back and deletes a small object; what the store is and can do. Raises Unavailable."""
+        ...
+
+
+# --- wake-ups and inference -----------------------------------------------------------------------------------------------------
+
+
+class TaskQueue(Protocol):
+    """Hints to workers. Losing, repeating or delaying one changes latency and nothing else."""
+
+    def wake(self, model: str) -> None:
+        """Raises Unavailable where the broker does not answer."""
+        ...
+
+    def ping(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerStats:
+    """Read while a run is going on, from another thread."""
+
+    tokens_per_second: float = 0.0
+    acceptance_length: float = 0.0
+    running: int = 0
+    waiting: int = 0
+    busy_ns: int = 0
+    load_ns: int = 0
+    profile_ns: int = 0
+
+
+class InferenceRunner(Protocol):
+    """Answers lines. One model at a time."""
+
+    def load(self, model: str) -> None:
+        """Makes `model` the loaded one (unloading another). Raises ModelUnavailable."""
+        ...
+
+    def run(self, lines: Iterable[LineWork | None]) -> Iterator[LineOutcome]:
+        """Consumes lazily, yields as lines finish. `None` from `lines` means: nothing right now, keep stepping."""
+        ...
+
+    def abort(self, keys: Collection[tuple[str, int]]) -> None:
+        """From any thread: these lines are no longer wanted and yield nothing."""
+        ...
+
+    def stats(self) -> RunnerStats: ...
+    @property
+    def capacity(self) -> int:
+        """How many lines the engine can hold at once, roughly."""
+        ...
+
+    @property
+    def device(self) -> str: ...
+    def close(self) -> None: ...
