@@ -87,6 +87,8 @@ class Settings(_Section):
     url: str | None = None
     """Where the CLI finds the server; empty: http://host:port."""
     api_key: str | None = Field(None, repr=False)
+    key_pepper: str = Field("", repr=False)
+    """Keys the digests of API keys (see usecases/keys.py): the same on every host of one database; changing it voids every key."""
     database_url: str | None = None
     """Empty: the embedded PostgreSQL in `data_dir`."""
     migration_database_url: str | None = None

@@ -1,0 +1,170 @@
+"""Creating batches: every check that needs no look into the file, and the memory that makes a repeated create harmless."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+from service.domain.account import File, FilePurpose
+from service.domain.ids import new_batch_id
+from service.domain.job import Batch, OnInvalidLine
+from service.errors import Conflict, InvalidRequest, NotFound
+from service.ports import Database, OutboxKind, Page, UnitOfWork
+from service.usecases.files import file_lock, live_file
+from service.usecases.keys import Caller
+
+ENDPOINTS = ("/v1/chat/completions", "/v1/completions")
+WINDOW_BOUNDS = timedelta(minutes=1), timedelta(days=30)
+REPEAT_WITHIN = timedelta(minutes=10)
+"""An SDK gives up repeating a request long before this."""
+
+_WINDOW = re.compile(r"([0-9]{1,6})([mhd])")
+_UNITS = {"m": timedelta(minutes=1), "h": timedelta(hours=1), "d": timedelta(days=1)}
+_DRAFTER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,255}")
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRequest:
+    """A create as asked for, types already checked."""
+
+    input_file_id: str
+    endpoint: str
+    completion_window: str
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    output_expires_after: int | None = None
+    priority: int = 0
+    on_invalid_line: OnInvalidLine = OnInvalidLine.FAIL
+    drafter: str = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class Repeatability:
+    """What tells a repeated create from a new one.
+
+    `digest` is the SHA-256 of the canonical body. `retry` says that the client marked the request as its own blind repeat
+    (the SDKs send `x-stainless-retry-count`, never an idempotency key).
+    """
+
+    digest: bytes
+    idempotency_key: str | None = None
+    retry: bool = False
+
+
+def create_batch(request: BatchRequest, *, repeat: Repeatability, caller: Caller, database: Database) -> Batch:
+    """Writes the batch and the promise to validate it in one transaction, or finds the batch of an earlier, equal create.
+
+    Raises:
+        InvalidRequest: endpoint, window, drafter or the file's purpose.
+        NotFound: no such input file in this project.
+        Conflict: the idempotency key was used with another body.
+    """
+    window = parse_window(request.completion_window)
+    _check(request, repeat)
+    with database.begin() as uow:
+        earlier = _earlier(uow, repeat, caller)
+        if earlier is not None:
+            return earlier
+        # The same lock as in delete_file: a batch never starts on a file that is being deleted.
+        uow.requests.lock(caller.project_id, file_lock(request.input_file_id))
+        file = _input_file(uow, request, caller)
+        batch = _new_batch(request, file, repeat, caller, uow, window)
+        uow.batches.add(batch)
+        uow.outbox.add(OutboxKind.VALIDATE, batch_id=batch.id)
+        if repeat.idempotency_key is not None:
+            uow.requests.remember(caller.project_id, repeat.idempotency_key, repeat.digest, batch.id)
+    return batch
+
+
+def parse_window(text: str) -> timedelta:
+    """`24h`, `30m`, `7d`. Raises InvalidRequest for another form, or one outside `WINDOW_BOUNDS`."""
+    match = _WINDOW.fullmatch(text)
+    if match:
+        window = int(match[1]) * _UNITS[match[2]]
+        if WINDOW_BOUNDS[0] <= window <= WINDOW_BOUNDS[1]:
+            return window
+    raise InvalidRequest(
+        f"'completion_window' must be a number with m, h or d, from 1m to 30d (such as '24h'), got {text[:64]!r}.",
+        param="completion_window",
+    )
+
+
+def get_batch(database: Database, project_id: str, batch_id: str) -> Batch:
+    """Raises NotFound for a batch that is unknown or someone else's: the same to the caller."""
+    with database.begin() as uow:
+        return owned_batch(uow, project_id, batch_id)
+
+
+def owned_batch(uow: UnitOfWork, project_id: str, batch_id: str) -> Batch:
+    """`get_batch` inside a transaction."""
+    batch = uow.batches.get(project_id, batch_id)
+    if batch is None:
+        raise NotFound("No such batch.", param="batch_id")
+    return batch
+
+
+def list_batches(database: Database, project_id: str, *, after: str | None, limit: int) -> Page[Batch]:
+    """Newest first. Raises InvalidRequest where `after` names no batch of the project."""
+    with database.begin() as uow:
+        return uow.batches.page(project_id, after=after, limit=limit)
+
+
+def _check(request: BatchRequest, repeat: Repeatability) -> None:
+    if request.endpoint not in ENDPOINTS:
+        raise InvalidRequest(f"'endpoint' must be one of {', '.join(ENDPOINTS)}; got {request.endpoint[:64]!r}.", param="endpoint")
+    if not _DRAFTER.fullmatch(request.drafter):
+        raise InvalidRequest(f"'drafter' must be 'auto', 'off' or a drafter's name, got {request.drafter[:64]!r}.", param="drafter")
+    if repeat.idempotency_key is not None and not _IDEMPOTENCY_KEY.fullmatch(repeat.idempotency_key):
+        raise InvalidRequest("The Idempotency-Key header must have 1 to 255 printable ASCII characters, without spaces.")
+
+
+def _earlier(uow: UnitOfWork, repeat: Repeatability, caller: Caller) -> Batch | None:
+    """The batch that an equal create made. Takes the lock that makes racing equal creates wait for each other."""
+    key = repeat.idempotency_key
+    if key is None:
+        uow.requests.lock(caller.project_id, repeat.digest)
+        twin = uow.requests.recent_twin(caller.project_id, caller.key_id, repeat.digest, REPEAT_WITHIN) if repeat.retry else None
+        return owned_batch(uow, caller.project_id, twin) if twin else None
+    uow.requests.lock(caller.project_id, hashlib.sha256(b"idempotency-key:" + key.encode()).digest())
+    remembered = uow.requests.by_key(caller.project_id, key)
+    if remembered is None:
+        return None
+    digest, batch_id = remembered
+    if digest != repeat.digest:
+        raise Conflict("This Idempotency-Key was used with another request body.", code="idempotency_key_reused")
+    return owned_batch(uow, caller.project_id, batch_id)
+
+
+def _input_file(uow: UnitOfWork, request: BatchRequest, caller: Caller) -> File:
+    try:
+        file = live_file(uow, caller.project_id, request.input_file_id)
+    except NotFound:
+        raise NotFound("No such file.", param="input_file_id") from None
+    if file.purpose is not FilePurpose.BATCH:
+        raise InvalidRequest(
+            f"The input file has the purpose '{file.purpose.value}'; upload it with the purpose 'batch'.", param="input_file_id"
+        )
+    return file
+
+
+def _new_batch(request: BatchRequest, file: File, repeat: Repeatability, caller: Caller, uow: UnitOfWork, window: timedelta) -> Batch:
+    return Batch(
+        id=new_batch_id(),
+        project_id=caller.project_id,
+        api_key_id=caller.key_id,
+        endpoint=request.endpoint,
+        completion_window=request.completion_window,
+        input_file_id=file.id,
+        created_at=uow.now,
+        expires_at=uow.now + window,
+        price_version=uow.ledger.price_book().version,
+        metadata=dict(request.metadata),
+        output_expires_after=request.output_expires_after,
+        priority=request.priority,
+        on_invalid_line=request.on_invalid_line,
+        drafter=request.drafter,
+        request_digest=repeat.digest,
+    )
