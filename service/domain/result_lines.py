@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,17 @@ def encode_result(outcome: LineOutcome) -> bytes:
         "error": error,
     }
     return orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
+
+
+def pack_results(outcomes: Iterable[LineOutcome]) -> tuple[bytes, list[tuple[LineOutcome, int, int]]]:
+    """The bytes of a segment and where each outcome's line lies in it: (outcome, offset, length), newline included in the length."""
+    data = bytearray()
+    placed = []
+    for outcome in outcomes:
+        line = encode_result(outcome)
+        placed.append((outcome, len(data), len(line)))
+        data += line
+    return bytes(data), placed
 
 
 def decode_result(line: bytes) -> ResultLine:

@@ -1,0 +1,259 @@
+"""Turns a submitted batch into lines and groups, or into a list of errors.
+
+One pass over the input, staged in short transactions. Each of them holds the outbox item (so only the newest claimant writes) and the
+batch (so a cancel or expiry that came first is seen, and one that comes later sees a consistent batch). Whoever takes over after a crash
+starts from nothing: the pass is cheap, and its effects become visible to workers only in the last transaction.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import lru_cache
+from itertools import islice
+
+from service.config import Limits
+from service.domain.account import File
+from service.domain.job import Batch, BatchStatus, InputError, OnInvalidLine
+from service.domain.line import LineOutcome, Outcome, PlannedGroup, Segment, StagedLine
+from service.domain.request_body import error_body
+from service.domain.result_lines import pack_results
+from service.domain.usage import Usage
+from service.errors import BlobCorrupt, BlobNotFound
+from service.log import get_logger
+from service.planning.grouping import plan_groups
+from service.planning.validate import ErrorList, InputRefused, LineRules, ResolveModel, check_lines, duplicate_error
+from service.ports import BlobStore, Database, OutboxItem, OutboxKind, UnitOfWork
+
+READ_BYTES = 1 << 20
+CHUNK_LINES = 2000
+"""Lines a staging transaction carries: tens of milliseconds of COPY, and a few hundred kilobytes of memory."""
+UNREADABLE_ATTEMPTS = 5
+"""An input object that is missing or differs from its recorded hash may be a store's bad moment: only this attempt fails the batch."""
+
+log = get_logger(__name__)
+
+
+def validate_batch(
+    item: OutboxItem,
+    *,
+    database: Database,
+    blobs: BlobStore,
+    limits: Limits,
+    resolve_model: ResolveModel,
+    lease: timedelta,
+    group_lines: int = 64,
+) -> None:
+    """Carries out a `validate` item and marks it done. Safe to repeat from the start at any point.
+
+    The batch ends up `in_progress` (with groups due and workers woken), `finalizing` (no line is left to run) or `failed`. One that was
+    cancelled or expired meanwhile is left as it is.
+
+    Raises:
+        LeaseLost: someone else claimed the item; nothing of this call's later work was written.
+        Unavailable, BlobNotFound, BlobCorrupt: to be tried again later.
+    """
+    if item.batch_id is None:
+        raise ValueError(f"outbox item {item.id} names no batch")
+    validation = _Validation(item, item.batch_id, database, blobs, limits, lru_cache(256)(resolve_model), lease, group_lines)
+    try:
+        validation.run()
+    except _NoLongerValidating as stopped:
+        log.info("validation_stopped", batch_id=item.batch_id, status=str(stopped))
+        with database.begin() as uow:
+            uow.outbox.hold(item)
+            uow.outbox.done(item)
+
+
+class _NoLongerValidating(Exception):
+    """Cancelled or expired in the meantime."""
+
+
+@dataclass(slots=True)
+class _Scan:
+    """What the pass over the input found."""
+
+    total: int = 0
+    rejected: int = 0
+    model: str | None = None
+    errors: ErrorList = field(default_factory=ErrorList)
+
+
+@dataclass(slots=True)
+class _Validation:
+    item: OutboxItem
+    batch_id: str
+    database: Database
+    blobs: BlobStore
+    limits: Limits
+    resolve_model: ResolveModel
+    lease: timedelta
+    group_lines: int
+    renewed_at: float = field(default_factory=time.monotonic)
+
+    def run(self) -> None:
+        with self._fenced() as (uow, batch):
+            uow.lines.clear(batch.id)
+            file = uow.files.get(batch.project_id, batch.input_file_id) if batch.input_file_id else None
+        if file is None:
+            self._fail((InputError("input_file_not_found", f"The input file {batch.input_file_id} does not exist any more."),))
+            return
+        try:
+            scan = self._scan(batch, file)
+        except InputRefused as refused:
+            self._fail((refused.error,))
+            return
+        except (BlobNotFound, BlobCorrupt) as error:
+            if self.item.attempts < UNREADABLE_ATTEMPTS:
+                raise
+            self._fail((InputError("input_file_unreadable", f"The input file {file.id} cannot be read: {error.message}"),))
+            return
+        self._refuse_duplicates(batch, scan)
+        if scan.errors:
+            self._fail(scan.errors.as_tuple())
+        else:
+            self._finish(scan)
+
+    # --- the pass ---------------------------------------------------------------------------------------------------------------
+
+    def _scan(self, batch: Batch, file: File) -> _Scan:
+        """Checks every line and stages it. A refused line is recorded as a result (skip) or an error (fail)."""
+        rules = LineRules(
+            endpoint=batch.endpoint,
+            resolve_model=self.resolve_model,
+            max_lines=self.limits.max_lines,
+            max_line_bytes=self.limits.max_line_bytes,
+            max_json_depth=self.limits.max_json_depth,
+        )
+        scan = _Scan()
+        skip = batch.on_invalid_line is OnInvalidLine.SKIP
+        checked = check_lines(self._read(file), rules)
+        while chunk := list(islice(checked, CHUNK_LINES)):
+            scan.total += len(chunk)
+            refused = [(line.staged, line.error) for line in chunk if line.error is not None]
+            scan.model = scan.model or next((line.staged.model for line in chunk if line.error is None), None)
+            if skip:
+                scan.rejected += self._write([line.staged for line in chunk], refused)
+                continue
+            for _, error in refused:
+                scan.errors.add(error)
+            self._write([line.staged for line in chunk if line.error is None], [])
+        return scan
+
+    def _read(self, file: File) -> Iterator[bytes]:
+        """The input in portions, compared with the file's recorded size and hash at its end; keeps the lease alive."""
+        digest, size = hashlib.sha256(), 0
+        with self.blobs.open(file.storage_key) as stream:
+            while portion := stream.read(READ_BYTES):
+                digest.update(portion)
+                size += len(portion)
+                self._keep_lease()
+                yield portion
+        if size != file.bytes or digest.hexdigest() != file.sha256:
+            raise BlobCorrupt(
+                f"{file.storage_key} has {size} bytes with SHA-256 {digest.hexdigest()}; {file.bytes} with {file.sha256} were recorded."
+            )
+
+    def _refuse_duplicates(self, batch: Batch, scan: _Scan) -> None:
+        """Lines that repeat a custom_id; the first one that uses it stays good."""
+        skip = batch.on_invalid_line is OnInvalidLine.SKIP
+        with self.database.begin() as reading:
+            duplicates = reading.lines.duplicates(batch.id)
+            while chunk := list(islice(duplicates, CHUNK_LINES)):
+                refused = [
+                    (StagedLine(line_no, 0, 0, custom_id), duplicate_error(line_no, first, custom_id))
+                    for line_no, first, custom_id in chunk
+                ]
+                if skip:
+                    scan.rejected += self._write([], refused)
+                else:
+                    for _, error in refused:
+                        scan.errors.add(error)
+                self._keep_lease()
+
+    # --- transactions -----------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _fenced(self) -> Iterator[tuple[UnitOfWork, Batch]]:
+        """A transaction that may act for the item: token compared, batch locked and still validating."""
+        with self.database.begin() as uow:
+            uow.outbox.hold(self.item)
+            batch = uow.batches.load(self.batch_id, lock=True)
+            if batch.status is not BatchStatus.VALIDATING:
+                raise _NoLongerValidating(batch.status.value)
+            yield uow, batch
+
+    def _keep_lease(self) -> None:
+        if time.monotonic() - self.renewed_at > self.lease.total_seconds() / 3:
+            with self._fenced() as (uow, _):
+                uow.outbox.renew(self.item, self.lease)
+            self.renewed_at = time.monotonic()
+
+    def _write(self, staged: Sequence[StagedLine], refused: Sequence[tuple[StagedLine, InputError]]) -> int:
+        """Stages lines and delivers the refusals among them; returns how many of these are new."""
+        segment, placed = self._put_segment([_refusal(self.batch_id, line, error) for line, error in refused]) if refused else (None, [])
+        with self._fenced() as (uow, batch):
+            uow.lines.stage(batch.id, staged)
+            if segment is None:
+                return 0
+            # The counters follow in the last transaction, together with the total they must not exceed.
+            commit_no = uow.batches.count(batch.id, completed=0, failed=0, usage=Usage())
+            return len(uow.results.add(segment, placed, commit_no))
+
+    def _put_segment(self, outcomes: Sequence[LineOutcome]) -> tuple[Segment, list[tuple[LineOutcome, int, int]]]:
+        data, placed = pack_results(outcomes)
+        info = self.blobs.put(f"segments/{self.batch_id}/v{self.item.token}-{uuid.uuid4().hex}.jsonl", data)
+        return Segment(info.key, self.batch_id, len(data), hashlib.sha256(data).hexdigest()), placed
+
+    def _fail(self, errors: tuple[InputError, ...]) -> None:
+        with self._fenced() as (uow, batch):
+            uow.lines.clear(batch.id)
+            uow.batches.save(batch.to(BatchStatus.FAILED, uow.now, errors=errors))
+            uow.outbox.done(self.item)
+        log.info("batch_failed", batch_id=self.batch_id, code=errors[0].code, line=errors[0].line, errors=len(errors))
+
+    def _finish(self, scan: _Scan) -> None:
+        """Groups, status and wake-ups in one transaction: before it workers see nothing, after it everything."""
+        models: set[str] = set()
+        with self._fenced() as (uow, batch):
+            plan = plan_groups(uow.lines.for_grouping(batch.id), max_lines=self.group_lines)
+            groups = uow.groups.plan(batch.id, _noting_models(plan, models))
+            if groups:
+                batch = batch.to(BatchStatus.IN_PROGRESS, uow.now, model=scan.model, total=scan.total)
+            else:
+                batch = batch.to(BatchStatus.FINALIZING, uow.now, outcome=BatchStatus.COMPLETED, model=scan.model, total=scan.total)
+            uow.batches.save(batch)
+            if scan.rejected:
+                uow.batches.count(batch.id, completed=0, failed=scan.rejected, usage=Usage())
+            for model in sorted(models):
+                uow.outbox.add(OutboxKind.WAKE, payload={"model": model})
+            if not groups:
+                uow.outbox.add(OutboxKind.FINALIZE, batch_id=batch.id)
+            uow.outbox.done(self.item)
+        log.info("batch_validated", batch_id=self.batch_id, lines=scan.total, rejected=scan.rejected, groups=groups)
+
+
+def _noting_models(plan: Iterable[PlannedGroup], models: set[str]) -> Iterator[PlannedGroup]:
+    for group in plan:
+        models.add(group.model)
+        yield group
+
+
+def _refusal(batch_id: str, line: StagedLine, error: InputError) -> LineOutcome:
+    """The result of a line that was never run because it is bad. The message names the line: there may be no custom_id to go by."""
+    return LineOutcome(
+        batch_id=batch_id,
+        line_no=line.line_no,
+        group_id=None,
+        custom_id=line.custom_id,
+        outcome=Outcome.REJECTED,
+        status_code=400,
+        body=error_body(f"Line {line.line_no}: {error.message}", param=error.param, code=error.code),
+        error_code=error.code,
+        error_message=error.message,
+    )
