@@ -1,0 +1,200 @@
+"""Request bodies: every field of the SDK's types has a row, and no value is ignored in silence."""
+
+import typing
+
+import pytest
+from openai.types import completion_create_params as completion_types
+from openai.types.chat import completion_create_params as chat_types
+
+from service.domain.request_body import CHAT, COMPLETIONS, ENDPOINTS, GenerationRequest, LineRejected, Message, parse_body
+from service.domain.requests.fields import Treatment
+
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+def chat(**fields):
+    return parse_body(CHAT, {"model": "m", "messages": HELLO, **fields})
+
+
+def completion(**fields):
+    return parse_body(COMPLETIONS, {"model": "m", "prompt": "Once", **fields})
+
+
+def rejection(parse, **fields):
+    with pytest.raises(LineRejected) as caught:
+        parse(**fields)
+    error = caught.value.body["error"]
+    assert caught.value.status == 400
+    assert error["type"] == "invalid_request_error"
+    return error
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "types"), [(CHAT, chat_types.CompletionCreateParamsBase), (COMPLETIONS, completion_types.CompletionCreateParamsBase)]
+)
+def test_every_field_of_the_sdk_has_a_row(endpoint, types):
+    assert typing.get_type_hints(types).keys() - ENDPOINTS[endpoint].keys() == set()
+    assert "stream" in ENDPOINTS[endpoint]  # declared apart from the base in the SDK
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+def test_every_supported_field_reaches_the_request(endpoint):
+    attributes = {field.attribute for field in ENDPOINTS[endpoint].values() if field.treatment is Treatment.SUPPORTED}
+    assert attributes <= set(GenerationRequest.__dataclass_fields__)
+    assert all(field.attribute is None for field in ENDPOINTS[endpoint].values() if field.treatment is not Treatment.SUPPORTED)
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+def test_an_unsupported_field_refuses_a_value_that_asks_for_something(endpoint):
+    neutral = [name for name, field in ENDPOINTS[endpoint].items() if field.treatment is Treatment.NEUTRAL]
+    parse = chat if endpoint == CHAT else completion
+    assert neutral
+    for name in neutral:
+        for value in ("something", 7, {"a": 1}, ["a"]):
+            error = rejection(parse, **{name: value})
+            assert error["param"] == name
+            assert "Allowed:" in error["message"]
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+def test_null_means_absent_for_optional_fields_only(endpoint):
+    parse = chat if endpoint == CHAT else completion
+    for name, field in ENDPOINTS[endpoint].items():
+        if field.required:
+            assert rejection(parse, **{name: None})["param"] == name
+        else:
+            assert parse(**{name: None}) == parse()
+
+
+def test_defaults_are_openais():
+    assert chat() == GenerationRequest(CHAT, "m", messages=(Message("user", "Hello"),), temperature=1.0, top_p=1.0, max_tokens=None)
+    assert completion() == GenerationRequest(COMPLETIONS, "m", prompt="Once", max_tokens=16)
+
+
+def test_supported_values_arrive():
+    request = chat(max_completion_tokens=9, temperature=0, top_p=0.5, top_k=40, seed=-3, stop=["\n", "END"])
+    assert request == GenerationRequest(
+        CHAT, "m", (Message("user", "Hello"),), None, max_tokens=9, temperature=0.0, top_p=0.5, top_k=40, seed=-3, stop=("\n", "END")
+    )
+    assert chat(stop="END").stop == ("END",)
+    assert chat(top_k=-1).top_k == 0
+
+
+def test_top_p_zero_is_greedy():
+    request = chat(top_p=0, temperature=1.5)
+    assert (request.temperature, request.top_p) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"n": 1, "stream": False, "presence_penalty": 0.0, "frequency_penalty": 0, "logit_bias": {}, "repetition_penalty": 1.0},
+        {"logprobs": False, "top_logprobs": 0, "response_format": {"type": "text"}, "tools": [], "tool_choice": "auto"},
+        {"user": "u", "metadata": {"k": "v"}, "store": False, "service_tier": "auto", "prompt_cache_key": "p", "modalities": ["text"]},
+    ],
+)
+def test_neutral_values_and_labels_change_nothing(fields):
+    assert chat(**fields) == chat()
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "fragments"),
+    [
+        ({"max_tokens": -5}, "integer_below_min_value", ["-5", "from 1 to 2147483647"]),
+        ({"max_tokens": 0}, "integer_below_min_value", ["0", "from 1"]),
+        ({"max_tokens": 10**12}, "integer_above_max_value", ["1000000000000", "2147483647"]),
+        ({"max_tokens": 12.0}, "invalid_type", ["12.0", "integer"]),
+        ({"max_tokens": True}, "invalid_type", ["true", "integer"]),
+        ({"temperature": 2.5}, "decimal_above_max_value", ["2.5", "from 0 to 2"]),
+        ({"temperature": "hot"}, "invalid_type", ['"hot"', "from 0 to 2"]),
+        ({"top_p": -0.1}, "decimal_below_min_value", ["-0.1", "from 0 to 1"]),
+        ({"top_k": -2}, "integer_below_min_value", ["-2", "from -1"]),
+        ({"seed": 2**63}, "integer_above_max_value", ["9223372036854775808"]),
+        ({"seed": 1.5}, "invalid_type", ["1.5"]),
+        ({"n": 10**9}, "unsupported_value", ["1000000000", "Allowed: 1"]),
+        ({"n": True}, "unsupported_value", ["true", "Allowed: 1"]),
+        ({"stream": True}, "unsupported_value", ["true", "Allowed: false"]),
+        ({"stop": ["a", "b", "c", "d", "e"]}, "array_above_max_length", ["5", "at most 4"]),
+        ({"stop": [""]}, "empty_string", ["at least 1 character"]),
+        ({"stop": 5}, "invalid_type", ["5"]),
+        ({"metadata": {"k": 1}}, "invalid_type", ["string values"]),
+        ({"user": "u" * 513}, "string_above_max_length", ["513", "512"]),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "unsupported_value", ["json_schema"]),
+        ({"tools": [{"type": "function"}]}, "unsupported_value", ["tool calls are not supported"]),
+        ({"temprature": 1}, "unknown_parameter", ["temprature"]),
+        ({"max_tokens": 5, "max_completion_tokens": 5}, "invalid_value", ["max_completion_tokens"]),
+    ],
+)
+def test_a_bad_value_is_named_with_what_is_allowed(fields, code, fragments):
+    error = rejection(chat, **fields)
+    assert error["code"] == code
+    assert error["param"] == next(iter(fields))
+    assert all(fragment in error["message"] for fragment in fragments), error["message"]
+
+
+def test_required_fields_are_asked_for():
+    with pytest.raises(LineRejected, match="Missing required parameter: 'messages'"):
+        parse_body(CHAT, {"model": "m"})
+    with pytest.raises(LineRejected, match="Missing required parameter: 'prompt'"):
+        parse_body(COMPLETIONS, {"model": "m"})
+    with pytest.raises(LineRejected, match="/v1/embeddings is not supported"):
+        parse_body("/v1/embeddings", {"model": "m", "input": "x"})
+
+
+def test_messages_are_normalised():
+    request = chat(
+        messages=[
+            {"role": "developer", "content": [{"type": "text", "text": "Be"}, {"type": "text", "text": "brief."}]},
+            {"role": "assistant", "content": "Yes?", "refusal": None, "annotations": [], "tool_calls": None},
+            {"role": "user", "content": "Hi", "name": "ann"},
+        ]
+    )
+    assert request.template_input == [
+        {"role": "system", "content": "Be\nbrief."},
+        {"role": "assistant", "content": "Yes?"},
+        {"role": "user", "content": "Hi", "name": "ann"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("messages", "param", "fragment"),
+    [
+        ("hello", "messages", "an array of messages"),
+        ([], "messages", "at least 1 message"),
+        (["hello"], "messages[0]", "an object"),
+        ([{"role": "robot", "content": "x"}], "messages[0].role", "system, developer, user, assistant"),
+        ([{"content": "x"}], "messages[0].role", "null"),
+        ([{"role": "tool", "content": "x", "tool_call_id": "1"}], "messages[0].role", '"tool"'),
+        ([{"role": "user"}], "messages[0].content", "a string or a non-empty array"),
+        ([{"role": "user", "content": []}], "messages[0].content", "non-empty"),
+        ([*HELLO, {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}], "messages[1].content[0].type", "text only"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0].text", "a string"),
+        ([{"role": "user", "content": "x", "weight": 0}], "messages[0].weight", "Unknown parameter"),
+        ([{"role": "assistant", "content": "x", "tool_calls": [{}]}], "messages[0].tool_calls", "not supported"),
+        ([{"role": "user", "content": "x", "name": 5}], "messages[0].name", "1 to 64"),
+    ],
+)
+def test_a_bad_message_is_named(messages, param, fragment):
+    error = rejection(chat, messages=messages)
+    assert error["param"] == param
+    assert fragment in error["message"]
+
+
+@pytest.mark.parametrize(("prompt", "parsed"), [("Hi", "Hi"), ([1, 2], (1, 2)), (["Hi"], "Hi"), ([[1, 2]], (1, 2))])
+def test_prompts(prompt, parsed):
+    assert completion(prompt=prompt).prompt == parsed
+
+
+@pytest.mark.parametrize(
+    ("prompt", "fragment"),
+    [("", "empty"), ([], "empty"), (["a", "b"], "2 prompts"), ([1, -1], "-1"), ([1, True], "true"), ([1, "a"], '"a"'), (5, "5"), ([[]], "empty")],
+)
+def test_bad_prompts(prompt, fragment):
+    assert fragment in rejection(completion, prompt=prompt)["message"]
+
+
+def test_a_message_never_grows_with_the_value():
+    for value in ("x" * 10**6, ["x" * 1000] * 1000, {"k" * 1000: "v"}):
+        assert len(rejection(chat, temperature=value)["message"]) < 400
+        assert len(rejection(chat, response_format=value)["message"]) < 400
+    assert len(rejection(chat, **{"y" * 10**6: 1})["message"]) < 400
