@@ -167,7 +167,11 @@ def test_messages_are_normalised():
         ([{"role": "tool", "content": "x", "tool_call_id": "1"}], "messages[0].role", '"tool"'),
         ([{"role": "user"}], "messages[0].content", "a string or a non-empty array"),
         ([{"role": "user", "content": []}], "messages[0].content", "non-empty"),
-        ([*HELLO, {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}], "messages[1].content[0].type", "text only"),
+        (
+            [*HELLO, {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
+            "messages[1].content[0].type",
+            "text only",
+        ),
         ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0].text", "a string"),
         ([{"role": "user", "content": "x", "weight": 0}], "messages[0].weight", "Unknown parameter"),
         ([{"role": "assistant", "content": "x", "tool_calls": [{}]}], "messages[0].tool_calls", "not supported"),
@@ -187,7 +191,16 @@ def test_prompts(prompt, parsed):
 
 @pytest.mark.parametrize(
     ("prompt", "fragment"),
-    [("", "empty"), ([], "empty"), (["a", "b"], "2 prompts"), ([1, -1], "-1"), ([1, True], "true"), ([1, "a"], '"a"'), (5, "5"), ([[]], "empty")],
+    [
+        ("", "empty"),
+        ([], "empty"),
+        (["a", "b"], "2 prompts"),
+        ([1, -1], "-1"),
+        ([1, True], "true"),
+        ([1, "a"], '"a"'),
+        (5, "5"),
+        ([[]], "empty"),
+    ],
 )
 def test_bad_prompts(prompt, fragment):
     assert fragment in rejection(completion, prompt=prompt)["message"]

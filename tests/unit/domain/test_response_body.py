@@ -39,7 +39,10 @@ def test_bodies_validate_under_the_sdks_types(build, model, endpoint, finish_rea
 
 def test_ids_belong_to_the_line():
     assert completion_id(CHAT, "b", 1) == completion_id(CHAT, "b", 1)
-    assert len({completion_id(CHAT, "b", 1), completion_id(CHAT, "b", 2), completion_id(CHAT, "c", 1), completion_id(COMPLETIONS, "b", 1)}) == 4
+    assert (
+        len({completion_id(CHAT, "b", 1), completion_id(CHAT, "b", 2), completion_id(CHAT, "c", 1), completion_id(COMPLETIONS, "b", 1)})
+        == 4
+    )
     assert completion_id(CHAT, "b", 1).startswith("chatcmpl-")
 
 
@@ -63,7 +66,12 @@ def test_error_lines():
     rejected = outcome(2, outcome=Outcome.REJECTED, status_code=400, body=error_body("no", param="n", code="unsupported_value"))
     record = orjson.loads(encode_result(rejected))
     assert record["response"]["status_code"] == 400
-    assert record["response"]["body"]["error"] == {"message": "no", "type": "invalid_request_error", "param": "n", "code": "unsupported_value"}
+    assert record["response"]["body"]["error"] == {
+        "message": "no",
+        "type": "invalid_request_error",
+        "param": "n",
+        "code": "unsupported_value",
+    }
     assert record["error"] is None
     never_run = outcome(3, outcome=Outcome.FAILED, error_code="batch_expired", error_message="too late")
     record = orjson.loads(encode_result(never_run))
