@@ -78,7 +78,8 @@ def register_key(database: Database, project: str, secret: str, name: str, *, pe
     with database.begin() as uow:
         owner = find_project(uow, project)
         uow.requests.lock(owner.id, digest)
-        for key in uow.accounts.keys():
+        known = uow.accounts.keys()
+        for key in known:
             if hmac.compare_digest(key.digest, digest):
                 return _registered_again(key, owner)
         key = ApiKey(new_key_id(), owner.id, name, _prefix(secret, digest), digest, uow.now, scopes)

@@ -12,7 +12,7 @@ from service.domain.account import File, FilePurpose
 from service.domain.ids import new_batch_id
 from service.domain.job import Batch, OnInvalidLine
 from service.errors import Conflict, InvalidRequest, NotFound
-from service.ports import Database, OutboxKind, Page, UnitOfWork
+from service.ports import Database, OutboxKind, UnitOfWork
 from service.usecases.files import file_lock, live_file
 from service.usecases.keys import Caller
 
@@ -92,24 +92,12 @@ def parse_window(text: str) -> timedelta:
     )
 
 
-def get_batch(database: Database, project_id: str, batch_id: str) -> Batch:
-    """Raises NotFound for a batch that is unknown or someone else's: the same to the caller."""
-    with database.begin() as uow:
-        return owned_batch(uow, project_id, batch_id)
-
-
 def owned_batch(uow: UnitOfWork, project_id: str, batch_id: str) -> Batch:
-    """`get_batch` inside a transaction."""
+    """Raises NotFound for a batch that is unknown or someone else's: the same to the caller."""
     batch = uow.batches.get(project_id, batch_id)
     if batch is None:
         raise NotFound("No such batch.", param="batch_id")
     return batch
-
-
-def list_batches(database: Database, project_id: str, *, after: str | None, limit: int) -> Page[Batch]:
-    """Newest first. Raises InvalidRequest where `after` names no batch of the project."""
-    with database.begin() as uow:
-        return uow.batches.page(project_id, after=after, limit=limit)
 
 
 def _check(request: BatchRequest, repeat: Repeatability) -> None:

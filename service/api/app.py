@@ -1,0 +1,45 @@
+"""The HTTP service: routes, errors and documentation put together. Everything it works with is handed in."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+from fastapi import FastAPI
+from fastapi.responses import HTMLResponse
+
+from service.api.context import Context
+from service.api.errors import install_error_handlers
+from service.api.guard import Guard
+from service.api.page import render_page
+from service.api.routes import batches, files, health, models
+from service.bootstrap import Services
+
+DESCRIPTION = """\
+Batch inference in the shapes of OpenAI's API. The stock `openai` SDKs work with it: set `base_url` to this server's `/v1` and
+`api_key` to a key of a project. Every error is `{"error": {"message", "type", "param", "code"}}`."""
+
+
+def create_app(services: Services) -> FastAPI:
+    """The ASGI application. Starts nothing and owns nothing: closing `services` is up to the caller."""
+    app = FastAPI(
+        title="Longdraft",
+        version=version("longdraft"),
+        description=DESCRIPTION,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.context = Context(services.settings, services.database, services.blobs)
+    app.add_middleware(Guard)
+    install_error_handlers(app)
+    for module in (files, batches, models, health):
+        app.include_router(module.router)
+
+    @app.get("/docs", include_in_schema=False)
+    def documentation() -> HTMLResponse:
+        """Self-contained: FastAPI's own pages fetch scripts from elsewhere."""
+        return HTMLResponse(
+            render_page(app.openapi()), headers={"content-security-policy": "default-src 'none'; style-src 'unsafe-inline'"}
+        )
+
+    return app

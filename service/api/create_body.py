@@ -1,0 +1,67 @@
+"""The body of `POST /v1/batches`: types and sizes. What the values mean is checked by usecases.submit."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from service.api.errors import invalid_fields
+from service.domain.job import OnInvalidLine
+from service.errors import InvalidRequest
+from service.usecases.submit import BatchRequest
+
+NOT_YET = ("webhook", "max_cost", "input_uri", "output_uri", "deadline", "dry_run")
+"""Asking for one of these is refused by name: to ignore a spending cap would be worse than not to offer it."""
+
+Key = Annotated[str, StringConstraints(min_length=1, max_length=64)]
+Value = Annotated[str, StringConstraints(max_length=512)]
+
+
+class OutputExpiresAfter(BaseModel):
+    """When the output and error files expire."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    anchor: Literal["created_at"]
+    seconds: Annotated[int, Field(ge=3600, le=2_592_000)]
+
+
+class CreateBatchBody(BaseModel):
+    """What a batch is made of; the last three are Longdraft's own (with the SDK: `extra_body`)."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    input_file_id: str = Field(description="A file uploaded with the purpose 'batch'.")
+    endpoint: str = Field(description="'/v1/chat/completions' or '/v1/completions': what every line's `url` must say.")
+    completion_window: str = Field(description="How long the batch may take: '24h', or any of 1m ... 30d.")
+    metadata: Annotated[dict[Key, Value], Field(max_length=16)] | None = None
+    output_expires_after: OutputExpiresAfter | None = None
+    priority: Annotated[int, Field(ge=0, le=9)] = Field(0, description="Higher runs first.")
+    on_invalid_line: Literal["fail", "skip"] = Field("fail", description="'skip' sends bad lines to the error file and runs the rest.")
+    drafter: str = Field("auto", description="'auto', 'off', or the name of a drafter.")
+
+
+def parse_create(body: dict[str, Any]) -> BatchRequest:
+    """The request in a body.
+
+    Raises:
+        InvalidRequest: names the first parameter that is missing, unknown, not available yet, or of a wrong type or size.
+    """
+    for name in NOT_YET:
+        value = body.get(name)
+        if value is not None and value is not False:
+            raise InvalidRequest(f"'{name}' is not available on this server yet: leave it out.", param=name, code="unsupported_parameter")
+    known = {name: value for name, value in body.items() if name not in NOT_YET}
+    try:
+        parsed = CreateBatchBody.model_validate(known)
+    except ValidationError as error:
+        raise invalid_fields(error.errors(include_url=False)) from None
+    return BatchRequest(
+        input_file_id=parsed.input_file_id,
+        endpoint=parsed.endpoint,
+        completion_window=parsed.completion_window,
+        metadata=parsed.metadata or {},
+        output_expires_after=parsed.output_expires_after.seconds if parsed.output_expires_after else None,
+        priority=parsed.priority,
+        on_invalid_line=OnInvalidLine(parsed.on_invalid_line),
+        drafter=parsed.drafter,
+    )
