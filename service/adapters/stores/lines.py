@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 
-from sqlalchemy import BigInteger, Connection, Integer, Select, Text, and_, bindparam, delete, func, select, update
+from sqlalchemy import BigInteger, Connection, Integer, Select, Text, and_, any_, bindparam, delete, func, select, update
 from sqlalchemy.dialects.postgresql import ARRAY
 
 from service.adapters.tables import groups, line_results, lines, segments
@@ -83,10 +83,8 @@ class PostgresLines:
             )
 
     def pending(self, group_ids: Collection[int]) -> Sequence[PendingLine]:
-        wanted = func.unnest(bindparam("group_ids", type_=ARRAY(BigInteger))).column_valued("wanted")
-        query = (
-            select(lines).join_from(wanted, lines, lines.c.group_id == wanted).where(_NO_RESULT).order_by(lines.c.group_id, lines.c.line_no)
-        )
+        wanted = any_(bindparam("group_ids", type_=ARRAY(BigInteger)))
+        query = select(lines).where(lines.c.group_id == wanted, _NO_RESULT).order_by(lines.c.group_id, lines.c.line_no)
         rows = self._connection.execute(query, {"group_ids": list(group_ids)})
         return [
             PendingLine(
