@@ -1,0 +1,42 @@
+"""Who caused the work of a step: drafts, device time to the nanosecond. No clock."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from engine.work import Outcome, Work
+
+
+def share_out(total: int, weights: NDArray[np.int64]) -> NDArray[np.int64]:
+    """int64 [N], in proportion to `weights` (not negative, one at least positive) and summing to `total` exactly.
+
+    Differences of rounded running sums, so nobody is off by more than one.
+    """
+    running = np.cumsum(weights, dtype=np.int64).tolist()
+    bounds = np.array([0, *(total * part // running[-1] for part in running)], np.int64)
+    return bounds[1:] - bounds[:-1]
+
+
+def charge(work: Work, outcome: Outcome) -> None:
+    """Writes a step's drafts and times into the ledgers of its requests: device time by tokens fed, drafting time as measured."""
+    lengths = np.diff(work.step.query_start).astype(np.int64)
+    shares = share_out(outcome.nanoseconds, lengths).tolist()
+    for chunk, share in zip(work.chunks[work.num_decoding :], shares[work.num_decoding :], strict=True):
+        chunk.sequence.ledger.prefill_ns += share
+    proposal = work.proposal
+    columns = (proposal.drafted.tolist(), proposal.chosen.tolist(), outcome.accepted.tolist(), proposal.nanoseconds.tolist())
+    decoding = zip(work.chunks[: work.num_decoding], shares, *columns, strict=False)
+    for chunk, share, drafted, verified, accepted, draft_ns in decoding:
+        ledger = chunk.sequence.ledger
+        ledger.decode_ns += share
+        ledger.draft_ns += draft_ns
+        ledger.drafted += drafted
+        ledger.verified += verified
+        ledger.pruned += drafted - verified
+        ledger.accepted += accepted
+        ledger.rejected += verified - accepted

@@ -1,0 +1,92 @@
+"""What a drafter is: something that guesses how confirmed text goes on. It never decides what is verified or accepted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+    from engine.scheduler import Chunk
+    from engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class DraftBatch:
+    """Whom to draft for: S decoding sequences, `limits[s]` tokens at most for the s-th (int64 [S], may be 0).
+
+    `step` never repeats in a run: noise keyed by it is fresh on every attempt.
+    """
+
+    sequences: list[Sequence]
+    limits: NDArray[np.int64]
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Drafts:
+    """Row s drafts `token_ids[s, :lengths[s]]`, the tokens that may follow the sequence's last confirmed one.
+
+    token_ids: int64 [S, D]. lengths: int64 [S]. bins: int64 [S, D], what the calibration tells apart, -1 past the length; a bin
+    may depend on confirmed text and on earlier drafts of its row, never on its own draft.
+    probabilities: float32 [S, D, vocab] that random drafts were sampled from; None: every draft is certain given the text.
+    """
+
+    token_ids: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    bins: NDArray[np.int64]
+    probabilities: torch.Tensor | None = None
+
+    @staticmethod
+    def certain(rows: list[tuple[list[int], list[int]]]) -> Drafts:
+        """From one (tokens, bins) pair a sequence."""
+        lengths = np.array([len(tokens) for tokens, _ in rows], np.int64)
+        widest = int(lengths.max(initial=0))
+        token_ids = np.zeros((len(rows), widest), np.int64)
+        bins = np.full((len(rows), widest), -1, np.int64)
+        for row, (tokens, row_bins) in enumerate(rows):
+            token_ids[row, : len(tokens)] = tokens
+            bins[row, : len(tokens)] = row_bins
+        return Drafts(token_ids, lengths, bins)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a step confirmed, for drafters that read the target's hidden states.
+
+    Chunk s put rows `query_start[s] : query_start[s] + valid[s]` of each tap (tensor [T, hidden], by hidden-state index) on
+    confirmed text, at positions from `chunks[s].start` on; the rows after them belong to rejected drafts.
+    """
+
+    chunks: list[Chunk]
+    query_start: NDArray[np.int32]
+    valid: NDArray[np.int64]
+    taps: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+class Drafter(Protocol):
+    """One drafter serves all sequences that use it. State per sequence is keyed by `Sequence.serial`.
+
+    taps: hidden-state indices of the target that `observe` wants; `observe` is called only where there are any.
+    prior: float64 [bins], the chance that a draft in a bin stands, before anything was seen.
+    """
+
+    name: str
+    taps: tuple[int, ...]
+    prior: NDArray[np.float64]
+
+    def propose(self, batch: DraftBatch) -> Drafts:
+        """Drafts for all sequences of the batch at once."""
+        ...
+
+    def observe(self, progress: Progress) -> None:
+        """Takes in the hidden states of newly confirmed tokens."""
+        ...
+
+    def finish(self, sequence: Sequence, *, complete: bool) -> None:
+        """Forgets a sequence; a `complete` one ended by itself, and its text may help its siblings."""
+        ...

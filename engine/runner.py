@@ -1,0 +1,117 @@
+"""Builds the packed row of a step and runs the target model on it. Numpy over sequences, one copy to the device, no loop over tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from engine.batch import ForwardBatch, ForwardOutput, TargetModel
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from engine.kv_pool import KVPool
+    from engine.scheduler import Chunk
+
+
+@dataclass(frozen=True, slots=True)
+class PackedStep:
+    """One step on the host. S chunks in order; chunk s has `counts[s]` confirmed tokens and `drafts[s]` drafted ones after them.
+
+    A chunk that reaches its sequence's end has `drafts[s] + 1` logit rows, from `row_starts[s]` on; others have none (row_counts 0).
+    """
+
+    token_ids: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    slots: NDArray[np.int64]
+    tables: NDArray[np.int32]
+    query_start: NDArray[np.int32]
+    kv_lengths: NDArray[np.int32]
+    logit_rows: NDArray[np.int64]
+    row_starts: NDArray[np.int64]
+    row_counts: NDArray[np.int64]
+    shared_prefix_blocks: int
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+
+def pack(chunks: list[Chunk], draft_tokens: list[NDArray[np.int64]], table_rows: NDArray[np.int32], block_size: int) -> PackedStep:
+    """Lays the chunks out one after the other. draft_tokens: one array a chunk, empty for none. table_rows: the block tables by slot."""
+    starts = np.array([chunk.start for chunk in chunks], np.int64)
+    counts = np.array([chunk.count for chunk in chunks], np.int64)
+    drafted = np.array([len(tokens) for tokens in draft_tokens], np.int64)
+    lengths = counts + drafted
+    ends = np.cumsum(lengths)
+    pieces: list[NDArray[np.int64]] = []
+    for chunk, tokens in zip(chunks, draft_tokens, strict=True):
+        pieces.append(chunk.sequence.tokens[chunk.start : chunk.start + chunk.count])
+        if len(tokens):
+            pieces.append(tokens)
+    owner = np.repeat(np.arange(len(chunks)), lengths)
+    positions = np.arange(ends[-1]) + np.repeat(starts - ends + lengths, lengths)
+    kv_lengths = starts + lengths
+    width = int(-(-kv_lengths.max() // block_size))
+    tables = table_rows[[chunk.sequence.slot for chunk in chunks], :width]
+    slots = tables[owner, positions // block_size].astype(np.int64) * block_size + positions % block_size
+    rows = np.where([chunk.samples for chunk in chunks], drafted + 1, 0)
+    row_ends = np.cumsum(rows)
+    logit_rows = np.arange(row_ends[-1]) + np.repeat(ends - row_ends, rows)
+    query_start = np.zeros(len(chunks) + 1, np.int32)
+    query_start[1:] = ends
+    return PackedStep(
+        token_ids=np.concatenate(pieces),
+        positions=positions,
+        slots=slots,
+        tables=tables,
+        query_start=query_start,
+        kv_lengths=kv_lengths.astype(np.int32),
+        logit_rows=logit_rows,
+        row_starts=row_ends - rows,
+        row_counts=rows,
+        shared_prefix_blocks=_shared_blocks(tables, int(starts.min()) // block_size),
+    )
+
+
+def _shared_blocks(tables: NDArray[np.int32], complete: int) -> int:
+    """Leading table columns that are equal in all rows, among the first `complete` ones (wholly computed before this step)."""
+    if len(tables) < 2 or complete == 0:
+        return 0
+    same = (tables[:, :complete] == tables[0, :complete]).all(axis=0)
+    return complete if same.all() else int(same.argmin())
+
+
+class Runner:
+    """The target model with its KV cache."""
+
+    def __init__(self, model: TargetModel, kv: KVPool) -> None:
+        self.model = model
+        self.kv = kv
+
+    @torch.inference_mode()
+    def run(self, step: PackedStep, taps: tuple[int, ...] = ()) -> ForwardOutput:
+        """One forward; KV of every token of the step is written. Logits: float32 [rows, vocab] on the model's device."""
+        device = self.model.spec.device
+        batch = ForwardBatch(
+            token_ids=_to(step.token_ids, device),
+            positions=_to(step.positions, device),
+            slots=_to(step.slots, device),
+            block_tables=_to(step.tables, device),
+            query_start=_to(step.query_start, device),
+            kv_lengths=_to(step.kv_lengths, device),
+            logit_rows=_to(step.logit_rows, device),
+            max_query=int(np.diff(step.query_start).max()),
+            max_kv=int(step.kv_lengths.max()),
+            shared_prefix_blocks=step.shared_prefix_blocks,
+            taps=taps,
+        )
+        return self.model.forward(batch, self.kv)
+
+
+def _to(array: NDArray[np.generic], device: torch.device) -> torch.Tensor:
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

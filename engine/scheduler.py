@@ -1,0 +1,247 @@
+"""What runs in the next step: admission, chunked prefill, block growth and preemption. No torch, no clock.
+
+A step is one packed row of at most `max_step_tokens` tokens: first one token of every decoding sequence, then prefill chunks
+in order of admission; what is left over may be filled with drafts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from engine.sequence import Sequence
+from engine.waiting import LengthEstimator, WaitingQueue
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from engine.kv_blocks import BlockPool
+    from engine.types import Request
+
+_PATIENCE = 4
+"""A waiting request is passed over by at most this many full batches."""
+
+
+class UnfitRequestError(ValueError):
+    """The request can never run here; the message says why and what would help."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The next `count` confirmed tokens of `sequence`, from `start` on."""
+
+    sequence: Sequence
+    start: int
+    count: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether this chunk reaches the last confirmed token, so that a new one is sampled."""
+        return self.start + self.count == self.sequence.num_tokens
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """`decoding` chunks have one token each. `admitted` got a slot just now. `unfit` cannot go on even alone, and were let go."""
+
+    decoding: list[Chunk] = field(default_factory=list)
+    prefill: list[Chunk] = field(default_factory=list)
+    admitted: list[Sequence] = field(default_factory=list)
+    unfit: list[Sequence] = field(default_factory=list)
+    preempted: int = 0
+
+    @property
+    def prefill_tokens(self) -> int:
+        return sum(chunk.count for chunk in self.prefill)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.decoding) + self.prefill_tokens
+
+
+class BlockTables:
+    """int32 [max_sequences, widest]: row `slot` lists the blocks of the sequence in that slot."""
+
+    def __init__(self, max_sequences: int) -> None:
+        self.rows: NDArray[np.int32] = np.zeros((max_sequences, 16), np.int32)
+
+    def write(self, sequence: Sequence, first: int = 0) -> None:
+        """Copies `sequence.blocks[first:]` into its row."""
+        width = len(sequence.blocks)
+        if width > self.rows.shape[1]:
+            grown = np.zeros((len(self.rows), max(width, 2 * self.rows.shape[1])), np.int32)
+            grown[:, : self.rows.shape[1]] = self.rows
+            self.rows = grown
+        self.rows[sequence.slot, first:width] = sequence.blocks[first:]
+
+
+class Scheduler:
+    """Holds every sequence from `add` to `finish`. Not thread-safe: one engine thread drives it."""
+
+    def __init__(self, pool: BlockPool, *, max_sequences: int, max_step_tokens: int, max_positions: int) -> None:
+        if not 1 <= max_sequences <= max_step_tokens:
+            raise ValueError(f"1 <= max_sequences <= max_step_tokens must hold, got {max_sequences} and {max_step_tokens}")
+        self.pool = pool
+        self.tables = BlockTables(max_sequences)
+        self.max_step_tokens = max_step_tokens
+        self.max_sequences = max_sequences
+        self._max_positions = max_positions
+        self._lengths = LengthEstimator()
+        self.waiting = WaitingQueue(self._lengths, patience=_PATIENCE * max_sequences)
+        self.running: list[Sequence] = []
+        """In order of admission; the last one is preempted first."""
+        self._slots = list(range(max_sequences - 1, -1, -1))
+        self._next_serial = 0
+
+    def add(self, request: Request) -> Sequence:
+        """Queues a request. Raises UnfitRequestError where it could never run."""
+        length = len(request.prompt_token_ids)
+        if length == 0:
+            raise UnfitRequestError("the prompt has no tokens")
+        if length >= self._max_positions:
+            raise UnfitRequestError(f"the prompt has {length} tokens; the model's context is {self._max_positions}, the answer included")
+        if self.pool.blocks_for(length + 1) > self.pool.capacity:
+            raise UnfitRequestError(
+                f"the prompt has {length} tokens; this worker's whole KV cache holds {self.pool.capacity * self.pool.block_size}"
+            )
+        sequence = Sequence(request, self._next_serial, self._max_positions)
+        self._next_serial += 1
+        self.waiting.push(sequence)
+        return sequence
+
+    def schedule(self) -> StepPlan:
+        """Plans one step: grows, preempts and admits as needed. Chunks must then really be run, and `complete`d."""
+        plan = StepPlan()
+        self._plan_decoding(plan)
+        self._admit(plan)
+        self._plan_prefill(plan)
+        return plan
+
+    def grant_drafts(self, sequence: Sequence, wanted: int) -> int:
+        """Makes room for up to `wanted` drafted tokens after the next one; returns how many fit without preempting anyone."""
+        missing = self.pool.blocks_for(sequence.num_tokens + wanted) - len(sequence.blocks)
+        if (granted := min(missing, self.pool.num_free)) > 0:
+            self._extend(sequence, granted)
+        return min(wanted, len(sequence.blocks) * self.pool.block_size - sequence.num_tokens)
+
+    def complete(self, chunk: Chunk, sampled: NDArray[np.int64], num_valid: int) -> None:
+        """Books a chunk that ran: `sampled` tokens are confirmed, and KV is valid for `num_valid` positions from its start."""
+        sequence = chunk.sequence
+        sequence.append(sampled)
+        sequence.num_computed = chunk.start + num_valid
+        sequence.decoding = bool(len(sampled))
+        sequence.reach(sequence.num_computed)
+        full = sequence.num_computed // self.pool.block_size
+        changed = False
+        while sequence.num_published < full and not sequence.private:
+            index = sequence.num_published
+            before = sequence.blocks[index]
+            sequence.private = not self.pool.publish(sequence.blocks, index, sequence.tokens, sequence.serial)
+            changed |= sequence.blocks[index] != before
+            sequence.num_published += 1
+        if changed:
+            self.tables.write(sequence)
+
+    def finish(self, sequence: Sequence, *, complete: bool) -> None:
+        """Takes out a sequence that ended, was aborted or failed, wherever it is; a `complete` one teaches the length of its kind."""
+        if sequence.slot >= 0:
+            self._leave(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+        if complete:
+            self._lengths.learn(sequence.request, sequence.num_generated)
+
+    def _plan_decoding(self, plan: StepPlan) -> None:
+        for sequence in list(self.running):
+            # One that an earlier turn of this loop preempted is no longer decoding.
+            if sequence.decoding and self._grow(sequence, sequence.num_tokens, plan):
+                plan.decoding.append(Chunk(sequence, sequence.num_computed, 1))
+
+    def _grow(self, sequence: Sequence, num_tokens: int, plan: StepPlan) -> bool:
+        """Blocks for `num_tokens`, taken from the last admitted if need be. False where the sequence itself had to go."""
+        missing = self.pool.blocks_for(num_tokens) - len(sequence.blocks)
+        while missing > self.pool.num_free:
+            victim = self.running[-1]
+            if victim is sequence and len(self.running) == 1:
+                self._leave(sequence)
+                plan.unfit.append(sequence)
+                return False
+            self._leave(victim)
+            self.waiting.push_front(victim)
+            plan.preempted += 1
+            if victim is sequence:
+                return False
+        if missing > 0:
+            self._extend(sequence, missing)
+        return True
+
+    def _admit(self, plan: StepPlan) -> None:
+        while self._slots and (sequence := self.waiting.peek()) is not None:
+            known = self.pool.match(sequence.tokens, (sequence.num_tokens - 1) // self.pool.block_size)
+            needed = self.pool.blocks_for(sequence.num_tokens) - len(known)
+            if self.running and needed + self._reserve() > self.pool.available_beside(known):
+                break
+            self.waiting.remove(sequence)
+            self._enter(sequence, known, needed)
+            plan.admitted.append(sequence)
+
+    def _reserve(self) -> int:
+        """Blocks kept for the growth of those who run: half of what they are expected to need, for they do not peak together."""
+        expected = sum(max(self._lengths.expected(s.request) - s.num_generated, 1.0) for s in self.running)
+        return len(self.running) + int(expected / 2 / self.pool.block_size)
+
+    def _enter(self, sequence: Sequence, known: list[int], needed: int) -> None:
+        self.pool.hold(known)
+        sequence.blocks = known + self.pool.allocate(needed)
+        sequence.num_matched = len(known)
+        sequence.num_published = max(len(known), (sequence.num_tokens - 1) // self.pool.block_size)
+        self.pool.announce(sequence.blocks, len(known), sequence.num_published, sequence.tokens, sequence.serial)
+        sequence.private = False
+        sequence.slot = self._slots.pop()
+        self.running.append(sequence)
+        self.tables.write(sequence)
+
+    def _plan_prefill(self, plan: StepPlan) -> None:
+        budget = self.max_step_tokens - len(plan.decoding)
+        for sequence in self.running:
+            if budget <= 0:
+                break
+            count = 0 if sequence.decoding else min(self._computable(sequence), budget)
+            if count:
+                plan.prefill.append(self._chunk(sequence, count))
+                budget -= count
+
+    def _computable(self, sequence: Sequence) -> int:
+        """Tokens that may be computed now: past what is already there, up to what somebody else is computing."""
+        size, pool = self.pool.block_size, self.pool
+        index = sequence.num_computed // size
+        while index < sequence.num_matched and sequence.num_computed == index * size and not pool.is_pending(sequence.blocks[index]):
+            index += 1
+            sequence.num_computed += size
+            sequence.ledger.cached += sequence.reach(sequence.num_computed)
+        stop = index
+        while stop < sequence.num_matched and pool.is_pending(sequence.blocks[stop]) and pool.claim(sequence.blocks[stop], sequence.serial):
+            stop += 1
+        end = sequence.num_tokens if stop == sequence.num_matched or index >= sequence.num_matched else stop * size
+        return end - sequence.num_computed
+
+    def _chunk(self, sequence: Sequence, count: int) -> Chunk:
+        start = sequence.num_computed
+        size = self.pool.block_size
+        self.pool.mark_computed(sequence.blocks[start // size : (start + count) // size])
+        sequence.ledger.recomputed += max(0, min(sequence.high_water, start + count) - start)
+        sequence.ledger.prefilled += sequence.reach(start + count)
+        return Chunk(sequence, start, count)
+
+    def _extend(self, sequence: Sequence, count: int) -> None:
+        first = len(sequence.blocks)
+        sequence.blocks += self.pool.allocate(count)
+        self.tables.write(sequence, first)
+
+    def _leave(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._slots.append(sequence.slot)
+        self.pool.release(sequence.blocks, sequence.serial)
+        sequence.leave()

@@ -1,0 +1,65 @@
+"""How likely is a drafted token to stand, given that those before it did: learned from every outcome seen. No torch.
+
+A drafter puts each draft token in a bin (for lookups: how long a match it continues; for neural drafters: position and
+confidence). Outcomes are counted per (drafter, bin), and a request's own recent record shifts them.
+Only what was observed counts: after the first rejected draft nothing more is known of that chain.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
+
+_HIGHEST = 0.995
+_OWN_STRENGTH = 4.0
+
+
+class Calibration:
+    """Conditional acceptance of one drafter, by bin, with the requests in `slots` slots told apart.
+
+    prior: float64 [bins], the expectation before anything was seen, worth `strength` observations.
+    `memory`: observations (per bin) after which old ones have faded to 1/e.
+    """
+
+    def __init__(self, prior: Floats, slots: int, *, strength: float = 8.0, memory: float = 2000.0, own_memory: float = 24.0) -> None:
+        self._stood = prior * strength
+        self._seen = np.full(len(prior), strength)
+        self._memory = memory
+        self._own_fade = np.exp(-1.0 / own_memory)
+        self._own_stood = np.zeros(slots)
+        self._own_expected = np.zeros(slots)
+
+    def reset(self, slot: int) -> None:
+        """A new request took the slot."""
+        self._own_stood[slot] = self._own_expected[slot] = 0.0
+
+    def survival(self, slots: NDArray[np.int64], bins: NDArray[np.int64]) -> Floats:
+        """float64 [S, D]: the chance that drafts 0..j of each request all stand. bins: int64 [S, D], -1 past the last draft."""
+        rates = (self._stood / self._seen)[bins]
+        own = (self._own_stood[slots] + _OWN_STRENGTH) / (self._own_expected[slots] + _OWN_STRENGTH)
+        rates = np.where(bins < 0, 0.0, np.minimum(rates * own[:, None], _HIGHEST))
+        return np.asarray(np.cumprod(rates, axis=1), np.float64)
+
+    def observe(self, slots: NDArray[np.int64], bins: NDArray[np.int64], stood: NDArray[np.int64], seen: NDArray[np.int64]) -> None:
+        """Outcomes of one step: of each request's chain the first `seen` drafts are decided and the first `stood` of them stand.
+
+        bins: int64 [S, D]; stood and seen: int64 [S], `seen - stood` is 0 or 1.
+        """
+        if not bins.size:
+            return
+        columns = np.arange(bins.shape[1])
+        decided = columns < seen[:, None]
+        standing = columns < stood[:, None]
+        expected = np.where(decided, (self._stood / self._seen)[bins], 0.0).sum(axis=1)
+        self._own_stood[slots] = self._own_stood[slots] * self._own_fade + stood
+        self._own_expected[slots] = self._own_expected[slots] * self._own_fade + expected
+        count = np.bincount(bins[decided], minlength=len(self._seen))
+        fade = np.exp(-count / self._memory)
+        self._seen = self._seen * fade + count
+        self._stood = self._stood * fade + np.bincount(bins[standing], minlength=len(self._seen))

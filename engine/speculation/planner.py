@@ -1,0 +1,128 @@
+"""How many drafted tokens of each request to verify in a step, so that accepted tokens per second are highest. No torch, no clock.
+
+Two exact ways to choose where drafts are random (DSpark's algorithm 1 and its fixed-capacity form): the choice may not depend on a
+token it has not admitted. `survival[s, j]`, the chance that drafts 0..j of request s all stand, must therefore not have been
+computed from draft j or any later one. `search` looks at everything, and may be used only where drafts are deterministic given the text so
+far (greedy, seeded, or point-mass drafters), for then they carry no randomness that a choice could favour.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from engine.speculation.cost_model import Load
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from engine.speculation.cost_model import CostModel
+
+    Floats = NDArray[np.float64]
+    Ints = NDArray[np.int64]
+
+_MARGIN = 1.02
+"""Predicted gain below which nothing is drafted: the cost model's own error is of that size."""
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What could be verified. survival: float64 [S, D], falling along a row, 0 past a request's last draft."""
+
+    survival: Floats
+
+    def order(self) -> tuple[Ints, Floats]:
+        """All candidates, best first: flat indices into `survival`, and their survival. Earlier drafts of a request come first."""
+        flat = self.survival.ravel()
+        index = np.flatnonzero(flat > 0.0)
+        # Stable, so equal survivals keep the order of positions, and what is taken of a request is always a prefix.
+        index = index[np.argsort(-flat[index], kind="stable")]
+        return index, flat[index]
+
+    def lengths(self, index: Ints) -> Ints:
+        """int64 [S]: drafts per request when the candidates in `index` are taken."""
+        return np.bincount(index // max(self.survival.shape[1], 1), minlength=len(self.survival))
+
+
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """Seconds of a step by number of drafts taken.
+
+    `decoding` is the time of the step's decode rows alone: prefill that rides along pays for itself, and only the extra time of each
+    draft, at the step's true size, is the drafts' doing.
+    """
+
+    decoding: float
+    extra: Floats
+    """float64 [N + 1]: seconds that 0..N drafts add; N bounds how many can be taken."""
+
+    @staticmethod
+    def of(cost: CostModel, *, decoding: int, prefill: int, kv_tokens: int, drafts: int) -> StepCost:
+        """Costs of a step of `decoding` rows over `kv_tokens` of context, `prefill` tokens beside them, and up to `drafts` drafts."""
+        count = np.arange(drafts + 1)
+        curve = cost.curve(decoding + prefill + count)
+        return StepCost(cost.predict(Load(decoding, decoding, kv_tokens)), curve - curve[0] + count * cost.seconds_per_row)
+
+
+def throughput(survival: Floats, requests: int, cost: StepCost) -> Floats:
+    """float64 [N + 1]: expected tokens a second with the first 0..N of `survival` taken; each request yields one token anyway.
+
+    N is at most the number of drafts that `cost` covers.
+    """
+    gained = np.concatenate(([0.0], np.cumsum(survival[: len(cost.extra) - 1])))
+    seconds = np.maximum(cost.decoding + cost.extra[: len(gained)], 1e-12)
+    return np.asarray((requests + gained) / seconds)
+
+
+def worth_drafting(requests: int, cost: StepCost) -> bool:
+    """Whether drafts that are certain to stand would pay at all."""
+    rates = throughput(np.ones(len(cost.extra) - 1), requests, cost)
+    return bool(rates.max() >= _MARGIN * rates[0])
+
+
+def search(offer: Offer, cost: StepCost) -> Ints:
+    """The best prefix of all candidates. Only for deterministic drafts."""
+    index, survival = offer.order()
+    rates = throughput(survival, len(offer.survival), cost)
+    best = int(rates.argmax())
+    return offer.lengths(index[: best if rates[best] >= _MARGIN * rates[0] else 0])
+
+
+def early_stop(offer: Offer, cost: StepCost) -> Ints:
+    """DSpark's algorithm 1: admit the next best candidate while throughput grows; the first that does not pay ends it.
+
+    Each admission looks only at survivals of candidates already admitted and of the next one, so it is exact for random drafts
+    as well. On a staircase it stops at the first riser; `top` does not.
+    """
+    index, survival = offer.order()
+    rates = throughput(survival, len(offer.survival), cost)
+    falls = np.flatnonzero(np.diff(rates) <= 0.0)
+    return offer.lengths(index[: int(falls[0]) if len(falls) else len(rates) - 1])
+
+
+def top(offer: Offer, capacity: int) -> Ints:
+    """The `capacity` most likely candidates, for a capacity fixed before any of this step's drafts were drawn."""
+    index, _ = offer.order()
+    return offer.lengths(index[:capacity])
+
+
+class Planner:
+    """Chooses per step, and remembers what fixed-capacity steps need: the best capacity of the steps before.
+
+    Deterministic drafts are searched. Where a draft is random, the capacity is the one that was best two steps ago, so that
+    the number of drafts is independent of what was drawn for this step (and of its immediate predecessor, which is still on the
+    device while this step is planned).
+    """
+
+    def __init__(self) -> None:
+        self._capacities = (0, 0)
+
+    def choose(self, survival: Floats, cost: StepCost, *, random: bool) -> Ints:
+        """int64 [S]: how many drafts of each request to verify. survival: float64 [S, D]."""
+        offer = Offer(survival)
+        best = search(offer, cost)
+        fixed, latest = self._capacities
+        self._capacities = (latest, int(best.sum()))
+        return top(offer, min(fixed, len(cost.extra) - 1)) if random else best

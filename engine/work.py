@@ -1,0 +1,89 @@
+"""One step as the engine sees it: what was put together, and what came of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from engine.runner import PackedStep, pack
+from engine.speculation.verify import accepted_lengths
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from engine.row_table import RowTable
+    from engine.scheduler import Chunk, StepPlan
+    from engine.speculation.speculator import Proposal
+    from engine.speculation.verify import Rows, Verdict
+
+    Ints = NDArray[np.int64]
+
+_NOTHING = np.empty(0, np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """S chunks, the first `num_decoding` of them decoding; chunk s verifies `drafts[s]`. `counts`: int64 [S], confirmed tokens fed."""
+
+    chunks: list[Chunk]
+    num_decoding: int
+    counts: Ints
+    drafts: list[Ints]
+    step: PackedStep
+    proposal: Proposal
+    preempted: int
+
+    @staticmethod
+    def of(plan: StepPlan, proposal: Proposal, table_rows: NDArray[np.int32], block_size: int) -> Work:
+        chunks = plan.decoding + plan.prefill
+        drafts = [proposal.tokens(row) for row in range(len(plan.decoding))] + [_NOTHING] * len(plan.prefill)
+        counts = np.array([chunk.count for chunk in chunks], np.int64)
+        return Work(chunks, len(plan.decoding), counts, drafts, pack(chunks, drafts, table_rows, block_size), proposal, plan.preempted)
+
+    def rows(self, table: RowTable) -> Rows:
+        """What the step's logit rows are to be held against."""
+        sampling = [(chunk, draft) for chunk, draft in zip(self.chunks, self.drafts, strict=True) if chunk.samples]
+        slots = np.array([chunk.sequence.slot for chunk, _ in sampling], np.int64)
+        generated = np.array([chunk.sequence.num_generated for chunk, _ in sampling], np.int64)
+        return table.rows(slots, generated, self.step.row_counts[self.step.row_counts > 0], [draft for _, draft in sampling])
+
+    def row_probabilities(self, logits: torch.Tensor) -> torch.Tensor | None:
+        """[R, vocab] what each row's draft was sampled from (a point mass where its drafter is certain); None if all are certain."""
+        if not self.proposal.probabilities:
+            return None
+        full = torch.zeros_like(logits)
+        for draft, start in zip(self.drafts, self.step.row_starts.tolist(), strict=True):
+            if len(draft):
+                full[torch.arange(start, start + len(draft)), torch.from_numpy(draft)] = 1.0
+        for members, probabilities in self.proposal.probabilities:
+            for place, row in enumerate(members.tolist()):
+                start, count = int(self.step.row_starts[row]), len(self.drafts[row])
+                full[start : start + count] = probabilities[place, :count]
+        return full
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Per chunk: `accepted` drafts int64 [S], the token `following` them int64 [S] (nothing for chunks that do not sample), and
+    whether all its logits were `finite` bool [S]. `nanoseconds`: the whole step's device time.
+    """
+
+    accepted: Ints
+    following: Ints
+    finite: NDArray[np.bool_]
+    taps: dict[int, torch.Tensor]
+    nanoseconds: int
+
+    @staticmethod
+    def of(work: Work, verdict: Verdict, taps: dict[int, torch.Tensor], nanoseconds: int) -> Outcome:
+        step = work.step
+        accepted = accepted_lengths(verdict.stands, step.row_starts, np.maximum(step.row_counts - 1, 0))
+        samples = step.row_counts > 0
+        following = np.full(len(samples), -1, np.int64)
+        following[samples] = verdict.tokens[(step.row_starts + accepted)[samples]]
+        bad = np.concatenate(([0], np.cumsum(~verdict.finite)))
+        finite = bad[step.row_starts + step.row_counts] == bad[step.row_starts]
+        return Outcome(accepted, following, finite, taps, nanoseconds)
