@@ -17,6 +17,8 @@ from datetime import timedelta
 from functools import lru_cache
 from itertools import islice
 
+import structlog
+
 from service.config import Limits
 from service.domain.account import File
 from service.domain.job import Batch, BatchStatus, InputError, OnInvalidLine
@@ -25,7 +27,6 @@ from service.domain.request_body import error_body
 from service.domain.result_lines import pack_results
 from service.domain.usage import Usage
 from service.errors import BlobCorrupt, BlobNotFound
-from service.log import get_logger
 from service.planning.grouping import plan_groups
 from service.planning.validate import ErrorList, InputRefused, LineRules, ResolveModel, check_lines, duplicate_error
 from service.ports import BlobStore, Database, OutboxItem, OutboxKind, UnitOfWork
@@ -36,7 +37,7 @@ CHUNK_LINES = 2000
 UNREADABLE_ATTEMPTS = 5
 """An input object that is missing or differs from its recorded hash may be a store's bad moment: only this attempt fails the batch."""
 
-log = get_logger(__name__)
+log = structlog.get_logger(__name__)
 
 
 def validate_batch(

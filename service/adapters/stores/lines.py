@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 
+import psycopg
 from sqlalchemy import BigInteger, Connection, Integer, Select, Text, and_, any_, bindparam, delete, func, select, update
 from sqlalchemy.dialects.postgresql import ARRAY
 
 from service.adapters.tables import groups, line_results, lines, segments
 from service.domain.line import PendingLine, StagedLine
+from service.errors import Unavailable
 
 READ_ROWS = 2000
 """Rows a server-side cursor fetches at a time."""
@@ -24,30 +26,25 @@ _KEYS = func.unnest(bindparam("batch_ids", type_=ARRAY(Text)), bindparam("line_n
 _KEY_TABLE = _KEYS.table_valued("batch_id", "line_no", name="keys").render_derived()
 
 
-class PostgresLines:
+class Lines:
     """ports.LineStore on one transaction's connection."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
     def stage(self, batch_id: str, lines: Sequence[StagedLine]) -> None:
-        raw = self._connection.connection.driver_connection
-        assert raw is not None
-        with raw.cursor() as cursor, cursor.copy(_COPY) as copy:
-            copy.set_types(_COPY_TYPES)
-            for line in lines:
-                copy.write_row(
-                    (
-                        batch_id,
-                        line.line_no,
-                        line.custom_id,
-                        line.offset,
-                        line.length,
-                        line.model,
-                        line.prefix_key,
-                        line.expected_tokens,
-                    )
-                )
+        rows = ((batch_id, o.line_no, o.custom_id, o.offset, o.length, o.model, o.prefix_key, o.expected_tokens) for o in lines)
+        driver = self._connection.connection.driver_connection
+        assert driver is not None
+        try:
+            with driver.cursor() as cursor, cursor.copy(_COPY) as copy:
+                copy.set_types(_COPY_TYPES)
+                for row in rows:
+                    copy.write_row(row)
+        except psycopg.OperationalError as error:
+            # COPY goes past SQLAlchemy, so its pool has to be told that this connection is gone.
+            self._connection.invalidate(error)
+            raise Unavailable(f"The database does not answer: {str(error).strip()}") from error
 
     def clear(self, batch_id: str) -> None:
         # In the order of the foreign keys. The segments' objects stay behind without a row: the janitor's work.
