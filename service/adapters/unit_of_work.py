@@ -1,0 +1,82 @@
+"""PostgreSQL behind the `Database` port: one block, one transaction, one store a table family."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from datetime import UTC, datetime
+
+import sqlalchemy as sa
+from sqlalchemy import exc
+
+from service.adapters.postgres import advisory_key, sqlalchemy_url
+from service.adapters.stores.accounts import Accounts
+from service.adapters.stores.batches import Batches, Requests
+from service.adapters.stores.files import Files
+from service.adapters.stores.groups import Groups, Watch
+from service.adapters.stores.ledger import LedgerBook
+from service.adapters.stores.lines import Lines
+from service.adapters.stores.outbox import OutboxRows
+from service.adapters.stores.results import Results
+from service.adapters.stores.workers import Workers
+from service.errors import Unavailable
+
+
+class Transaction:
+    """The stores of one open transaction (ports.UnitOfWork). `now` is its database time."""
+
+    def __init__(self, connection: sa.Connection) -> None:
+        self._connection = connection
+        self.now: datetime = connection.execute(sa.select(sa.func.now())).scalar_one().astimezone(UTC)
+        self.accounts = Accounts(connection)
+        self.files = Files(connection)
+        self.batches = Batches(connection)
+        self.requests = Requests(connection)
+        self.lines = Lines(connection)
+        self.results = Results(connection)
+        self.groups = Groups(connection)
+        self.watch = Watch(connection)
+        self.outbox = OutboxRows(connection)
+        self.ledger = LedgerBook(connection)
+        self.workers = Workers(connection)
+
+    def try_lock(self, name: str) -> bool:
+        return bool(self._connection.execute(sa.select(sa.func.pg_try_advisory_xact_lock(advisory_key(name)))).scalar_one())
+
+
+class PostgresDatabase:
+    """A pool of connections that survives restarts of the server: every connection is tried before it is lent."""
+
+    def __init__(self, url: str, *, pool_size: int = 8, application: str = "longdraft") -> None:
+        self._engine = sa.create_engine(
+            sqlalchemy_url(url),
+            pool_size=pool_size,
+            max_overflow=pool_size,
+            pool_pre_ping=True,
+            pool_timeout=30,
+            connect_args={"application_name": application, "connect_timeout": 10, "options": "-c timezone=UTC"},
+        )
+
+    @contextlib.contextmanager
+    def begin(self) -> Iterator[Transaction]:
+        try:
+            with self._engine.begin() as connection:
+                yield Transaction(connection)
+        except (exc.OperationalError, exc.InterfaceError, exc.TimeoutError) as error:
+            raise Unavailable(f"The database does not answer or asks to try again: {_first_line(error)}") from error
+        except exc.DBAPIError as error:
+            if error.connection_invalidated:
+                raise Unavailable(f"The connection to the database was lost: {_first_line(error)}") from error
+            raise
+
+    def ping(self) -> None:
+        with self.begin():
+            pass
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+
+def _first_line(error: BaseException) -> str:
+    original = getattr(error, "orig", None) or error
+    return str(original).strip().partition("\n")[0]
