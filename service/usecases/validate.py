@@ -197,7 +197,7 @@ class _Validation:
 
     def _write(self, staged: Sequence[StagedLine], refused: Sequence[tuple[StagedLine, InputError]]) -> int:
         """Stages lines and delivers the refusals among them; returns how many of these are new."""
-        segment, placed = self._put_segment([_refusal(self.batch_id, line, error) for line, error in refused]) if refused else (None, [])
+        segment, placed = self._put_segment([refusal(self.batch_id, line, error) for line, error in refused]) if refused else (None, [])
         with self._fenced() as (uow, batch):
             uow.lines.stage(batch.id, staged)
             if segment is None:
@@ -245,7 +245,7 @@ def _noting_models(plan: Iterable[PlannedGroup], models: set[str]) -> Iterator[P
         yield group
 
 
-def _refusal(batch_id: str, line: StagedLine, error: InputError) -> LineOutcome:
+def refusal(batch_id: str, line: StagedLine, error: InputError) -> LineOutcome:
     """The result of a line that was never run because it is bad. The message names the line: there may be no custom_id to go by."""
     return LineOutcome(
         batch_id=batch_id,
