@@ -33,7 +33,10 @@ class Lines:
         self._connection = connection
 
     def stage(self, batch_id: str, lines: Sequence[StagedLine]) -> None:
-        rows = ((batch_id, o.line_no, o.custom_id, o.offset, o.length, o.model, o.prefix_key, o.expected_tokens) for o in lines)
+        rows = (
+            (batch_id, line.line_no, line.custom_id, line.offset, line.length, line.model, line.prefix_key, line.expected_tokens)
+            for line in lines
+        )
         driver = self._connection.connection.driver_connection
         assert driver is not None
         try:
