@@ -1,0 +1,276 @@
+"""Commands on batches: submit, watch, results, cancel, retry, list, cost. They speak to the server over HTTP."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from service.cli.connect import connect
+from service.cli.output import AsJson, Failure, note, print_json, print_table
+
+if TYPE_CHECKING:
+    from service.cli.client import Server
+
+BatchId = Annotated[str, typer.Argument(metavar="BATCH", help="A batch id (batch_...).")]
+Wait = Annotated[bool, typer.Option("--wait", help="Stay until the batch has ended; exit code 1 if a line failed.")]
+Output = Annotated[Path | None, typer.Option("-o", "--output", help="Where the answers go; failed lines go to OUT.errors.jsonl.")]
+
+
+def register(app: typer.Typer) -> None:
+    for command in (submit, watch, results, cancel, retry, cost):
+        app.command()(command)
+    app.command("list")(list_batches)
+
+
+def submit(
+    job: Annotated[Path, typer.Argument(metavar="JOB.jsonl", help="Requests, one a line, in OpenAI's batch format.")],
+    wait: Wait = False,
+    output: Output = None,
+    endpoint: Annotated[str | None, typer.Option(help="Default: the url of the first line.")] = None,
+    window: Annotated[str, typer.Option(help="The batch expires after this long: 30m, 24h, 7d.")] = "24h",
+    priority: Annotated[int, typer.Option(min=0, max=9, help="Higher runs first.")] = 0,
+    drafter: Annotated[str, typer.Option(help="auto, off, or a drafter's name.")] = "auto",
+    on_invalid_line: Annotated[str, typer.Option(help="fail: one bad line fails the batch. skip: it goes to the error file.")] = "fail",
+    metadata: Annotated[list[str] | None, typer.Option("--metadata", metavar="KEY=VALUE", help="Repeatable.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Upload a job and start it."""
+    if output is not None and not wait:
+        raise typer.BadParameter("-o needs --wait: there are no answers before the batch has ended.")
+    request: dict[str, Any] = {
+        "endpoint": endpoint or endpoint_of(job),
+        "completion_window": window,
+        "priority": priority,
+        "drafter": drafter,
+        "on_invalid_line": on_invalid_line,
+        "metadata": _pairs(metadata or ()),
+    }
+    with connect() as server:
+        request["input_file_id"] = _upload(server, job, quiet=as_json)["id"]
+        batch = server.post("/batches", request, once=True)
+        _started(server, batch, wait=wait, output=output, as_json=as_json)
+
+
+def watch(batch_id: BatchId, as_json: AsJson = False) -> None:
+    """Show the progress of a batch until it ends; exit code 1 if a line failed. --json prints a line for every change."""
+    from service.cli import progress
+
+    with connect() as server:
+        batch = progress.watch(server, batch_id, as_json=as_json)
+        _report(batch, quiet=as_json)
+
+
+def results(
+    batch_id: BatchId,
+    output: Output = None,
+    errors: Annotated[bool, typer.Option("--errors", help="The failed lines instead of the answers.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print the answers of a batch (JSONL, in input order) or save them with -o. While it runs: what is finished so far."""
+    with connect() as server:
+        batch = server.get(f"/batches/{batch_id}")
+        from service.cli.progress import ENDED
+
+        if batch["status"] not in ENDED:
+            if output is not None:
+                raise Failure(
+                    f"Batch {batch_id} is {batch['status']}; -o is for ended ones. Without it, what is finished so far is printed."
+                )
+            note(f"Batch {batch_id} is {batch['status']}: these are the results so far.")
+            _print_running(server, batch_id, errors=errors)
+        elif output is not None:
+            saved = save(server, batch, output)
+            print_json({"batch": batch_id, **saved}) if as_json else _print_saved(saved)
+        else:
+            file_id = batch["error_file_id" if errors else "output_file_id"]
+            if file_id is None:
+                note(f"Batch {batch_id} has no {'failed lines' if errors else 'answers'}.")
+                return
+            for chunk in server.download(file_id):
+                sys.stdout.buffer.write(chunk)
+            sys.stdout.buffer.flush()
+
+
+def cancel(batch_id: BatchId, as_json: AsJson = False) -> None:
+    """Stop a batch: what is finished is kept and billed, the rest goes to the error file."""
+    with connect() as server:
+        batch = server.post(f"/batches/{batch_id}/cancel")
+    print_json(batch) if as_json else print(f"{batch['id']} is {batch['status']}")
+
+
+def retry(batch_id: BatchId, wait: Wait = False, output: Output = None, as_json: AsJson = False) -> None:
+    """Run the failed lines of an ended batch again, as a new batch."""
+    with connect() as server:
+        batch = server.post(f"/batches/{batch_id}/retry")
+        _started(server, batch, wait=wait, output=output, as_json=as_json)
+
+
+def list_batches(limit: Annotated[int, typer.Option(min=1, help="At most this many, newest first.")] = 20, as_json: AsJson = False) -> None:
+    """List the batches of your project."""
+    with connect() as server:
+        found = list(server.batches(limit))
+    if as_json:
+        print_json(found)
+        return
+    columns = ("batch", "status", "created", "lines", "failed", "model", "cost")
+    print_table(columns, (_row(batch) for batch in found), right=("lines", "failed", "cost"))
+
+
+def cost(
+    batch_id: Annotated[str | None, typer.Argument(metavar="[BATCH]", help="One batch in detail; without it, the newest ones.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="How many batches to sum up.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a batch cost, to the last nano-dollar, and what speculation did; without BATCH, what the newest batches cost."""
+    from service.cli import bill
+
+    with connect() as server:
+        if batch_id is None:
+            bill.print_summary(list(server.batches(limit)), as_json=as_json)
+        else:
+            report = server.get(f"/batches/{batch_id}/cost")
+            print_json(report) if as_json else bill.print_report(report)
+
+
+# --- the steps they share -----------------------------------------------------------------------------------------------------
+
+
+def endpoint_of(job: Path) -> str:
+    """The url of the first line: a batch has one endpoint, and every line must name it."""
+    import orjson
+
+    try:
+        with job.open("rb") as file:
+            first = file.readline(4 << 20).removeprefix(b"\xef\xbb\xbf")
+        return str(orjson.loads(first)["url"])
+    except OSError as error:
+        raise Failure(f"Cannot read {job}: {error.strerror or error}.") from None
+    except (ValueError, KeyError, TypeError):
+        raise Failure(f"The first line of {job} is not a batch request with a url; name the endpoint with --endpoint.") from None
+
+
+def errors_path(output: Path) -> Path:
+    """OUT.jsonl -> OUT.errors.jsonl, beside it."""
+    stem = output.name.removesuffix(".jsonl")
+    return output.with_name(f"{stem}.errors.jsonl")
+
+
+def save(server: Server, batch: Mapping[str, Any], output: Path) -> dict[str, str | None]:
+    """Downloads the answers to `output` and the failed lines beside it. A file that would be empty is not written."""
+    saved: dict[str, str | None] = {"output": None, "errors": None}
+    for name, path in (("output", output), ("errors", errors_path(output))):
+        file_id = batch["output_file_id" if name == "output" else "error_file_id"]
+        if file_id is not None:
+            _write(path, server.download(file_id))
+            saved[name] = str(path)
+    return saved
+
+
+def _write(path: Path, chunks: Iterable[bytes]) -> None:
+    """Whole or not at all: a half download never lies under the final name."""
+    partial = path.with_name(f"{path.name}.part")
+    try:
+        with partial.open("wb") as file:
+            file.writelines(chunks)
+        partial.replace(path)
+    except OSError as error:
+        raise Failure(f"Cannot write {path}: {error.strerror or error}.") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _upload(server: Server, job: Path, *, quiet: bool) -> dict[str, Any]:
+    if quiet or not job.exists() or job.stat().st_size < 4 << 20:
+        return server.upload(job, lambda _: None)
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    from service.cli.output import console
+
+    columns = (TextColumn("uploading"), BarColumn(bar_width=28), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console(stderr=True)) as bar:
+        task = bar.add_task("", total=job.stat().st_size)
+        return server.upload(job, lambda sent: bar.update(task, completed=sent))
+
+
+def _started(server: Server, batch: dict[str, Any], *, wait: bool, output: Path | None, as_json: bool) -> None:
+    if not wait:
+        if as_json:
+            print_json(batch)
+        else:
+            print(batch["id"])
+            note(f"Follow it with `longdraft watch {batch['id']}`, fetch the answers with `longdraft results {batch['id']}`.")
+        return
+    from service.cli import progress
+
+    if not as_json:
+        note(batch["id"])
+        batch = progress.watch(server, batch["id"], as_json=False)
+    else:
+        *_, batch = progress.states(server, batch["id"])
+    saved = save(server, batch, output) if output is not None else {}
+    if as_json:
+        print_json({**batch, **({"saved": saved} if saved else {})})
+    else:
+        _print_saved(saved)
+    _report(batch, quiet=as_json)
+
+
+def _report(batch: Mapping[str, Any], *, quiet: bool) -> None:
+    """Says how the batch ended; exit code 1 unless every line has an answer."""
+    counts = batch["request_counts"]
+    if not quiet:
+        note(f"{batch['id']} {batch['status']}: {counts['completed']} of {counts['total']} lines answered, {counts['failed']} failed")
+        for error in (batch.get("errors") or {}).get("data", ())[:10]:
+            where = f"line {error['line']}: " if error.get("line") else ""
+            note(f"  {where}{error['code']}: {error['message']}")
+    if batch["status"] != "completed" or counts["failed"]:
+        raise typer.Exit(1)
+
+
+def _print_saved(saved: Mapping[str, str | None]) -> None:
+    for name, path in saved.items():
+        if path is not None:
+            note(f"{name}: {path}")
+
+
+def _print_running(server: Server, batch_id: str, *, errors: bool) -> None:
+    import orjson
+
+    cursor: Any = None
+    while True:
+        page = server.get(f"/batches/{batch_id}/results", after=cursor)
+        for line in page["data"]:
+            failed = line["response"] is None or line["response"]["status_code"] != 200
+            if failed == errors:
+                sys.stdout.buffer.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
+        if not page["has_more"]:
+            sys.stdout.buffer.flush()
+            return
+        cursor = page["cursor"]
+
+
+def _row(batch: Mapping[str, Any]) -> tuple[Any, ...]:
+    from datetime import datetime
+
+    from service.cli.bill import dollars
+
+    counts = batch["request_counts"]
+    created = datetime.fromtimestamp(batch["created_at"]).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    done = counts["completed"] + counts["failed"]
+    lines = f"{done}/{counts['total']}" if counts["total"] else ""
+    amount = (batch.get("cost") or {}).get("amount")
+    return batch["id"], batch["status"], created, lines, counts["failed"] or "", batch.get("model"), dollars(amount) if amount else ""
+
+
+def _pairs(items: Iterable[str]) -> dict[str, str]:
+    pairs = {}
+    for item in items:
+        key, separator, value = item.partition("=")
+        if not separator or not key:
+            raise typer.BadParameter(f"--metadata takes KEY=VALUE, got {item!r}.")
+        pairs[key] = value
+    return pairs

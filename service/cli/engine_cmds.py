@@ -1,0 +1,145 @@
+"""Commands that run a model in this process: run, bench."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from service.cli.output import AsJson, note, print_json
+
+if TYPE_CHECKING:
+    from service.cli.local_run import Tally
+    from service.config import Settings
+
+Model = Annotated[str | None, typer.Option("--model", help="Run every line on this model: a registered name, a Hugging Face id or a path.")]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, float16 (default: the settings', else the checkpoint's).")]
+Drafter = Annotated[str, typer.Option("--drafter", help="auto, off, or a drafter's name.")]
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(run)
+    app.command()(bench)
+
+
+def run(
+    job: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="Requests, one a line, in OpenAI's batch format.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where the answers go; failed lines go to OUT.errors.jsonl.")],
+    model: Model = None,
+    dtype: Dtype = None,
+    drafter: Drafter = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Run one job in this process, without any service. Exit code 1 if a line failed."""
+    from service.bootstrap import make_runner
+    from service.cli.local_run import read_job, run_job
+    from service.cli.progress import RunBar
+
+    settings, resolve = with_model(model, dtype)
+    limits = settings.limits
+    plan = read_job(job, resolve, max_line_bytes=limits.max_line_bytes, max_json_depth=limits.max_json_depth)
+    runner = make_runner(settings)
+    try:
+        with RunBar(plan.total, quiet=as_json) as bar:
+            tally = run_job(plan, job, output, runner, drafter=drafter, tick=bar.update)
+    finally:
+        runner.close()
+    summary = _summary(tally, plan.total, output, list(plan.by_model), runner.device)
+    if as_json:
+        print_json(summary)
+    else:
+        _print_summary(summary)
+    if tally.failed:
+        raise typer.Exit(1)
+
+
+def bench(
+    job: Annotated[Path, typer.Argument(metavar="JOB.jsonl", help="Requests in OpenAI's batch format; they are run greedily.")],
+    compare: Annotated[list[str] | None, typer.Option("--compare", help="transformers: its generate(), at its best batch size.")] = None,
+    model: Model = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="Number format of every configuration.")] = "float32",
+    drafter: Annotated[list[str] | None, typer.Option("--drafter", help="Repeatable: auto (the default), off, or a name.")] = None,
+    max_sequences: Annotated[int | None, typer.Option("--max-sequences", min=1, help="Longdraft's batch size (default: its own).")] = None,
+    batch_sizes: Annotated[
+        str, typer.Option("--batch-sizes", help="What the comparison tries, once; the best is repeated.")
+    ] = "8,16,32,64",
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Interleaved runs of each configuration.")] = 3,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first N lines.")] = None,
+    check: Annotated[bool, typer.Option(help="Compare the answers with one-by-one generation (slow the first time, then cached).")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Measure tokens per second on a job, load excluded, each run in a process of its own, beside what you would use instead."""
+    from service.bench.plan import BenchRequest
+    from service.bench.report import print_bench
+    from service.bench.session import run_bench
+
+    settings, resolve = with_model(model, None)
+    request = BenchRequest.of(
+        job,
+        settings=settings,
+        resolve_model=resolve,
+        dtype=dtype,
+        drafters=drafter or ["auto"],
+        compare=compare or [],
+        max_sequences=max_sequences,
+        batch_sizes=batch_sizes,
+        repeats=repeats,
+        limit=limit,
+        check=check,
+    )
+    report = run_bench(request, cache_dir=settings.cache_dir, quiet=as_json)
+    print_json(report) if as_json else print_bench(report)
+
+
+def with_model(model: str | None, dtype: str | None) -> tuple[Settings, Any]:
+    """The settings and the resolver of line models, with `--model` and `--dtype` applied: a name that is not registered is a source."""
+    from service.config import ModelEntry, load_settings
+
+    settings = load_settings()
+    if dtype is not None:
+        settings = settings.model_copy(update={"engine": settings.engine.model_copy(update={"dtype": dtype})})
+    if model is None:
+        return settings, settings.resolve_model
+    name = settings.resolve_model(model)
+    if name is None:
+        name = Path(model).name
+        settings = settings.model_copy(update={"models": {**settings.models, name: ModelEntry(source=model)}})
+    chosen = name
+    return settings, lambda _: chosen
+
+
+def _summary(tally: Tally, total: int, output: Path, models: list[str], device: str) -> dict[str, Any]:
+    from service.cli.batch_cmds import errors_path
+
+    work, usage = tally.work, tally.usage
+    return {
+        "lines": total,
+        "completed": tally.completed,
+        "failed": tally.failed,
+        "output": str(output),
+        "errors": str(errors_path(output)) if tally.failed else None,
+        "models": models,
+        "device": device,
+        "load_seconds": round(tally.load_seconds, 3),
+        "seconds": round(tally.seconds, 3),
+        "tokens_per_second": round(tally.tokens_per_second or 0.0, 2),
+        "input_tokens": usage.input_tokens,
+        "cached_tokens": usage.cached_tokens,
+        "output_tokens": usage.output_tokens,
+        "acceptance_length": round(tally.acceptance_length, 3) if tally.acceptance_length else None,
+        "drafted_tokens": work.drafted,
+        "verified_tokens": work.verified,
+        "accepted_tokens": work.accepted,
+    }
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    print(summary["output"])
+    if summary["errors"]:
+        print(summary["errors"])
+    note(
+        f"{summary['completed']} of {summary['lines']} lines answered, {summary['failed']} failed; "
+        f"{summary['output_tokens']} tokens in {summary['seconds']:.1f} s ({summary['tokens_per_second']:.0f} tok/s, load excluded); "
+        f"{summary['accepted_tokens']} of {summary['verified_tokens']} verified draft tokens accepted"
+    )
