@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from importlib.metadata import version
+from typing import Any
 
 from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse
 
 from service.api.context import Context
@@ -29,6 +31,7 @@ def create_app(services: Services) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
     )
+    app.openapi = lambda: _described(app)  # type: ignore[method-assign]  # FastAPI's documented way to change the description
     app.state.context = Context(services.settings, services.database, services.blobs)
     app.add_middleware(Guard)
     install_error_handlers(app)
@@ -43,3 +46,23 @@ def create_app(services: Services) -> FastAPI:
         )
 
     return app
+
+
+def _described(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's OpenAPI document, with the errors that are really sent: 400 and 401 in OpenAI's shape where it writes 422 of its own."""
+    if app.openapi_schema is None:
+        spec = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        schemas = spec["components"]["schemas"]
+        schemas.pop("HTTPValidationError", None)
+        schemas.pop("ValidationError", None)
+        refusal = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorObject"}}}}
+        for path, operations in spec["paths"].items():
+            for operation in operations.values():
+                operation["responses"].pop("422", None)
+                if path.startswith("/v1/"):
+                    operation["responses"] |= {
+                        "400": {"description": "Bad request"} | refusal,
+                        "401": {"description": "No valid key"} | refusal,
+                    }
+        app.openapi_schema = spec
+    return app.openapi_schema

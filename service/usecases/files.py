@@ -163,7 +163,7 @@ def get_file(database: Database, project_id: str, file_id: str) -> File:
 def live_file(uow: UnitOfWork, project_id: str, file_id: str) -> File:
     """`get_file` inside a transaction."""
     file = uow.files.get(project_id, file_id)
-    if file is None or (file.expires_at is not None and file.expires_at <= uow.now):
+    if file is None:
         raise NotFound("No such file.", param="file_id")
     return file
 
