@@ -1,0 +1,80 @@
+"""Wires adapters to ports: the only composition root. Vendor libraries load when a part is opened."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from service.config import Settings
+from service.errors import ConfigError
+from service.ports import BlobStore, Database, InferenceRunner, TaskQueue
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What the entry points hand to use cases."""
+
+    settings: Settings
+    database: Database
+    blobs: BlobStore
+    queue: TaskQueue
+
+
+@contextlib.contextmanager
+def open_services(settings: Settings) -> Iterator[Services]:
+    """Opens database, object store and queue of complete settings (see `supervisor.deployment`). Nothing is connected before its first use.
+
+    Raises:
+        ConfigError: an address is missing or names something unknown.
+    """
+    database = open_database(settings)
+    try:
+        yield Services(settings, database, open_blobs(settings), open_queue(settings))
+    finally:
+        database.close()
+
+
+def open_database(settings: Settings) -> Database:
+    from service.adapters.unit_of_work import PostgresDatabase
+
+    if not settings.database_url:
+        raise ConfigError("database_url is not set: name a PostgreSQL, or use `longdraft up`, which brings one.", param="database_url")
+    return PostgresDatabase(settings.database_url)
+
+
+def open_blobs(settings: Settings) -> BlobStore:
+    """The store that `blob_url` names: a directory (default `data_dir/blobs`) or a bucket."""
+    from service.adapters.blobs_local import LocalBlobStore
+
+    url = urlsplit(settings.blob_url or "")
+    if not settings.blob_url:
+        return LocalBlobStore(settings.data_dir / "blobs")
+    if url.scheme == "file" and not url.netloc and url.path:
+        return LocalBlobStore(Path(unquote(url.path)))
+    if url.scheme == "s3" and url.netloc:
+        from service.adapters.blobs_s3 import open_s3
+
+        return open_s3(url.netloc, url.path.strip("/"), settings.s3)
+    raise ConfigError(f"blob_url is {settings.blob_url!r}: write file:///folder or s3://bucket/prefix.", param="blob_url")
+
+
+def open_queue(settings: Settings) -> TaskQueue:
+    from service.adapters.queue_celery import CeleryQueue
+
+    if not settings.broker_url:
+        raise ConfigError("broker_url is not set: name a Redis or Valkey, or use `longdraft up`, which brings one.", param="broker_url")
+    return CeleryQueue(settings.broker_url)
+
+
+def make_runner(settings: Settings) -> InferenceRunner:
+    """What answers lines in a worker. Importing the engine takes seconds, so only workers come here."""
+    if settings.runner == "standin":
+        from service.adapters.standin import StandinRunner
+
+        return StandinRunner(settings)
+    from service.adapters.engine_runner import EngineRunner
+
+    return EngineRunner(settings.models, settings.engine, settings.cache_dir)
