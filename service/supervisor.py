@@ -42,6 +42,7 @@ Say = Callable[[str], None]
 def deployment(settings: Settings) -> Iterator[Settings]:
     """The settings with every URL filled in, for as long as the embedded servers that fill the gaps are running."""
     settings.data_dir.mkdir(parents=True, exist_ok=True)
+    settings = settings.model_copy(update={"blob_url": settings.blob_url or (settings.data_dir.resolve() / "blobs").as_uri()})
     if settings.database_url and settings.broker_url:
         yield settings
         return
@@ -97,17 +98,16 @@ def listen(host: str, port: int) -> socket.socket:
 
 def child_environment(settings: Settings) -> dict[str, str]:
     """This process's environment with the deployment's addresses: children read their settings the way everyone does."""
-    environment = {
-        **os.environ,
-        "LONGDRAFT_DATA_DIR": str(settings.data_dir),
-        "LONGDRAFT_DATABASE_URL": settings.database_url or "",
-        "LONGDRAFT_BROKER_URL": settings.broker_url or "",
+    named = {
+        "LONGDRAFT_DATA_DIR": settings.data_dir,
+        "LONGDRAFT_DATABASE_URL": settings.database_url,
+        "LONGDRAFT_BROKER_URL": settings.broker_url,
+        "LONGDRAFT_BLOB_URL": settings.blob_url,
         "LONGDRAFT_HOST": settings.host,
-        "LONGDRAFT_MAX_WORKERS": str(settings.max_workers),
-        "PYTHONUNBUFFERED": "1",
     }
-    # Only migrations and the ledger's owner need the other role; no child does.
-    environment.pop("LONGDRAFT_MIGRATION_DATABASE_URL", None)
+    environment = {**os.environ, **{name: str(value) for name, value in named.items()}, "PYTHONUNBUFFERED": "1"}
+    for secret in ("LONGDRAFT_MIGRATION_DATABASE_URL", "LONGDRAFT_API_KEY"):
+        environment.pop(secret, None)  # no child changes the schema or calls the API
     return environment
 
 

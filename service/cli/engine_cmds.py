@@ -70,9 +70,9 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Measure tokens per second on a job, load excluded, each run in a process of its own, beside what you would use instead."""
-    from service.bench.plan import BenchRequest
-    from service.bench.report import print_bench
-    from service.bench.session import run_bench
+    from service.cli.bench.plan import BenchRequest
+    from service.cli.bench.report import print_bench
+    from service.cli.bench.session import run_bench
 
     settings, resolve = with_model(model, None)
     request = BenchRequest.of(
