@@ -1,0 +1,153 @@
+"""The ledger and the price book. Rows are only ever inserted; the database refuses everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import BigInteger, Connection, Numeric, SmallInteger, Text, func, insert, select
+from sqlalchemy.dialects.postgresql import ARRAY
+
+from service.adapters.postgres import advisory_key
+from service.adapters.stores.audit import violations
+from service.adapters.tables import batches, ledger_entries, ledger_transactions, price_books, prices
+from service.domain.money import LedgerKind, LedgerTransaction, PriceBook, Rates
+from service.errors import Conflict, InvalidRequest, NotFound
+from service.ports import ChargeRow
+
+ANY_MODEL = "*"
+REPORT_KEYS = ("day", "model", "project", "batch")
+TAG = "tag:"
+
+_LEG_COLUMNS: Mapping[str, Any] = {
+    "transaction_id": BigInteger,
+    "leg": SmallInteger,
+    "account": Text,
+    "amount": Numeric(38, 0),
+    "meter": Text,
+    "quantity": BigInteger,
+    "rate": BigInteger,
+}
+
+
+class LedgerBook:
+    """ports.Ledger on one transaction's connection."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def post(self, transactions: Sequence[LedgerTransaction]) -> None:
+        if not transactions:
+            return
+        heads = [
+            {"project_id": t.project_id, "batch_id": t.batch_id, "line_no": t.line_no, "kind": t.kind.value}
+            | {"model": t.model, "price_version": t.price_version}
+            for t in transactions
+        ]
+        statement = insert(ledger_transactions).returning(ledger_transactions.c.id, sort_by_parameter_order=True)
+        try:
+            with self._connection.begin_nested():
+                ids = self._connection.execute(statement, heads).scalars().all()
+        except sa.exc.IntegrityError as error:
+            raise Conflict(f"A line is already in the ledger: {str(error.orig).strip()}") from error
+        self._post_legs(list(zip(ids, transactions, strict=True)))
+
+    def _post_legs(self, transactions: Sequence[tuple[int, LedgerTransaction]]) -> None:
+        """All legs in one statement: the database checks after each that they sum to zero."""
+        rows = [
+            (transaction_id, number, leg.account, leg.amount, leg.meter.value if leg.meter else None, leg.quantity, leg.rate)
+            for transaction_id, transaction in transactions
+            for number, leg in enumerate(transaction.legs)
+        ]
+        columns = zip(_LEG_COLUMNS.items(), zip(*rows, strict=True), strict=True)
+        arrays = [sa.cast(sa.literal(list(values), ARRAY(kind)), ARRAY(kind)) for (_, kind), values in columns]
+        legs = func.unnest(*arrays).table_valued(*_LEG_COLUMNS, name="legs").render_derived()
+        self._connection.execute(insert(ledger_entries).from_select(list(_LEG_COLUMNS), select(*(legs.c[name] for name in _LEG_COLUMNS))))
+
+    # --- what was charged -------------------------------------------------------------------------------------------------------
+
+    def batch_total(self, batch_id: str) -> ChargeRow:
+        rows = self._charges([], [ledger_transactions.c.batch_id == batch_id])
+        return rows[0] if rows else ChargeRow((), {}, {}, 0)
+
+    def report(self, *, project_id: str | None, start: datetime, end: datetime, by: Sequence[str]) -> Sequence[ChargeRow]:
+        which = [ledger_transactions.c.created_at >= start, ledger_transactions.c.created_at < end]
+        if project_id is not None:
+            which.append(ledger_transactions.c.project_id == project_id)
+        return self._charges([_report_key(name) for name in by], which)
+
+    def _charges(self, keys: Sequence[sa.ColumnElement[Any]], which: Sequence[sa.ColumnElement[bool]]) -> list[ChargeRow]:
+        """Metered legs of the chosen transactions, grouped by `keys`. A charge counts a line, a reversal takes it off again."""
+        labelled = [key.label(f"key_{number}") for number, key in enumerate(keys)]
+        joined = ledger_transactions.join(batches, batches.c.id == ledger_transactions.c.batch_id)
+        counted = sa.case((ledger_transactions.c.kind == LedgerKind.CHARGE.value, 1), else_=-1)
+        per_key: dict[tuple[str, ...], ChargeRow] = {}
+        lines = (
+            select(*labelled, func.sum(counted).label("lines")).select_from(joined).where(*which).group_by(*labelled).order_by(*labelled)
+        )
+        for row in self._connection.execute(lines):
+            key = tuple(str(value if value is not None else "") for value in row[:-1])
+            per_key[key] = ChargeRow(key, {}, {}, int(row.lines))
+        meters = (
+            select(*labelled, ledger_entries.c.meter, func.sum(ledger_entries.c.amount), func.sum(ledger_entries.c.quantity))
+            .select_from(joined.join(ledger_entries, ledger_entries.c.transaction_id == ledger_transactions.c.id))
+            .where(*which, ledger_entries.c.meter.is_not(None))
+            .group_by(*labelled, ledger_entries.c.meter)
+        )
+        amounts: dict[tuple[str, ...], dict[str, int]] = {}
+        quantities: dict[tuple[str, ...], dict[str, int]] = {}
+        for *values, meter, amount, quantity in self._connection.execute(meters):
+            key = tuple(str(value if value is not None else "") for value in values)
+            amounts.setdefault(key, {})[meter] = int(amount)
+            quantities.setdefault(key, {})[meter] = int(quantity)
+        return [ChargeRow(key, amounts.get(key, {}), quantities.get(key, {}), row.lines) for key, row in per_key.items()]
+
+    # --- prices -----------------------------------------------------------------------------------------------------------------
+
+    def price_book(self, version: int | None = None) -> PriceBook:
+        if version is None:
+            version = self._connection.execute(select(func.max(price_books.c.version))).scalar_one()
+        created_at = self._connection.execute(select(price_books.c.created_at).where(price_books.c.version == version)).scalar_one_or_none()
+        if created_at is None:
+            raise NotFound(f"There is no price book with version {version}.")
+        rows = self._connection.execute(select(prices).where(prices.c.version == version))
+        models = {row.model: Rates(row.input, row.cached_input, row.output) for row in rows}
+        default = models.pop(ANY_MODEL, Rates(0, 0, 0))
+        return PriceBook(int(version or 0), created_at, models, default)
+
+    def price_history(self) -> Sequence[PriceBook]:
+        versions = self._connection.execute(select(price_books.c.version).order_by(price_books.c.version)).scalars().all()
+        return [self.price_book(version) for version in versions]
+
+    def set_prices(self, models: Mapping[str, Rates], default: Rates | None = None) -> PriceBook:
+        self._connection.execute(select(func.pg_advisory_xact_lock(advisory_key("longdraft.prices"))))
+        newest = self.price_book()
+        entries = {**newest.models, **models, ANY_MODEL: default or newest.default}
+        version = newest.version + 1
+        self._connection.execute(insert(price_books).values(version=version))
+        self._connection.execute(
+            insert(prices), [{"version": version, "model": model, **asdict(rates)} for model, rates in entries.items()]
+        )
+        return self.price_book(version)
+
+    def violations(self, batch_id: str | None = None) -> Sequence[str]:
+        return violations(self._connection, batch_id)
+
+
+def _report_key(name: str) -> sa.ColumnElement[Any]:
+    """Raises InvalidRequest for a name that reports cannot be grouped by."""
+    columns: Mapping[str, sa.ColumnElement[Any]] = {
+        "day": func.to_char(ledger_transactions.c.created_at, "YYYY-MM-DD"),  # the session's time zone is UTC
+        "model": ledger_transactions.c.model,
+        "project": ledger_transactions.c.project_id,
+        "batch": ledger_transactions.c.batch_id,
+    }
+    if name in columns:
+        return columns[name]
+    if name.startswith(TAG):
+        tag: sa.ColumnElement[Any] = batches.c.metadata[name.removeprefix(TAG)].astext
+        return tag
+    raise InvalidRequest(f"Costs can be grouped by {', '.join(REPORT_KEYS)} or {TAG}<metadata key>; got {name[:64]!r}.", param="group_by")
