@@ -11,7 +11,8 @@ import structlog
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.errors import unexpected
+from service.api.errors import error_response, unexpected
+from service.errors import NotFound
 
 log = structlog.get_logger(__name__)
 
@@ -39,7 +40,10 @@ class Guard:
             await send(message)
 
         try:
-            await self._app(scope, receive, send_with_id)
+            if "\0" in scope["path"]:  # nothing stored can have such an id, and PostgreSQL would choke on the question
+                await error_response(NotFound("Invalid URL: it contains a NUL character."))(scope, receive, send_with_id)
+            else:
+                await self._app(scope, receive, send_with_id)
         except ClientDisconnect:
             pass  # nobody is left to answer
         except Exception as error:

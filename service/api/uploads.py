@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import AsyncIterator
 from contextlib import suppress
 
-from anyio import CancelScope
+from anyio import CancelScope, fail_after
 from fastapi import Request
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
@@ -13,7 +14,7 @@ from starlette.concurrency import run_in_threadpool
 
 from service.api.body import refuse_compressed
 from service.domain.account import File
-from service.errors import InvalidRequest, TooLarge, UnsupportedEncoding
+from service.errors import InvalidRequest, LongdraftError, TooLarge, UnsupportedEncoding
 from service.ports import Database
 from service.usecases.files import FileIntake, check_expiry, check_purpose
 
@@ -22,9 +23,17 @@ CHUNK = 1 << 18
 OVERHEAD = 1 << 16
 """What part headers and the other fields may weigh on top of the file."""
 MAX_FIELD_BYTES = 1024
+IDLE_SECONDS = 60.0
+"""A client that sends nothing for this long is gone, whatever its connection says."""
 FIELDS = ("purpose", "expires_after[anchor]", "expires_after[seconds]")
 
 logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns about every byte after the last boundary
+
+
+class UploadStalled(LongdraftError):
+    """The body stopped arriving."""
+
+    code, status, type = "request_timeout", 408, "invalid_request_error"
 
 
 class UploadForm:
@@ -138,6 +147,7 @@ async def receive_upload(request: Request, intake: FileIntake, database: Databas
 
     Raises:
         LongdraftError: as `UploadForm` says; the rest of the body is then not looked at.
+        UploadStalled: nothing came for `IDLE_SECONDS`.
         ClientDisconnect: the client went away.
     """
     try:
@@ -147,7 +157,7 @@ async def receive_upload(request: Request, intake: FileIntake, database: Databas
             raise TooLarge(f"The file is over the limit of {max_bytes:,} bytes.", param="file")
         form = UploadForm(request.headers.get("content-type", ""), intake, max_bytes=max_bytes)
         pending = bytearray()
-        async for chunk in request.stream():
+        async for chunk in _arriving(request):
             pending += chunk
             if len(pending) >= CHUNK:
                 await run_in_threadpool(form.feed, bytes(pending))
@@ -158,6 +168,19 @@ async def receive_upload(request: Request, intake: FileIntake, database: Databas
         # Also when the server is stopping and cancels this request: a half-written object must go.
         with CancelScope(shield=True):
             await run_in_threadpool(intake.close)
+
+
+async def _arriving(request: Request) -> AsyncIterator[bytes]:
+    stream = request.stream()
+    while True:
+        try:
+            with fail_after(IDLE_SECONDS):
+                chunk = await anext(stream, None)
+        except TimeoutError:
+            raise UploadStalled(f"The upload stopped: nothing arrived for {IDLE_SECONDS:g} seconds.") from None
+        if chunk is None:
+            return
+        yield chunk
 
 
 def _text(data: bytes) -> str:

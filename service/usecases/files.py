@@ -77,7 +77,6 @@ class FileIntake:
         self._writer: BlobWriter | None = None
         self._filename = ""
         self._bytes = 0
-        self._hash = hashlib.sha256()
 
     def __enter__(self) -> FileIntake:
         return self
@@ -98,7 +97,6 @@ class FileIntake:
         self._bytes += len(data)
         if self._bytes > self._max_bytes:
             raise TooLarge(f"The file is over the limit of {self._max_bytes:,} bytes.", param="file")
-        self._hash.update(data)
         self._writer.write(data)
 
     def save(self, database: Database, *, purpose: FilePurpose, expires_after: timedelta | None) -> File:
@@ -127,13 +125,14 @@ class FileIntake:
         self._cleanup.close()
 
     def _row(self, info: BlobInfo, uow: UnitOfWork, purpose: FilePurpose, expires_after: timedelta | None) -> File:
+        assert info.sha256 is not None  # a writer always knows it
         return File(
             id=self._id,
             project_id=self._project_id,
             purpose=purpose,
             filename=self._filename,
-            bytes=self._bytes,
-            sha256=self._hash.hexdigest(),
+            bytes=info.bytes,
+            sha256=info.sha256,
             storage_key=info.key,
             created_at=uow.now,
             expires_at=uow.now + expires_after if expires_after else None,

@@ -14,14 +14,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import httpx
 
-from service.config import load_settings
+from service.adapters.memory import MemoryTaskQueue
+from service.adapters.schema import upgrade
+from service.bootstrap import Services, open_blobs, open_database
+from service.config import Settings, load_settings
+from service.embedded import embedded_servers
 from service.usecases.keys import create_key
+from tests.integration.api_server import serve
 
 GOAL_BYTES = 100 * 1000 * 1000
 BLOCK = b'{"custom_id": "x", "method": "POST", "url": "/v1/chat/completions", "body": {"model": "m"}}\n' * 1000
@@ -44,10 +49,9 @@ class Measurement:
 def measure(database_url: str, *, file_bytes: int) -> Measurement:
     """Uploads one file of this size to a fresh server process."""
     with tempfile.TemporaryDirectory() as folder, _server(database_url, folder, file_bytes) as (url, pid):
-        from service.bootstrap import open_services
-
-        with open_services(_settings(database_url, folder, file_bytes)) as services:
-            _, secret = create_key(services.database, "default", "benchmark", pepper=services.settings.key_pepper)
+        settings = _settings(database_url, folder, file_bytes)
+        with closing(open_database(settings)) as database:
+            _, secret = create_key(database, "default", "benchmark", pepper=settings.key_pepper)
         with httpx.Client(base_url=url, headers={"authorization": f"Bearer {secret}"}, timeout=600) as client:
             _upload(client, 2_000_000)
             Path(f"/proc/{pid}/clear_refs").write_text("5")  # resets the peak to what is resident now
@@ -87,18 +91,18 @@ def _server(database_url: str, folder: str, file_bytes: int) -> Iterator[tuple[s
 
 
 def _serve(folder: str, file_bytes: int) -> None:
-    from service.bootstrap import open_services
-    from tests.integration.api_server import serve
+    settings = _settings(os.environ["BENCHMARK_DATABASE_URL"], folder, file_bytes)
+    with closing(open_database(settings)) as database:
+        services = Services(settings, database, open_blobs(settings), MemoryTaskQueue())
+        with serve(services) as server:
+            sys.stdout.write(f"{httpx.URL(server.url).port}\n")
+            sys.stdout.flush()
+            time.sleep(3600)  # ended by SIGTERM
 
-    with open_services(_settings(os.environ["BENCHMARK_DATABASE_URL"], folder, file_bytes)) as services, serve(services) as server:
-        sys.stdout.write(f"{httpx.URL(server.url).port}\n")
-        sys.stdout.flush()
-        time.sleep(3600)  # ended by SIGTERM
 
-
-def _settings(database_url: str, folder: str, file_bytes: int):  # noqa: ANN202 (inferred)
+def _settings(database_url: str, folder: str, file_bytes: int) -> Settings:
     limits = {"max_file_bytes": max(file_bytes, 2_000_000)}
-    return load_settings({}, data_dir=Path(folder), database_url=database_url, broker_url="redis://127.0.0.1:1/0", limits=limits)
+    return load_settings({}, data_dir=Path(folder), database_url=database_url, limits=limits)
 
 
 def _status(pid: int, name: str) -> int:
@@ -118,9 +122,6 @@ def main() -> None:
     if options.serve:
         _serve(options.serve, options.bytes)
         return
-    from service.adapters.schema import upgrade
-    from service.embedded import embedded_servers
-
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o711)  # as root, the database runs as another user
         with embedded_servers(Path(folder)) as endpoints:

@@ -92,7 +92,7 @@ fields = ["input_file_id", "endpoint", "completion_window", "metadata", "priorit
 @given(changes=st.dictionaries(st.sampled_from(fields) | st.text(max_size=8), json_values, max_size=4), key=st.text(max_size=5) | st.none())
 def test_no_json_body_makes_the_server_fail(tenant: Tenant, changes: dict[str, Any], key: str | None) -> None:
     body = {"input_file_id": "file-1", "endpoint": CHAT, "completion_window": "24h"} | changes
-    headers = {} if key is None else {"idempotency-key": key.encode()}
+    headers = {} if key is None else {b"idempotency-key": key.encode()}
     try:
         answer = tenant.http.post("/v1/batches", content=json.dumps(body), headers=headers)
     except httpx.LocalProtocolError:

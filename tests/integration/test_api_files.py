@@ -6,7 +6,8 @@ import gzip
 import hashlib
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -122,13 +123,19 @@ def test_a_content_length_that_promises_too_little_is_400(api: ApiServer, tenant
 
 
 def test_a_client_that_goes_away_leaves_nothing(api: ApiServer, tenant: Tenant) -> None:
-    before = set(threading.enumerate())
-    with _raw_request(tenant, content_length=10_000_000) as connection:
+    with _raw_request(tenant, content_length=900_000) as connection:
         connection.sendall(part("file", LINE * 4000, "in.jsonl"))
     # The server has nothing to answer; a later request of the same tenant is served, and the object is gone by then or soon after.
     assert tenant.http.get("/v1/files").json()["data"] == []
     _until(lambda: api.stored() == [] and not _temporary_files(api))
-    assert before
+
+
+def test_a_client_that_stalls_is_given_up(api: ApiServer, tenant: Tenant, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.api.uploads.IDLE_SECONDS", 0.2)
+    with _raw_request(tenant, content_length=900_000) as connection:
+        connection.sendall(part("file", LINE * 4000, "in.jsonl"))
+        assert connection.recv(4096).startswith(b"HTTP/1.1 408 ")
+    assert _temporary_files(api) == []
 
 
 def test_nothing_stays_where_the_database_refuses_the_row(api: ApiServer, tenant: Tenant, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,9 +270,7 @@ def _temporary_files(api: ApiServer) -> list[str]:
     return [str(path) for path in root.rglob("*") if path.is_file()]
 
 
-def _until(condition: Any) -> None:
+def _until(condition: Callable[[], bool]) -> None:
     """Waits for what the server does after the client left; pytest's own time limit ends a test that waits in vain."""
-    import time
-
     while not condition():
         time.sleep(0.02)

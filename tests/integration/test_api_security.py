@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import httpx
 import pytest
 from fastapi.routing import APIRoute
 from openapi_spec_validator import validate
+from starlette.routing import BaseRoute
 
 from service.api.app import create_app
 from service.domain.ids import new_batch_id, new_file_id
@@ -21,11 +22,17 @@ from tests.integration.test_api_files import refused
 OPEN_ROUTES = {"/healthz", "/readyz", "/docs"}
 
 
-def routes(api: ApiServer) -> Iterator[tuple[str, str]]:
+def routes(api: ApiServer) -> list[tuple[str, str]]:
     """(method, path template) of everything that the application answers."""
-    for route in create_app(api.services).routes:
+    return [(method, route.path) for route in _walk(create_app(api.services).routes) for method in route.methods or ()]
+
+
+def _walk(found: Sequence[BaseRoute]) -> Iterator[APIRoute]:
+    for route in found:
         if isinstance(route, APIRoute):
-            yield from ((method, route.path) for method in route.methods)
+            yield route
+        elif hasattr(route, "original_router"):  # FastAPI keeps included routers as they are
+            yield from _walk(route.original_router.routes)
 
 
 def filled(path: str, **ids: str) -> str:
@@ -171,6 +178,7 @@ def test_unknown_urls_and_methods_have_the_error_shape(tenant: Tenant) -> None:
     refused(tenant.http.get("/"), 404, code="unknown_url")
     refused(tenant.http.post("/v1/uploads"), 404, code="unknown_url")
     refused(tenant.http.post("/v1/responses", json={}), 404, code="unknown_url")
+    refused(tenant.http.get("/v1/files/%00"), 404)
     answer = tenant.http.patch("/v1/files")
     refused(answer, 405, code="method_not_allowed")
     assert answer.headers["allow"]
