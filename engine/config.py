@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """`dtype` and `device` choose how the model is loaded (`auto`: the checkpoint's own type, a GPU where there is one).
+    """`dtype` and `device` choose how the model is loaded (see `load_model`).
 
     The KV cache gets `kv_bytes`, or else `kv_fraction` of the memory that is free once the model is loaded. `drafter` is what
     a request's `auto` means: `auto`, `off` or a registered name. `seed` makes unseeded sampling repeatable for the same requests in the

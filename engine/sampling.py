@@ -48,13 +48,13 @@ def truncate(
     limited = top_k > 0
     last = values.gather(1, (top_k.clamp(1, width) - 1)[:, None])
     keep = (values >= last) | ~limited[:, None]
-    inside = values.masked_fill(~keep, -torch.inf).logsumexp(1)
-    total = torch.where(limited, inside, scaled.logsumexp(1))
+    enough = ~limited | ~keep[:, -1]
+    total = torch.where(limited, values.masked_fill(~keep, -torch.inf).logsumexp(1), scaled.logsumexp(1))
     mass = (values - total[:, None]).exp() * keep
     above = mass.cumsum(1) - mass
     keep &= (above < top_p[:, None]) | (top_p >= 1.0)[:, None]
     mass = mass * keep
-    enough = ~keep[:, -1] if width < logits.shape[1] else torch.ones_like(limited)
+    enough = enough & ~keep[:, -1] if width < logits.shape[1] else torch.ones_like(limited)
     return Distribution(mass / mass.sum(1, keepdim=True), ids), enough
 
 

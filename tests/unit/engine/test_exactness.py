@@ -1,0 +1,175 @@
+"""Sampling under the live scheduler, planner and drafters, on models whose next-token distribution is a small known table.
+
+Step times come from a fixed cost curve, so that every run takes the same decisions and the statistics are always the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from engine import engine as engine_module
+from engine.batch import ForwardBatch, ForwardOutput, ModelSpec
+from engine.config import EngineConfig
+from engine.drafters import registry
+from engine.drafters.base import DraftBatch, Drafts, Progress
+from engine.engine import Engine
+from engine.noise import Stream, keys
+from engine.sampling import draw
+from engine.sequence import Sequence
+from engine.speculation import planner, verify
+from engine.speculation.cost_model import CostModel, Load
+from engine.speculation.speculator import Speculator
+from engine.types import Request, SamplingParams
+from tests.unit.engine.hash_model import Letters
+
+TABLE = torch.tensor([[0.45, 0.25, 0.2, 0.1], [0.1, 0.6, 0.05, 0.25], [0.3, 0.3, 0.3, 0.1], [0.15, 0.15, 0.3, 0.4]])
+GUESS = torch.tensor([[0.3, 0.3, 0.2, 0.2], [0.25, 0.35, 0.2, 0.2], [0.5, 0.2, 0.1, 0.2], [0.1, 0.2, 0.4, 0.3]])
+CRITICAL = 39.1
+"""Chi-square of 12 degrees of freedom (4 states of 3) at p = 1e-4."""
+
+
+class TableModel:
+    """The next token depends on the last one alone."""
+
+    def __init__(self, table: torch.Tensor) -> None:
+        self.table = table
+        self.spec = ModelSpec("table", "1", 1, 1, 1, 8, len(table), 100_000, (), torch.float32, torch.device("cpu"), 0)
+        self.tokenizer = Letters()
+        self.model = self
+
+    def forward(self, batch: ForwardBatch, kv: object) -> ForwardOutput:
+        return ForwardOutput(self.table[batch.token_ids[batch.logit_rows]].log())
+
+
+class Guesser:
+    """Samples drafts from a table of its own, with fresh noise on every attempt; `bins` tell the drafted token before apart."""
+
+    name = "guesser"
+    taps: tuple[int, ...] = ()
+    prior = np.full(5, 0.6)
+    guess = GUESS
+
+    def propose(self, batch: DraftBatch) -> Drafts:
+        count, width = len(batch.sequences), int(batch.limits.max(initial=0))
+        tokens, bins = np.zeros((count, width), np.int64), np.full((count, width), -1, np.int64)
+        probabilities = torch.zeros(count, width, self.guess.shape[1])
+        seeds = np.array([sequence.serial for sequence in batch.sequences], np.uint64)
+        last = torch.tensor([int(sequence.tokens[-1]) for sequence in batch.sequences])
+        for column in range(width):
+            positions = np.array([sequence.num_tokens + column for sequence in batch.sequences])
+            row_keys = torch.from_numpy(keys(seeds, positions, Stream.DRAFT, attempt=batch.step).view(np.int64))
+            probabilities[:, column] = self.guess[last]
+            bins[:, column] = last.numpy() + 1 if column else 0
+            last = draw(probabilities[:, column], None, row_keys)
+            tokens[:, column] = last.numpy()
+        bins[np.arange(width) >= batch.limits[:, None]] = -1
+        return Drafts(tokens, batch.limits, bins, probabilities)
+
+    def observe(self, progress: Progress) -> None:
+        """Reads no hidden states."""
+
+    def finish(self, sequence: Sequence, *, complete: bool) -> None:
+        """Keeps nothing."""
+
+
+@pytest.fixture(autouse=True)
+def _fixed_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A staircase: tokens come in packs of eight."""
+    monkeypatch.setattr(CostModel, "curve", lambda self, tokens: 1.0 + 0.005 * (np.asarray(tokens) // 8))
+    monkeypatch.setattr(Speculator, "learn_cost", lambda self, load, seconds: None)
+    monkeypatch.setattr(engine_module, "measure_steps", lambda runner, count: [(Load(1, 1, 1), 1.0)])
+    monkeypatch.setitem(registry._DRAFTERS, "guesser", Guesser)
+
+
+def transitions(drafter: str, table: torch.Tensor = TABLE, requests: int = 2000, **sampling: float) -> tuple[np.ndarray, Engine]:
+    """Counts of (token, next token) over unseeded answers of 24 tokens, first tokens included: 48,000 draws."""
+    config = EngineConfig(kv_bytes=4 << 20, max_sequences=256, max_step_tokens=1024, drafter=drafter, max_draft_tokens=4, seed=5)
+    made = Engine(TableModel(table), config)
+    params = SamplingParams(max_tokens=24, **sampling)
+    counts = np.zeros((4, 4), np.int64)
+    prompts = np.random.default_rng(0).integers(0, 4, (requests, 12))
+    made_requests = {str(n): Request(str(n), tuple(prompt.tolist()), params) for n, prompt in enumerate(prompts)}
+    for result in made.run(iter(made_requests.values())):
+        text = np.array([made_requests[result.id].prompt_token_ids[-1], *result.token_ids])
+        np.add.at(counts, (text[:-1], text[1:]), 1)
+    return counts, made
+
+
+def chi_square(counts: np.ndarray, table: torch.Tensor) -> float:
+    expected = counts.sum(axis=1, keepdims=True) * table.double().numpy()
+    kept = expected > 0
+    assert counts[~kept].sum() == 0
+    return float(((counts - expected)[kept] ** 2 / expected[kept]).sum())
+
+
+@pytest.mark.parametrize("drafter", ["off", "ngram", "suffix", "guesser"])
+def test_sampled_text_has_the_targets_distribution(drafter: str) -> None:
+    counts, made = transitions(drafter)
+    assert chi_square(counts, TABLE) < CRITICAL
+    stats = made.stats()
+    assert (stats.accepted > 5000) == (drafter != "off")
+    assert (stats.verified > stats.accepted) == (drafter != "off")
+
+
+@pytest.mark.parametrize("drafter", ["ngram", "guesser"])
+def test_truncated_sampling_has_the_truncated_distribution(drafter: str) -> None:
+    kept = TABLE.pow(1 / 0.8)
+    kept[TABLE.topk(3).values[:, -1:] > TABLE] = 0.0
+    counts, _ = transitions(drafter, temperature=0.8, top_k=3)
+    assert chi_square(counts, kept / kept.sum(1, keepdim=True)) < CRITICAL
+
+
+def skip_residual(distribution, drafts, q, uniforms, row_keys):
+    _, stands = EXACT(distribution, drafts, q, uniforms, row_keys)
+    return draw(distribution.probabilities, distribution.ids, row_keys), stands
+
+
+def wrong_q(distribution, drafts, q, uniforms, row_keys):
+    return EXACT(distribution, drafts, None if q is None else torch.full_like(q, 0.25), uniforms, row_keys)
+
+
+EXACT = verify.stochastic
+
+
+@pytest.mark.parametrize(("drafter", "mutant"), [("ngram", skip_residual), ("guesser", skip_residual), ("guesser", wrong_q)])
+def test_wrong_verification_is_caught(monkeypatch: pytest.MonkeyPatch, drafter: str, mutant: Callable) -> None:
+    monkeypatch.setattr(verify, "stochastic", mutant)
+    counts, _ = transitions(drafter)
+    assert chi_square(counts, TABLE) > CRITICAL
+
+
+def test_a_total_variation_of_two_percent_is_caught() -> None:
+    wrong = TABLE + torch.tensor([0.02, -0.02, 0.0, 0.0])
+    counts, _ = transitions("ngram", wrong)
+    assert chi_square(counts, TABLE) > CRITICAL
+
+
+def test_choosing_by_what_was_drawn_biases_random_drafts_and_a_fixed_capacity_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drafts after A always stand and after B never do; one draft alone does not pay, two that are likely do."""
+    a, b, c, _ = range(4)
+    table = torch.tensor([[0.7, 0.3, 0.0, 0.0]] * 4)
+    table[a] = torch.tensor([0.0, 0.0, 1.0, 0.0])
+    table[b] = torch.tensor([0.0, 0.0, 1.0, 0.0])
+    guess = torch.tensor([[0.5, 0.5, 0.0, 0.0]] * 4)
+    guess[a] = torch.tensor([0.0, 0.0, 1.0, 0.0])
+    guess[b] = torch.tensor([0.0, 0.0, 0.0, 1.0])
+    monkeypatch.setattr(Guesser, "guess", guess)
+    monkeypatch.setattr(Guesser, "prior", np.array([0.8, 0.98, 0.02, 0.8, 0.8]))
+    monkeypatch.setattr(CostModel, "curve", lambda self, tokens: np.where(np.asarray(tokens) > 1, 1.85, 1.0))
+
+    def share_of_a() -> float:
+        config = EngineConfig(kv_bytes=4 << 20, max_sequences=1, max_step_tokens=16, drafter="guesser", max_draft_tokens=2, seed=5)
+        made = Engine(TableModel(table), config)
+        [result] = made.run(iter([Request("x", (c,), SamplingParams(max_tokens=2500))]))
+        assert made.stats().accepted > 200
+        text = np.array(result.token_ids)
+        after_c = text[1:][text[:-1] == c]
+        return float((after_c == a).mean())
+
+    assert share_of_a() == pytest.approx(0.7, abs=0.05)  # 4 standard deviations
+    monkeypatch.setattr(planner.Planner, "choose", lambda self, survival, cost, *, random: planner.search(planner.Offer(survival), cost))
+    assert share_of_a() > 0.76
