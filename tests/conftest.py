@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,16 +39,34 @@ def _template(servers: Endpoints) -> str:
     return "template_migrated"
 
 
-@pytest.fixture
-def owner_url(servers: Endpoints, _template: str) -> Iterator[str]:
-    """A fresh, migrated database of this test's own, as its owner."""
+@contextlib.contextmanager
+def _copy_of(template: str, servers: Endpoints) -> Iterator[str]:
+    """A fresh, migrated database, as its owner sees it."""
     name = f"test_{uuid4().hex}"
     admin = servers.migration_database_url
     with psycopg.connect(admin, autocommit=True) as connection:
-        connection.execute(sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(_template)))
+        connection.execute(sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(template)))
     yield _in_database(admin, name)
     with psycopg.connect(admin, autocommit=True) as connection:
         connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
+@pytest.fixture
+def owner_url(servers: Endpoints, _template: str) -> Iterator[str]:
+    """A fresh, migrated database of this test's own, as its owner."""
+    with _copy_of(_template, servers) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def module_database(servers: Endpoints, _template: str) -> Iterator[object]:
+    """One database for all tests of a module: for those that only look at batches of their own."""
+    from service.adapters.unit_of_work import PostgresDatabase
+
+    with _copy_of(_template, servers) as url:
+        connected = PostgresDatabase(_in_database(servers.database_url, urlsplit(url).path.lstrip("/")))
+        yield connected
+        connected.close()
 
 
 @pytest.fixture

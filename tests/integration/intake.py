@@ -28,6 +28,7 @@ class Intake:
     blobs: BlobStore
     limits: Limits = field(default_factory=Limits)
     group_lines: int = 64
+    lease: timedelta = LEASE
 
     def __post_init__(self) -> None:
         with self.database.begin() as uow:
@@ -70,7 +71,7 @@ class Intake:
             blobs=blobs or self.blobs,
             limits=self.limits,
             resolve_model={MODEL: MODEL, "gpt-4o-mini": MODEL, "other": "other"}.get,
-            lease=LEASE,
+            lease=self.lease,
             group_lines=self.group_lines,
         )
 

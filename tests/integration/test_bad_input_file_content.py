@@ -12,8 +12,8 @@ SKIP = OnInvalidLine.SKIP
 
 
 @pytest.fixture
-def intake(database):
-    return Intake(database, MemoryBlobStore())
+def intake(module_database):
+    return Intake(module_database, MemoryBlobStore())
 
 
 @pytest.mark.parametrize("bad", BAD_LINES, ids=lambda bad: bad.name)

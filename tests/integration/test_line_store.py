@@ -10,8 +10,13 @@ ODD_IDS = ["tab\there", "line\nbreak", "back\\slash", "\\N", "ünïcode\u2028", 
 
 
 @pytest.fixture
-def intake(database):
-    return Intake(database, MemoryBlobStore())
+def database(module_database):
+    return module_database
+
+
+@pytest.fixture
+def intake(module_database):
+    return Intake(module_database, MemoryBlobStore())
 
 
 @pytest.fixture

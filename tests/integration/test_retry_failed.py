@@ -19,8 +19,8 @@ LINES = [good("a"), b'{"custom_id": "odd  spacing",' + good("b")[len(b'{"custom_
 
 
 @pytest.fixture
-def intake(database):
-    return Intake(database, MemoryBlobStore())
+def intake(module_database):
+    return Intake(module_database, MemoryBlobStore())
 
 
 @pytest.fixture

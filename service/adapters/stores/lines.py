@@ -8,7 +8,7 @@ import psycopg
 from sqlalchemy import BigInteger, Connection, Integer, Select, Text, and_, any_, bindparam, delete, func, select, update
 from sqlalchemy.dialects.postgresql import ARRAY
 
-from service.adapters.tables import groups, line_results, lines, segments
+from service.adapters.tables import groups, line_results, lines, segments, token_ledger
 from service.domain.line import PendingLine, StagedLine
 from service.errors import Unavailable
 
@@ -51,7 +51,7 @@ class Lines:
 
     def clear(self, batch_id: str) -> None:
         # In the order of the foreign keys. The segments' objects stay behind without a row: the janitor's work.
-        for table in (line_results, segments, lines, groups):
+        for table in (token_ledger, line_results, segments, lines, groups):
             self._connection.execute(delete(table).where(table.c.batch_id == batch_id))
 
     def duplicates(self, batch_id: str) -> Iterator[tuple[int, int, str]]:
