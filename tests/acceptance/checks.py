@@ -1,0 +1,160 @@
+"""The registered acceptance checks: one command each, and how its output is judged. Adding one is an entry in CHECKS."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+DATA = ROOT.parent / "shared" / "data"
+"""Where the benchmark jobs lie beside a checkout of the maintainers; `--data` names another folder."""
+
+Judged = tuple[Any, bool]
+"""(figure, whether it meets the goal)."""
+Judge = Callable[[str, int], Judged]
+"""(stdout, exit code) -> figure and verdict."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """`{data}` in an argument of the command stands for the data folder; `needs` are files in it."""
+
+    name: str
+    goal: str
+    command: Sequence[str]
+    judge: Judge
+    needs: tuple[str, ...] = ()
+    seconds: int = 1800
+
+
+def tests_pass(stdout: str, status: int) -> Judged:
+    """pytest's own summary; a run in which everything was skipped does not pass."""
+    counts = {
+        name: int(count) for count, name in re.findall(r"(\d+) (passed|failed|error|skipped)", stdout.splitlines()[-1] if stdout else "")
+    }
+    return counts, status == 0 and counts.get("passed", 0) > 0 and not counts.get("skipped")
+
+
+def own_verdict(stdout: str, status: int) -> Judged:
+    """For commands that print one JSON object with `pass`."""
+    figure = last_json(stdout)
+    return {name: value for name, value in figure.items() if name not in ("pass", "goal")}, status == 0 and bool(figure.get("pass"))
+
+
+def faster_than_peer(ratio: float) -> Judge:
+    """For `longdraft bench --compare`: Longdraft's median against the peer's, and every answer as the reference."""
+
+    def judge(stdout: str, status: int) -> Judged:
+        report = last_json(stdout)
+        runs = {run["name"].split(",")[0]: run for run in report.get("runs", ())}
+        if status or runs.keys() != {"longdraft", "transformers"}:
+            return report, False
+        ours, theirs = (runs[name]["tokens_per_second"]["median"] for name in ("longdraft", "transformers"))
+        same, of = runs["longdraft"]["identical_to_reference"]
+        figure = {"ratio": round(ours / theirs, 3), "longdraft": ours, "transformers": theirs, "identical_to_reference": [same, of]}
+        return figure, ours >= ratio * theirs and same >= of - 2
+
+    return judge
+
+
+def last_json(stdout: str) -> dict[str, Any]:
+    """The last line that is a JSON object; empty if there is none."""
+    for line in reversed(stdout.splitlines()):
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            return value
+    return {}
+
+
+def pytest(*arguments: str) -> Sequence[str]:
+    return (sys.executable, "-m", "pytest", "-q", *arguments)
+
+
+def module(name: str, *arguments: str) -> Sequence[str]:
+    return (sys.executable, "-m", name, *arguments)
+
+
+def bench(job: str) -> Sequence[str]:
+    return module("service.cli.main", "bench", f"{{data}}/{job}", "--compare", "transformers", "--json")
+
+
+CHECKS: Sequence[Check] = (
+    Check(
+        "main-job/fresh-clone",
+        "make demo ends with results and a bill (second run < 120 s), .ci/run passes (< 1200 s with installation)",
+        module("tests.acceptance.fresh_clone"),
+        own_verdict,
+        seconds=3600,
+    ),
+    Check(
+        "main-job/openai-sdk",
+        "the stock SDK with strict validation does files, batches and models without an error",
+        pytest("tests/integration/test_openai_sdk.py"),
+        tests_pass,
+    ),
+    Check(
+        "main-job/exactness",
+        ">= 62 of 64 answers equal transformers' generate, the others differ at a tie; drafting on and off, at 1, 8 and 64 sequences",
+        pytest("tests/acceptance/test_exactness.py"),
+        tests_pass,
+        needs=("bench_mixed.jsonl",),
+    ),
+    Check(
+        "main-job/bench-mixed",
+        ">= 1.5x transformers' generate at its best batch size",
+        bench("bench_mixed.jsonl"),
+        faster_than_peer(1.5),
+        ("bench_mixed.jsonl",),
+        3600,
+    ),
+    Check(
+        "main-job/bench-copy",
+        ">= 1.5x transformers' generate at its best batch size",
+        bench("bench_copy.jsonl"),
+        faster_than_peer(1.5),
+        ("bench_copy.jsonl",),
+        3600,
+    ),
+    Check(
+        "main-job/worker-killed",
+        "a job of 200 lines survives SIGKILL of its worker, also between segment and commit; only uncommitted lines run twice",
+        pytest("tests/faults", "-k", "sigkill"),
+        tests_pass,
+    ),
+    Check(
+        "main-job/external-services",
+        "another PostgreSQL, broker and S3 over HTTP; two workers deliver at least a quarter of the lines each",
+        pytest("tests/faults", "-k", "two_workers"),
+        tests_pass,
+    ),
+    Check(
+        "main-job/intake",
+        "50,000 lines (200 MB) validated and grouped in <= 60 s and <= 300 MB",
+        module("tests.benchmarks.intake", "--json"),
+        own_verdict,
+    ),
+    Check(
+        "main-job/bad-input",
+        "every case of bad files and bad creates gets what is documented",
+        pytest(
+            "tests/integration/test_bad_input_file_content.py",
+            "tests/integration/test_api_batches.py",
+            "tests/integration/test_api_files.py",
+        ),
+        tests_pass,
+    ),
+    Check(
+        "main-job/hf-kernels",
+        "transformers imports and runs beside our kernels package; Hugging Face's package of that name is refused by doctor",
+        module("tests.acceptance.hf_kernels"),
+        own_verdict,
+    ),
+)
