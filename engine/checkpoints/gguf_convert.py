@@ -1,0 +1,89 @@
+"""GGUF file -> folder in Hugging Face's layout, which both this engine and transformers load."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+
+from engine.checkpoints.gguf_file import GGUFFile
+from engine.checkpoints.gguf_layouts import ROPE_FACTORS, layout_of, read_config, restore, transformers_name
+from engine.checkpoints.gguf_tokenizer import read_tokenizer
+from engine.checkpoints.tensors import check_tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from engine.checkpoints.gguf_layouts import Layout
+
+_SHARD_BYTES = 4 << 30
+
+
+def convert(gguf: Path, folder: Path) -> None:
+    """Writes config, generation config, weights and tokenizer of `gguf` into `folder`.
+
+    Quantised weights become the float32 values they stand for; F16 and BF16 files keep their type. Raises ValueError for an
+    architecture, tokenizer or tensor set that would not be converted exactly.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    file = GGUFFile(gguf)
+    layout = layout_of(file)
+    values = read_config(file, layout)
+    dtype = getattr(torch, file.storage_dtype)
+    model_type = values.pop("model_type")
+    config = AutoConfig.for_model(model_type, dtype=dtype, **values)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=_end_tokens(file), pad_token_id=config.pad_token_id
+    ).save_pretrained(folder)
+    _write_weights(_tensors(file, layout, values, dtype), folder, model)
+    read_tokenizer(file, gguf).save_pretrained(folder)
+
+
+def _end_tokens(file: GGUFFile) -> list[int]:
+    """End of text, and end of turn where it is another token."""
+    ids = [file.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    return list(dict.fromkeys(index for index in ids if index is not None))
+
+
+def _tensors(file: GGUFFile, layout: Layout, config: dict[str, Any], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, values in file.tensors():
+        if name == ROPE_FACTORS:
+            continue  # already part of the config, see gguf_layouts
+        target = transformers_name(name, layout)
+        yield target, torch.from_numpy(restore(target, values, layout, config)).to(dtype)
+
+
+def _write_weights(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path, model: Any) -> None:
+    """One model.safetensors, or shards of at most 4 GiB with an index; holds one shard at a time."""
+    seen: dict[str, torch.Tensor] = {}
+    shards: list[list[str]] = []
+    shard: dict[str, torch.Tensor] = {}
+
+    def flush() -> None:
+        save_file(shard, folder / f"model-{len(shards):05}.safetensors", metadata={"format": "pt"})
+        shards.append(list(shard))
+        shard.clear()
+
+    size = 0
+    for name, tensor in tensors:
+        if size + tensor.nbytes > _SHARD_BYTES and shard:
+            flush()
+            size = 0
+        size += tensor.nbytes
+        shard[name] = tensor
+        seen[name] = torch.empty(tensor.shape, device="meta")
+    flush()
+    check_tensors(seen, model)
+    if len(shards) == 1:
+        (folder / "model-00000.safetensors").rename(folder / "model.safetensors")
+        return
+    weight_map = {name: f"model-{index:05}.safetensors" for index, names in enumerate(shards) for name in names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))

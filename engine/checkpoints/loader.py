@@ -1,0 +1,147 @@
+"""`load_model`: from a name to a target model and its tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from engine.batch import ModelSpec, TargetModel
+from engine.checkpoints.sources import LocalCheckpoint, fetch
+from engine.checkpoints.tensors import check_tensors, read_tensors, tied_names
+from engine.models.families import FAMILIES, max_positions, read_architecture
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """tokenizer: transformers' own. directory: where config, weights and tokenizer lie."""
+
+    model: TargetModel
+    tokenizer: Any
+    directory: Path
+
+
+def load_model(
+    source: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    cache_dir: Path | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> LoadedModel:
+    """Loads a target model; `source`, `revision`, `cache_dir` and `progress` as in `sources.fetch`.
+
+    device: `auto` is CUDA where there is one. dtype: `auto` is the checkpoint's own type on a GPU, float32 on a CPU. Families of
+    `engine.models.families` run on the lean decoder, other decoder-only models through `engine.models.fallback`. Code from a
+    checkpoint is never run. Raises ValueError saying what is wrong with the checkpoint or why the model cannot run.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    checkpoint = fetch(source, revision=revision, cache_dir=cache_dir, progress=progress)
+    config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{source} is stored quantised ({config.quantization_config}); load the original weights or a GGUF file")
+    place = _device(device)
+    number = _dtype(dtype, config, place)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory, trust_remote_code=False)
+    if config.model_type in FAMILIES:
+        model = _load_lean(checkpoint, config, number, place)
+    else:
+        from engine.models.fallback import load_fallback
+
+        model = load_fallback(checkpoint.directory, lambda **shape: _spec(checkpoint, config, number, place, **shape))
+    return LoadedModel(model, tokenizer, checkpoint.directory)
+
+
+def build_lean(tensors: dict[str, torch.Tensor], config: Any, make_spec: Callable[..., ModelSpec]) -> TargetModel:
+    """The lean decoder from tensors in transformers' names, which it consumes. `make_spec` gets what only weights and config tell."""
+    from transformers import AutoModelForCausalLM
+
+    from engine.models.decoder import LeanDecoder
+    from engine.models.rope import read_ropes
+    from engine.models.weights import pack_weights
+
+    arch = read_architecture(config)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config)
+    check_tensors(tensors, empty)
+    spec = make_spec(
+        num_kv_heads=arch.num_kv_heads,
+        head_dim=arch.head_dim,
+        parameters=sum(tensor.numel() for tensor in tensors.values()),
+    )
+    names = {shape.rope for shape in arch.layers if shape.rope is not None}
+    ropes = read_ropes(type(empty.model.rotary_emb), config, names, spec.device)
+    tied = "lm_head.weight" in tied_names(empty)
+    return LeanDecoder(spec, arch, ropes, pack_weights(tensors, arch, tied=tied, dtype=spec.dtype, device=spec.device))
+
+
+def _load_lean(checkpoint: LocalCheckpoint, config: Any, dtype: torch.dtype, device: torch.device) -> TargetModel:
+    tensors = read_tensors(checkpoint.directory)
+    return build_lean(tensors, config, lambda **shape: _spec(checkpoint, config, dtype, device, **shape))
+
+
+def _spec(
+    checkpoint: LocalCheckpoint,
+    config: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    num_kv_heads: int,
+    head_dim: int,
+    parameters: int,
+) -> ModelSpec:
+    return ModelSpec(
+        name=checkpoint.name,
+        revision=checkpoint.revision,
+        num_layers=config.num_hidden_layers,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        max_positions=max_positions(config),
+        eos_token_ids=_eos_token_ids(checkpoint.directory, config),
+        dtype=dtype,
+        device=device,
+        parameter_bytes=parameters * dtype.itemsize,
+    )
+
+
+def _eos_token_ids(directory: Path, config: Any) -> tuple[int, ...]:
+    """The generation config decides, as in transformers' `generate`; without one, the model config."""
+    from transformers import GenerationConfig
+
+    ids = config.eos_token_id
+    if (directory / "generation_config.json").exists():
+        ids = GenerationConfig.from_pretrained(directory).eos_token_id
+    if ids is None:
+        return ()
+    return (ids,) if isinstance(ids, int) else tuple(ids)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} was asked for, but torch sees no CUDA device")
+    return device
+
+
+def _dtype(name: str, config: Any, device: torch.device) -> torch.dtype:
+    if name != "auto":
+        if name not in _DTYPES:
+            raise ValueError(f"unknown dtype {name!r}, choose from auto, {', '.join(_DTYPES)}")
+        return _DTYPES[name]
+    if device.type == "cpu":
+        return torch.float32
+    own = getattr(config, "dtype", None)
+    return own if isinstance(own, torch.dtype) else torch.bfloat16

@@ -1,0 +1,83 @@
+"""Reads a folder's safetensors and holds them against what the model expects, name by name and shape by shape."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import load_file
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import torch
+
+_SHOWN = 6
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, one or those of its index. Raises ValueError where there are none."""
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if single.exists():
+        return [single]
+    if not index.exists():
+        pickles = [path.name for path in [*directory.glob("*.bin"), *directory.glob("*.pt"), *directory.glob("*.pth")]]
+        hint = f"; {', '.join(pickles[:_SHOWN])} is a pickle, which can run code and is never loaded" if pickles else ""
+        raise ValueError(f"{directory} has neither model.safetensors nor model.safetensors.index.json{hint}")
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    missing = [name for name in names if not (directory / name).exists()]
+    if missing:
+        raise ValueError(f"{directory} lacks {_listed(missing)}, named in {index.name}")
+    return [directory / name for name in names]
+
+
+def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, memory-mapped. Raises ValueError for a name that two files claim."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path in weight_files(directory):
+        loaded = load_file(path)
+        twice = tensors.keys() & loaded.keys()
+        if twice:
+            raise ValueError(f"{path.name} repeats {_listed(twice)}")
+        tensors.update(loaded)
+    return tensors
+
+
+def check_tensors(tensors: dict[str, torch.Tensor], model: Any) -> None:
+    """Compares with the state dict of `model`, a transformers model on the meta device.
+
+    Drops what transformers itself declares ignorable, and a stored copy of a tied tensor after checking that it is one.
+    Raises ValueError with names for what is missing, left over or mis-shaped.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name, original in tied_names(model).items():
+        expected.pop(name, None)
+        copy = tensors.pop(name, None)
+        if copy is not None and original in tensors and not copy.equal(tensors[original]):
+            raise ValueError(f"the config ties {name} to {original}, but the checkpoint holds two different tensors")
+    ignorable = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq$"]
+    for name in [name for name in tensors.keys() - expected.keys() if any(re.search(pattern, name) for pattern in ignorable)]:
+        del tensors[name]
+    if missing := expected.keys() - tensors.keys():
+        raise ValueError(f"the checkpoint lacks {_listed(missing)}")
+    if unused := tensors.keys() - expected.keys():
+        raise ValueError(f"the checkpoint has tensors that this model does not use: {_listed(unused)}")
+    wrong = [f"{name} {tuple(tensor.shape)}, expected {expected[name]}" for name, tensor in tensors.items() if tensor.shape != expected[name]]
+    if wrong:
+        raise ValueError(f"the checkpoint has tensors of another shape than the config says: {_listed(wrong)}")
+
+
+def tied_names(model: Any) -> dict[str, str]:
+    """Tensor name -> the name it is the same tensor as, where the config asks for tying."""
+    if not getattr(model.config, "tie_word_embeddings", False):
+        return {}
+    keys = getattr(model, "_tied_weights_keys", None) or {}
+    return dict(keys) if isinstance(keys, dict) else {}
+
+
+def _listed(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    more = f" and {len(ordered) - _SHOWN} more" if len(ordered) > _SHOWN else ""
+    return ", ".join(ordered[:_SHOWN]) + more

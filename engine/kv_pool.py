@@ -1,0 +1,29 @@
+"""The paged KV cache: tensors only. Which block belongs to whom is `engine.kv_blocks`' business."""
+
+from __future__ import annotations
+
+import torch
+
+
+class KVPool:
+    """Keys and values of `num_blocks` blocks of `block_size` tokens, for every layer.
+
+    `keys[layer]` and `values[layer]` are [num_blocks, kv_heads, block_size, head_dim]: the tokens of one head of one block lie
+    side by side, which is what both a gather by blocks and a walk over one head's context want. Slot `s` is block `s // block_size`,
+    offset `s % block_size`. Contents start as zeros, so that masked reads of never-written slots are finite.
+    Raises RuntimeError (torch's) when the memory is not there.
+    """
+
+    def __init__(
+        self, num_layers: int, num_blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        shape = (2, num_layers, num_blocks, kv_heads, block_size, head_dim)
+        self._storage = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys: list[torch.Tensor] = list(self._storage[0])
+        self.values: list[torch.Tensor] = list(self._storage[1])
+
+    @property
+    def nbytes(self) -> int:
+        return self._storage.nbytes

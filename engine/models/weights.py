@@ -1,0 +1,118 @@
+"""From checkpoint tensors to the fused, packed weights of the lean decoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+import kernels
+
+if TYPE_CHECKING:
+    from kernels.reference.linear import PackedLinear
+
+    from engine.models.families import Architecture
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One layer; norms are [hidden_size], q_norm and k_norm [head_dim] or [heads * head_dim], None where the family has none."""
+
+    attention_norm: torch.Tensor | None
+    qkv: PackedLinear
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    attention_out: PackedLinear
+    attention_post_norm: torch.Tensor | None
+    mlp_norm: torch.Tensor | None
+    gate_up: PackedLinear
+    down: PackedLinear
+    mlp_post_norm: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderWeights:
+    """embedding: [vocab, hidden]. head: packed [vocab, hidden], a second copy of a tied embedding where packing copies."""
+
+    embedding: torch.Tensor
+    layers: tuple[LayerWeights, ...]
+    norm: torch.Tensor
+    head: PackedLinear
+
+
+def pack_weights(
+    tensors: dict[str, torch.Tensor], arch: Architecture, *, tied: bool, dtype: torch.dtype, device: torch.device
+) -> DecoderWeights:
+    """Consumes `tensors` (transformers' names), layer by layer, so that a checkpoint is never held twice as a whole.
+
+    Raises ValueError naming tensors that are missing or that nothing took.
+    """
+    source = _Source(tensors, dtype, device)
+    embedding = source.take("model.embed_tokens.weight")
+    weights = DecoderWeights(
+        embedding=embedding,
+        layers=tuple(_pack_layer(source, arch, f"model.layers.{index}.") for index in range(len(arch.layers))),
+        norm=_norm(source, arch, "model.norm"),
+        head=kernels.pack_linear(embedding if tied else source.take("lm_head.weight")),
+    )
+    if tensors:
+        raise ValueError(f"the checkpoint has tensors that this model does not use: {', '.join(sorted(tensors)[:8])}")
+    return weights
+
+
+class _Source:
+    """Hands out each tensor once, cast and moved."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor], dtype: torch.dtype, device: torch.device) -> None:
+        self._tensors = tensors
+        self._dtype = dtype
+        self._device = device
+
+    def take(self, name: str) -> torch.Tensor:
+        if name not in self._tensors:
+            raise ValueError(f"the checkpoint lacks {name}")
+        return self._tensors.pop(name).to(device=self._device, dtype=self._dtype)
+
+    def take_if_present(self, name: str) -> torch.Tensor | None:
+        return self.take(name) if name in self._tensors else None
+
+    def linear(self, prefix: str, parts: tuple[str, ...], scale: float = 1.0) -> PackedLinear:
+        """One product for several projections of the same input, stacked along the output."""
+        weight = torch.cat([self.take(f"{prefix}{part}.weight") for part in parts])
+        biases = [self.take_if_present(f"{prefix}{part}.bias") for part in parts]
+        present = [bias for bias in biases if bias is not None]
+        if present and len(present) < len(parts):
+            raise ValueError(f"{prefix}{{{','.join(parts)}}}: some have a bias and some have none")
+        bias = torch.cat(present) if present else None
+        if scale != 1.0:
+            weight, bias = weight * scale, None if bias is None else bias * scale
+        return kernels.pack_linear(weight, bias)
+
+
+def _norm(source: _Source, arch: Architecture, name: str) -> torch.Tensor:
+    weight = source.take(f"{name}.weight")
+    return weight + 1.0 if arch.family.unit_offset else weight
+
+
+def _pack_layer(source: _Source, arch: Architecture, prefix: str) -> LayerWeights:
+    family = arch.family
+    qkv = ("self_attn.qkv_proj",) if family.fused_checkpoint else ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    gate_up = ("mlp.gate_up_proj",) if family.fused_checkpoint else ("mlp.gate_proj", "mlp.up_proj")
+
+    def norm(name: str | None) -> torch.Tensor | None:
+        return None if name is None else _norm(source, arch, prefix + name)
+
+    has_qk_norm = family.qk_norm != "none"
+    return LayerWeights(
+        attention_norm=norm(family.attention_norms[0]),
+        qkv=source.linear(prefix, qkv),
+        q_norm=norm("self_attn.q_norm" if has_qk_norm else None),
+        k_norm=norm("self_attn.k_norm" if has_qk_norm else None),
+        attention_out=source.linear(prefix, ("self_attn.o_proj",), arch.residual_scale),
+        attention_post_norm=norm(family.attention_norms[1]),
+        mlp_norm=norm(family.mlp_norms[0]),
+        gate_up=source.linear(prefix, gate_up),
+        down=source.linear(prefix, ("mlp.down_proj",), arch.residual_scale),
+        mlp_post_norm=norm(family.mlp_norms[1]),
+    )

@@ -1,0 +1,229 @@
+"""Everything about a step's attention that does not depend on the layer, worked out once and reused by all layers.
+
+Sequences are split by how many query rows they bring:
+
+- few rows (decoding, short drafts): *ragged*. Every (row, head) reads exactly its own keys where they lie in the paged cache: scores by
+  a sampled product (`torch.sparse.sampled_addmm`), values by `embedding_bag`. Nothing is gathered, nothing is padded.
+- many rows (prefill, long drafts): *dense*. Keys and values are gathered into one padded batch per bucket of like-sized sequences
+  and go through flash attention with a mask; the gather is paid once for all rows.
+
+Figures (2 cores, float32, 9 heads over 3, 64 sequences of 100-300 tokens, per layer): ragged 1.9 ms a query row, dense 6 ms for
+1 to 5 rows; hence `MAX_RAGGED_ROWS`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+MAX_RAGGED_ROWS = 3
+
+_Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class RaggedGroup:
+    """R query rows over N = heads * (total visible tokens) score entries, ordered by (row, head, position).
+
+    rows: int64 [R] in the packed step. pattern: sparse CSR [R * heads, cache rows]; its values are scratch for the scores.
+    columns: int64 [N] cache rows; offsets: int64 [R * heads], where each (row, head) begins. cells: int64 [N], the place of
+    each entry in a [R * heads, width] matrix.
+    """
+
+    rows: torch.Tensor
+    pattern: torch.Tensor
+    columns: torch.Tensor
+    offsets: torch.Tensor
+    cells: torch.Tensor
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class DenseGroup:
+    """S sequences padded to Q query rows and W cache blocks.
+
+    rows: int64 [S * Q] packed rows, padding repeats a sequence's last row. blocks: int64 [S * kv_heads * W], row numbers
+    of the cache seen as [num_blocks * kv_heads, block_size * head_dim]. mask: [S, 1, heads_per_kv * Q, W * block_size], 0 or -inf.
+    real: int64 [rows that are no padding], indices into the S * Q rows; targets: int64, the packed rows they belong to.
+    """
+
+    rows: torch.Tensor
+    blocks: torch.Tensor
+    mask: torch.Tensor
+    real: torch.Tensor
+    targets: torch.Tensor
+    num_sequences: int
+    num_queries: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """write_rows: int64 [T * kv_heads], where keys and values go in a cache seen as [num_blocks * kv_heads * block_size, head_dim]."""
+
+    write_rows: torch.Tensor
+    ragged: tuple[RaggedGroup, ...]
+    dense: tuple[DenseGroup, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """The step on the host. starts: position of each sequence's first query; window: 0 for none."""
+
+    tables: _Ints
+    query_start: _Ints
+    kv_lengths: _Ints
+    num_blocks: int
+    kv_heads: int
+    block_size: int
+    heads_per_kv: int
+    window: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def query_lengths(self) -> _Ints:
+        return np.diff(self.query_start)
+
+    @property
+    def starts(self) -> _Ints:
+        return self.kv_lengths - self.query_lengths
+
+    def first_visible(self, positions: _Ints) -> _Ints:
+        """The first key position that a query at each position sees."""
+        return np.maximum(positions - self.window + 1, 0) if self.window else np.zeros_like(positions)
+
+    def tensor(self, array: NDArray[np.generic]) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+
+
+def plan_attention(
+    block_tables: torch.Tensor,
+    query_start: torch.Tensor,
+    kv_lengths: torch.Tensor,
+    slots: torch.Tensor,
+    *,
+    cache: torch.Tensor,
+    num_heads: int,
+    window: int | None = None,
+) -> AttentionPlan:
+    """Plans one step; arguments as in `engine.batch.ForwardBatch`.
+
+    cache: any layer's keys [num_blocks, kv_heads, block_size, head_dim]; only shape, dtype and device are read. window: a
+    query sees itself and `window - 1` tokens before it; None for all. Raises ValueError where num_heads is not a multiple of kv_heads.
+    """
+    num_blocks, kv_heads, block_size, _ = cache.shape
+    if num_heads % kv_heads:
+        raise ValueError(f"{num_heads} query heads cannot share {kv_heads} key heads evenly")
+    step = _Step(
+        tables=block_tables.cpu().numpy().astype(np.int64),
+        query_start=query_start.cpu().numpy().astype(np.int64),
+        kv_lengths=kv_lengths.cpu().numpy().astype(np.int64),
+        num_blocks=num_blocks,
+        kv_heads=kv_heads,
+        block_size=block_size,
+        heads_per_kv=num_heads // kv_heads,
+        window=window or 0,
+        dtype=cache.dtype,
+        device=cache.device,
+    )
+    # sampled_addmm and embedding_bag with weights exist for float32 on the CPU; anything else is dense.
+    exact = cache.dtype == torch.float32 and cache.device.type == "cpu"
+    few = step.query_lengths <= (MAX_RAGGED_ROWS if exact else 0)
+    return AttentionPlan(
+        write_rows=_write_rows(slots, kv_heads, block_size),
+        ragged=tuple(_ragged_groups(step, np.flatnonzero(few))),
+        dense=tuple(_dense_groups(step, np.flatnonzero(~few))),
+    )
+
+
+def _write_rows(slots: torch.Tensor, kv_heads: int, block_size: int) -> torch.Tensor:
+    heads = torch.arange(kv_heads, device=slots.device) * block_size
+    return ((slots // block_size * (kv_heads * block_size) + slots % block_size)[:, None] + heads).view(-1)
+
+
+def _runs(lengths: _Ints) -> tuple[_Ints, _Ints]:
+    """For runs of the given lengths laid end to end: the run of each element, and its index inside that run."""
+    owner = np.repeat(np.arange(len(lengths)), lengths)
+    ends = np.cumsum(lengths)
+    return owner, np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
+
+
+def _ragged_groups(step: _Step, sequences: _Ints) -> list[RaggedGroup]:
+    """One group for each power of four in visible tokens: the padded softmax then wastes little, and groups stay few."""
+    if len(sequences) == 0:
+        return []
+    member, index = _runs(step.query_lengths[sequences])
+    owners = sequences[member]
+    rows = step.query_start[owners] + index
+    positions = step.starts[owners] + index
+    first = step.first_visible(positions)
+    lengths = positions - first + 1
+    size_class = np.ceil(np.log2(np.maximum(lengths, 64)) / 2).astype(np.int64)
+    groups = []
+    for size in np.unique(size_class):
+        chosen = size_class == size
+        groups.append(_ragged_group(step, owners[chosen], rows[chosen], first[chosen], lengths[chosen]))
+    return groups
+
+
+def _ragged_group(step: _Step, owners: _Ints, rows: _Ints, first: _Ints, lengths: _Ints) -> RaggedGroup:
+    heads = step.kv_heads * step.heads_per_kv
+    line_lengths = np.repeat(lengths, heads)
+    line, index = _runs(line_lengths)
+    row, head = line // heads, line % heads // step.heads_per_kv
+    position = first[row] + index
+    block = step.tables[owners[row], position // step.block_size]
+    columns = step.tensor((block * step.kv_heads + head) * step.block_size + position % step.block_size)
+    bounds = np.zeros(len(line_lengths) + 1, np.int64)
+    np.cumsum(line_lengths, out=bounds[1:])
+    crow = step.tensor(bounds)
+    width = int(lengths.max())
+    cache_rows = step.num_blocks * step.kv_heads * step.block_size
+    pattern = torch.sparse_csr_tensor(
+        crow, columns, torch.zeros(len(columns), dtype=step.dtype), size=(len(line_lengths), cache_rows), check_invariants=False
+    )
+    return RaggedGroup(step.tensor(rows), pattern, columns, crow[:-1], step.tensor(line * width + index), width)
+
+
+def _dense_groups(step: _Step, sequences: _Ints) -> list[DenseGroup]:
+    """Buckets by query rows (powers of two) and by visible blocks (half powers of two)."""
+    if len(sequences) == 0:
+        return []
+    first_block = step.first_visible(step.starts[sequences]) // step.block_size
+    widths = -(-step.kv_lengths[sequences] // step.block_size) - first_block
+    by_rows = np.ceil(np.log2(step.query_lengths[sequences])).astype(np.int64)
+    by_width = np.ceil(2 * np.log2(widths)).astype(np.int64)
+    bucket = by_rows * 1000 + by_width
+    groups = []
+    for key in np.unique(bucket):
+        chosen = bucket == key
+        groups.append(_dense_group(step, sequences[chosen], first_block[chosen], widths[chosen]))
+    return groups
+
+
+def _dense_group(step: _Step, sequences: _Ints, first_block: _Ints, widths: _Ints) -> DenseGroup:
+    lengths = step.query_lengths[sequences]
+    num_sequences, num_queries, width = len(sequences), int(lengths.max()), int(widths.max())
+    index = np.arange(num_queries)
+    real = index < lengths[:, None]
+    rows = step.query_start[sequences][:, None] + np.minimum(index, lengths[:, None] - 1)
+    column = first_block[:, None] + np.arange(width)
+    table = step.tables[sequences[:, None], np.minimum(column, step.tables.shape[1] - 1)]
+    blocks = table[:, None, :] * step.kv_heads + np.arange(step.kv_heads)[None, :, None]
+    query_position = (step.starts[sequences][:, None] + np.minimum(index, lengths[:, None] - 1))[:, :, None]
+    key_position = (first_block[:, None] * step.block_size + np.arange(width * step.block_size))[:, None, :]
+    visible = (key_position <= query_position) & (key_position >= step.first_visible(query_position))
+    mask = torch.zeros(visible.shape, dtype=step.dtype).masked_fill_(torch.from_numpy(~visible), float("-inf"))
+    mask = mask.unsqueeze(1).repeat(1, 1, step.heads_per_kv, 1)
+    return DenseGroup(
+        rows=step.tensor(rows.reshape(-1)),
+        blocks=step.tensor(blocks.reshape(-1)),
+        mask=mask.to(step.device),
+        real=step.tensor(np.flatnonzero(real)),
+        targets=step.tensor(rows[real]),
+        num_sequences=num_sequences,
+        num_queries=num_queries,
+    )
