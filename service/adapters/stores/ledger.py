@@ -90,7 +90,7 @@ class LedgerBook:
         )
         for row in self._connection.execute(lines):
             key = tuple(str(value if value is not None else "") for value in row[:-1])
-            per_key[key] = ChargeRow(key, {}, {}, int(row.lines))
+            per_key[key] = ChargeRow(key, {}, {}, int(row.lines or 0))  # the sum over nothing is NULL
         meters = (
             select(*labelled, ledger_entries.c.meter, func.sum(ledger_entries.c.amount), func.sum(ledger_entries.c.quantity))
             .select_from(joined.join(ledger_entries, ledger_entries.c.transaction_id == ledger_transactions.c.id))
