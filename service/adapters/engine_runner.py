@@ -5,13 +5,13 @@ from __future__ import annotations
 import gc
 import hashlib
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoints import LoadedModel, load_model
+from engine.checkpoints import LoadedModel, fetch, load_model
 from engine.config import EngineConfig
 from engine.drafters import registry
 from engine.engine import Engine
@@ -34,6 +34,17 @@ class _Loaded:
     name: str
     engine: Engine
     fingerprint: str
+
+
+def checkpoint_folder(entry: ModelEntry, cache_dir: Path, progress: Callable[[str], None] | None = None) -> Path:
+    """The local folder of a registered model, in Hugging Face's layout, fetched and converted first if need be.
+
+    Raises ModelUnavailable with the reason.
+    """
+    try:
+        return fetch(entry.source, revision=entry.revision, cache_dir=cache_dir, progress=progress).directory
+    except (ValueError, OSError) as error:
+        raise ModelUnavailable(f"The model {entry.source!r} cannot be fetched: {error}") from error
 
 
 class EngineRunner:

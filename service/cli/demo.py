@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,10 +41,11 @@ def run_demo(job: Path | None, *, keep: bool, stop: threading.Event) -> None:
     job = job or _example_job(RESULTS / "job.jsonl")
     data_dir = Path(tempfile.mkdtemp(prefix="longdraft-demo-"))
     try:
-        _fetch_model()
         note(f"Starting PostgreSQL, Valkey, API and control process from zero in {data_dir}")
-        with running_service(_fresh(data_dir), stop=stop, say=lambda text: note(f"  {text}")) as running:
+        service = running_service(_fresh(data_dir), stop=stop, say=lambda text: note(f"  {text}"))
+        with _fetching_model() as wait_for_model, service as running:
             note(f"Up after {time.monotonic() - started:.1f} s: {running.url}/v1")
+            wait_for_model()
             _use(running, job, stop)
     finally:
         if keep:
@@ -135,11 +139,20 @@ def _example_job(path: Path) -> Path:
     return path
 
 
-def _fetch_model() -> None:
-    from service.cli.models import pull
+@contextmanager
+def _fetching_model() -> Iterator[Callable[[], None]]:
+    """Fetches the default model in a process of its own, so that this one never loads torch; the value waits for it."""
+    process = subprocess.Popen([sys.executable, "-m", "service.cli.main", "models", "pull"], stdout=subprocess.DEVNULL)
 
-    settings = load_settings()
-    pull(settings, settings.default_model)
+    def wait() -> None:
+        if process.wait():
+            raise Failure("The default model could not be fetched; the reason stands above.")
+
+    try:
+        yield wait
+    finally:
+        process.kill()
+        process.wait()
 
 
 def _fresh(data_dir: Path) -> Settings:

@@ -17,6 +17,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tabl
 """The `--json` flag that every command takes."""
 
 
+PIPED_WIDTH = 200
+"""Columns of a table that nobody reads on a screen: wide enough that ids stay in one piece."""
+
+
 class Failure(LongdraftError):
     """A command cannot go on; the message says what, with which value, and what to do."""
 
@@ -27,7 +31,10 @@ def console(*, stderr: bool = False) -> Console:
     """A fresh console. rich is imported here: `--help` and `--json` do not need it."""
     from rich.console import Console
 
-    return Console(stderr=stderr, highlight=False, soft_wrap=True)
+    found = Console(stderr=stderr, highlight=False)
+    if not found.is_terminal:
+        found.width = PIPED_WIDTH
+    return found
 
 
 def note(text: str) -> None:
