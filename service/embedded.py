@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import psycopg
@@ -235,7 +236,7 @@ def _ping(path: Path) -> None:
 # --- processes ------------------------------------------------------------------------------------------------------------------
 
 
-def _identity(owner: pwd.struct_passwd | None) -> dict[str, object]:
+def _identity(owner: pwd.struct_passwd | None) -> dict[str, Any]:
     return {"user": owner.pw_uid, "group": owner.pw_gid, "extra_groups": []} if owner else {}
 
 
@@ -250,7 +251,7 @@ def _start(command: Sequence[object], logfile: Path, owner: pwd.struct_passwd | 
 
     logfile.parent.mkdir(parents=True, exist_ok=True)
     with logfile.open("ab") as out:
-        return subprocess.Popen(  # type: ignore[call-overload, no-any-return]  # noqa: S603 - our own binaries and arguments
+        return subprocess.Popen(  # noqa: S603 - our own binaries and arguments
             [str(part) for part in command],
             stdin=subprocess.DEVNULL,
             stdout=out,

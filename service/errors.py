@@ -84,6 +84,12 @@ class BlobCorrupt(LongdraftError):
     code = "blob_corrupt"
 
 
+class BlobDenied(Unavailable):
+    """The object store refuses our credentials, or has no such bucket: an outage that only the operator can end."""
+
+    code = "storage_denied"
+
+
 class ModelUnavailable(LongdraftError):
     """A model cannot be loaded here; the message says why and what to do."""
 

@@ -20,6 +20,20 @@ from service.adapters.stores.outbox import OutboxRows
 from service.adapters.stores.results import Results
 from service.adapters.stores.workers import Workers
 from service.errors import Unavailable
+from service.ports import (
+    AccountStore,
+    BatchStore,
+    FileStore,
+    GroupStore,
+    GroupWatch,
+    Ledger,
+    LineStore,
+    Outbox,
+    RequestMemory,
+    ResultStore,
+    UnitOfWork,
+    WorkerStore,
+)
 
 
 class Transaction:
@@ -28,17 +42,17 @@ class Transaction:
     def __init__(self, connection: sa.Connection) -> None:
         self._connection = connection
         self.now: datetime = connection.execute(sa.select(sa.func.now())).scalar_one().astimezone(UTC)
-        self.accounts = Accounts(connection)
-        self.files = Files(connection)
-        self.batches = Batches(connection)
-        self.requests = Requests(connection)
-        self.lines = Lines(connection)
-        self.results = Results(connection)
-        self.groups = Groups(connection)
-        self.watch = Watch(connection)
-        self.outbox = OutboxRows(connection)
-        self.ledger = LedgerBook(connection)
-        self.workers = Workers(connection)
+        self.accounts: AccountStore = Accounts(connection)
+        self.files: FileStore = Files(connection)
+        self.batches: BatchStore = Batches(connection)
+        self.requests: RequestMemory = Requests(connection)
+        self.lines: LineStore = Lines(connection)
+        self.results: ResultStore = Results(connection)
+        self.groups: GroupStore = Groups(connection)
+        self.watch: GroupWatch = Watch(connection)
+        self.outbox: Outbox = OutboxRows(connection)
+        self.ledger: Ledger = LedgerBook(connection)
+        self.workers: WorkerStore = Workers(connection)
 
     def try_lock(self, name: str) -> bool:
         return bool(self._connection.execute(sa.select(sa.func.pg_try_advisory_xact_lock(advisory_key(name)))).scalar_one())
@@ -58,7 +72,7 @@ class PostgresDatabase:
         )
 
     @contextlib.contextmanager
-    def begin(self) -> Iterator[Transaction]:
+    def begin(self) -> Iterator[UnitOfWork]:
         try:
             with self._engine.begin() as connection:
                 yield Transaction(connection)
