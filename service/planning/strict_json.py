@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import orjson
@@ -47,11 +48,11 @@ def _count_keys(value: Any, max_depth: int) -> int:
             raise InvalidJson(f"it is nested deeper than {max_depth} levels")
         below: list[Any] = []
         for container in level:
-            if isinstance(container, dict):
+            items: Iterable[Any] = container
+            if type(container) is dict:
                 keys += len(container)
-                below.extend(item for item in container.values() if isinstance(item, dict | list))
-            else:
-                below.extend(item for item in container if isinstance(item, dict | list))
+                items = container.values()
+            below += [item for item in items if type(item) is dict or type(item) is list]
         level = below
     return keys
 

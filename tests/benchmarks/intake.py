@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+import structlog
 
 from service.adapters.blobs_local import LocalBlobStore
 from service.adapters.schema import upgrade
@@ -142,6 +143,7 @@ def main() -> int:
     parser.add_argument("--bytes", type=int, default=200_000_000)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))  # stdout is for the figures
     with tempfile.TemporaryDirectory(prefix="longdraft-intake-") as folder:
         figures = measure(Path(folder), options.lines, options.bytes)
     sys.stdout.write((json.dumps(figures) if options.json else sentence(figures)) + "\n")
