@@ -3,6 +3,8 @@
 import typing
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from openai.types import completion_create_params as completion_types
 from openai.types.chat import completion_create_params as chat_types
 
@@ -211,3 +213,32 @@ def test_a_message_never_grows_with_the_value():
         assert len(rejection(chat, temperature=value)["message"]) < 400
         assert len(rejection(chat, response_format=value)["message"]) < 400
     assert len(rejection(chat, **{"y" * 10**6: 1})["message"]) < 400
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "type", "text", "name", "user", "refusal"]), inner, max_size=4)
+    ),
+    max_leaves=10,
+)
+
+
+@given(st.sampled_from(sorted(ENDPOINTS)), st.data())
+def test_any_body_is_parsed_or_refused_by_name(endpoint, data):
+    names = [*ENDPOINTS[endpoint], "unknown"]
+    base = {"model": "m", "messages": HELLO} if endpoint == CHAT else {"model": "m", "prompt": "Once"}
+    body = {**base, **data.draw(st.dictionaries(st.sampled_from(names), JSON, max_size=3))}
+    try:
+        request = parse_body(endpoint, body)
+    except LineRejected as error:
+        request, refused = None, error.param
+    if request is None:
+        assert refused.partition("[")[0].partition(".")[0] in body
+        return
+    assert request.temperature >= 0
+    assert 0 < request.top_p <= 1
+    assert request.top_k >= 0
+    assert request.max_tokens is None or request.max_tokens >= 1
+    assert (request.messages is None) != (request.prompt is None)

@@ -1,6 +1,9 @@
 """The verdict on every kind of bad line, and on files as a whole."""
 
+import orjson
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from service.domain.job import InputError
 from service.planning.validate import ErrorList, InputRefused, LineRules, check_lines
@@ -81,3 +84,40 @@ def test_the_error_list_is_bounded_and_counts_the_rest():
     listed = errors.as_tuple()
     assert [(error.code, error.line) for error in listed] == [("invalid_json_line", 1), ("invalid_json_line", 3), ("more_errors", None)]
     assert listed[-1].message == "2 more errors are not listed; the first 2 are."
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["model", "messages", "content", "text", "x"]), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+
+
+@given(st.lists(st.binary(max_size=30) | JSON.map(orjson.dumps), max_size=5), st.integers(1, 40))
+def test_any_bytes_get_a_verdict(lines, max_line_bytes):
+    rules = LineRules(ENDPOINT, {MODEL: MODEL}.get, max_line_bytes=max_line_bytes)
+    data = b"\n".join(lines)
+    if not data.removeprefix(b"\xef\xbb\xbf").strip():
+        with pytest.raises(InputRefused, match="no requests"):
+            check(data, rules=rules)
+        return
+    checked = check(data, rules=rules)
+    assert [line.staged.line_no for line in checked] == list(range(1, len(checked) + 1))
+    assert all(line.error is not None for line in checked)
+
+
+@given(JSON, JSON, JSON, JSON)
+def test_any_envelope_gets_a_verdict(custom_id, method, url, content):
+    line = orjson.dumps({"custom_id": custom_id, "method": method, "url": url, "body": content})
+    [checked] = check(line)
+    assert checked.error is not None
+
+
+@given(JSON, JSON)
+def test_any_prompt_can_be_grouped(messages, prompt):
+    [checked] = check(good(body={"model": MODEL, "messages": messages, "prompt": prompt, "max_tokens": messages}))
+    assert checked.error is None
+    assert checked.staged.prefix_key
+    assert 0 < checked.staged.expected_tokens < 2**31
