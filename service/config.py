@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from service.errors import ConfigError
 
@@ -79,6 +79,25 @@ class EngineSettings(_Section):
     threads: int | None = Field(None, gt=0)
 
 
+class Standin(_Section):
+    """The stand-in engine of fault and load tests (`runner = "standin"`)."""
+
+    delay: float = Field(0.0, ge=0)
+    """Seconds that a line takes."""
+    capacity: int = Field(64, gt=0)
+    answer_bytes: int = Field(64, gt=0)
+    witness: Path | None = None
+    """A file that gets one JSON line for each start and finish of a line."""
+    die_on: tuple[str, ...] = ()
+    """custom_ids of lines that kill the process when they start. In the environment: comma-separated."""
+    die_how: Literal["sigkill", "exit", "memory"] = "sigkill"
+
+    @field_validator("die_on", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return tuple(filter(None, value.split(","))) if isinstance(value, str) else value
+
+
 class Settings(_Section):
     data_dir: Path
     cache_dir: Path
@@ -109,6 +128,7 @@ class Settings(_Section):
     limits: Limits = Limits()
     timing: Timing = Timing()
     s3: S3 = S3()
+    standin: Standin = Standin()
 
     @property
     def server_url(self) -> str:
