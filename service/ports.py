@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any, BinaryIO, Generic, Protocol, TypeVar
@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Generic, Protocol, TypeVar
 from service.domain.account import ApiKey, File, FilePurpose, Project
 from service.domain.job import Batch
 from service.domain.line import GroupLease, LineOutcome, LineWork, PendingLine, PlannedGroup, Segment, StagedLine, StoredResult
-from service.domain.money import LedgerTransaction, PriceBook, Rates
+from service.domain.money import ChargeDetail, LedgerTransaction, PriceBook, Rates
 from service.domain.usage import Usage, Work
 
 Item = TypeVar("Item")
@@ -279,6 +279,9 @@ class ChargeRow:
     def total(self) -> int:
         return sum(self.amounts.values())
 
+    def evolve(self, **changes: Any) -> ChargeRow:
+        return replace(self, **changes)
+
 
 class Ledger(Protocol):
     """Append-only double-entry ledger and the versioned price book."""
@@ -326,6 +329,59 @@ class WorkerRow:
     acceptance_length: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class ChargeFilter:
+    """What a report looks at: from `start` up to, not including, `end`; None takes all."""
+
+    start: datetime
+    end: datetime
+    project_ids: Collection[str] | None = None
+    api_key_ids: Collection[str] | None = None
+    batch_ids: Collection[str] | None = None
+    models: Collection[str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Charges of one time bucket that begins at `start`, for one group."""
+
+    start: datetime
+    charges: ChargeRow
+
+
+@dataclass(frozen=True, slots=True)
+class WorkRow:
+    """What delivered lines made one worker do. `worker` and `device` are empty for lines that were settled without one."""
+
+    key: tuple[str, ...]
+    worker: str
+    device: str
+    lines: int
+    work: Work
+
+
+class CostStore(Protocol):
+    """The ledger and the token ledger as reports and exports read them. Groups are named as in `Ledger.report`."""
+
+    def buckets(self, which: ChargeFilter, *, width: timedelta, by: Sequence[str]) -> Sequence[Bucket]:
+        """Charges net of reversals, by time (buckets aligned to the epoch, UTC) and group, in this order; empty buckets are left out."""
+        ...
+
+    def details(self, which: ChargeFilter) -> Iterator[ChargeDetail]:
+        """The finest aggregate, oldest first; streamed."""
+        ...
+
+    def work(self, which: ChargeFilter, *, by: Sequence[str]) -> Sequence[WorkRow]:
+        """Token ledgers of the lines delivered in the time chosen, by group and worker."""
+        ...
+
+    def workers(self, start: datetime, end: datetime) -> Sequence[WorkerRow]:
+        """Those that lived at some time between; their meters are of their whole lives."""
+        ...
+
+    def charge_of(self, batch_id: str, line_no: int) -> LedgerTransaction | None: ...
+
+
 class WorkerStore(Protocol):
     def register(self, worker_id: str, *, host: str, pid: int, device: str) -> None: ...
     def beat(self, worker: WorkerRow) -> None:
@@ -352,6 +408,7 @@ class UnitOfWork(Protocol):
     outbox: Outbox
     ledger: Ledger
     workers: WorkerStore
+    costs: CostStore
 
     def try_lock(self, name: str) -> bool:
         """A transaction-scoped advisory lock; False where another holds it."""

@@ -12,6 +12,7 @@ from sqlalchemy import exc
 from service.adapters.postgres import advisory_key, sqlalchemy_url
 from service.adapters.stores.accounts import Accounts
 from service.adapters.stores.batches import Batches, Requests
+from service.adapters.stores.costs import Costs
 from service.adapters.stores.files import Files
 from service.adapters.stores.groups import Groups, Watch
 from service.adapters.stores.ledger import LedgerBook
@@ -23,6 +24,7 @@ from service.errors import Unavailable
 from service.ports import (
     AccountStore,
     BatchStore,
+    CostStore,
     FileStore,
     GroupStore,
     GroupWatch,
@@ -53,6 +55,7 @@ class Transaction:
         self.outbox: Outbox = OutboxRows(connection)
         self.ledger: Ledger = LedgerBook(connection)
         self.workers: WorkerStore = Workers(connection)
+        self.costs: CostStore = Costs(connection)
 
     def try_lock(self, name: str) -> bool:
         return bool(self._connection.execute(sa.select(sa.func.pg_try_advisory_xact_lock(advisory_key(name)))).scalar_one())

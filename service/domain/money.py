@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import date, datetime
 from enum import StrEnum
 
 FEMTO_PER_NANO = 10**6
@@ -77,3 +77,25 @@ class LedgerTransaction:
     model: str
     price_version: int
     legs: tuple[Leg, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ChargeDetail:
+    """Charges or reversals of one day, batch, model, meter and price. `amount`: femto-dollars, `rate`: nano-dollars per million tokens.
+
+    A reversal has a negative amount and quantity, and `charged_on`, the day of the charge that it takes back.
+    """
+
+    day: date
+    project_id: str
+    project_name: str
+    batch_id: str
+    model: str
+    price_version: int
+    kind: LedgerKind
+    charged_on: date
+    meter: Meter
+    rate: int
+    quantity: int
+    amount: int
+    tags: Mapping[str, str]

@@ -13,14 +13,13 @@ from sqlalchemy.dialects.postgresql import ARRAY
 
 from service.adapters.postgres import advisory_key
 from service.adapters.stores.audit import violations
-from service.adapters.tables import batches, ledger_entries, ledger_transactions, price_books, prices
-from service.domain.money import LedgerKind, LedgerTransaction, PriceBook, Rates
-from service.errors import Conflict, InvalidRequest, NotFound
+from service.adapters.stores.charges import charges, report_key
+from service.adapters.tables import ledger_entries, ledger_transactions, price_books, prices
+from service.domain.money import LedgerTransaction, PriceBook, Rates
+from service.errors import Conflict, NotFound
 from service.ports import ChargeRow
 
 ANY_MODEL = "*"
-REPORT_KEYS = ("day", "model", "project", "batch")
-TAG = "tag:"
 
 _LEG_COLUMNS: Mapping[str, Any] = {
     "transaction_id": BigInteger,
@@ -70,40 +69,14 @@ class LedgerBook:
     # --- what was charged -------------------------------------------------------------------------------------------------------
 
     def batch_total(self, batch_id: str) -> ChargeRow:
-        rows = self._charges([], [ledger_transactions.c.batch_id == batch_id])
+        rows = charges(self._connection, [], [ledger_transactions.c.batch_id == batch_id])
         return rows[0] if rows else ChargeRow((), {}, {}, 0)
 
     def report(self, *, project_id: str | None, start: datetime, end: datetime, by: Sequence[str]) -> Sequence[ChargeRow]:
         which = [ledger_transactions.c.created_at >= start, ledger_transactions.c.created_at < end]
         if project_id is not None:
             which.append(ledger_transactions.c.project_id == project_id)
-        return self._charges([_report_key(name) for name in by], which)
-
-    def _charges(self, keys: Sequence[sa.ColumnElement[Any]], which: Sequence[sa.ColumnElement[bool]]) -> list[ChargeRow]:
-        """Metered legs of the chosen transactions, grouped by `keys`. A charge counts a line, a reversal takes it off again."""
-        labelled = [key.label(f"key_{number}") for number, key in enumerate(keys)]
-        joined = ledger_transactions.join(batches, batches.c.id == ledger_transactions.c.batch_id)
-        counted = sa.case((ledger_transactions.c.kind == LedgerKind.CHARGE.value, 1), else_=-1)
-        per_key: dict[tuple[str, ...], ChargeRow] = {}
-        lines = (
-            select(*labelled, func.sum(counted).label("lines")).select_from(joined).where(*which).group_by(*labelled).order_by(*labelled)
-        )
-        for row in self._connection.execute(lines):
-            key = tuple(str(value if value is not None else "") for value in row[:-1])
-            per_key[key] = ChargeRow(key, {}, {}, int(row.lines or 0))  # the sum over nothing is NULL
-        meters = (
-            select(*labelled, ledger_entries.c.meter, func.sum(ledger_entries.c.amount), func.sum(ledger_entries.c.quantity))
-            .select_from(joined.join(ledger_entries, ledger_entries.c.transaction_id == ledger_transactions.c.id))
-            .where(*which, ledger_entries.c.meter.is_not(None))
-            .group_by(*labelled, ledger_entries.c.meter)
-        )
-        amounts: dict[tuple[str, ...], dict[str, int]] = {}
-        quantities: dict[tuple[str, ...], dict[str, int]] = {}
-        for *values, meter, amount, quantity in self._connection.execute(meters):
-            key = tuple(str(value if value is not None else "") for value in values)
-            amounts.setdefault(key, {})[meter] = int(amount)
-            quantities.setdefault(key, {})[meter] = int(quantity)
-        return [ChargeRow(key, amounts.get(key, {}), quantities.get(key, {}), row.lines) for key, row in per_key.items()]
+        return charges(self._connection, [report_key(name) for name in by], which)
 
     # --- prices -----------------------------------------------------------------------------------------------------------------
 
@@ -135,19 +108,3 @@ class LedgerBook:
 
     def violations(self, batch_id: str | None = None) -> Sequence[str]:
         return violations(self._connection, batch_id)
-
-
-def _report_key(name: str) -> sa.ColumnElement[Any]:
-    """Raises InvalidRequest for a name that reports cannot be grouped by."""
-    columns: Mapping[str, sa.ColumnElement[Any]] = {
-        "day": func.to_char(ledger_transactions.c.created_at, "YYYY-MM-DD"),  # the session's time zone is UTC
-        "model": ledger_transactions.c.model,
-        "project": ledger_transactions.c.project_id,
-        "batch": ledger_transactions.c.batch_id,
-    }
-    if name in columns:
-        return columns[name]
-    if name.startswith(TAG):
-        tag: sa.ColumnElement[Any] = batches.c.metadata[name.removeprefix(TAG)].astext
-        return tag
-    raise InvalidRequest(f"Costs can be grouped by {', '.join(REPORT_KEYS)} or {TAG}<metadata key>; got {name[:64]!r}.", param="group_by")
