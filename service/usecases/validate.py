@@ -133,17 +133,19 @@ class _Validation:
         )
         scan = _Scan()
         skip = batch.on_invalid_line is OnInvalidLine.SKIP
-        checked = check_lines(self._read(file), rules)
-        while chunk := list(islice(checked, CHUNK_LINES)):
+        # Verdicts without the parsed bodies: a chunk of long lines would otherwise be the whole file in memory.
+        verdicts = ((line.staged, line.error) for line in check_lines(self._read(file), rules))
+        while chunk := list(islice(verdicts, CHUNK_LINES)):
+            good = [line for line, error in chunk if error is None]
+            refused = [(line, error) for line, error in chunk if error is not None]
             scan.total += len(chunk)
-            refused = [(line.staged, line.error) for line in chunk if line.error is not None]
-            scan.model = scan.model or next((line.staged.model for line in chunk if line.error is None), None)
+            scan.model = scan.model or next((line.model for line in good), None)
             if skip:
-                scan.rejected += self._write([line.staged for line in chunk], refused)
-                continue
-            for _, error in refused:
-                scan.errors.add(error)
-            self._write([line.staged for line in chunk if line.error is None], [])
+                scan.rejected += self._write([line for line, _ in chunk], refused)
+            else:
+                for _, error in refused:
+                    scan.errors.add(error)
+                self._write(good, [])
         return scan
 
     def _read(self, file: File) -> Iterator[bytes]:

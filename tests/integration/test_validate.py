@@ -1,5 +1,6 @@
 """Validation as a promise kept: after a crash at any point, against a cancel at any point, and only by the newest claimant."""
 
+import tracemalloc
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -208,6 +209,18 @@ def test_the_lease_is_renewed_while_bytes_arrive(intake, monkeypatch):
     intake.validate(item)
     assert renewed
     assert set(renewed) == {intake.lease}
+
+
+def test_long_lines_are_not_kept(database):
+    intake = Intake(database, MemoryBlobStore())
+    batch = intake.submit(b"\n".join(good(f"c{n}", body=body(user="x" * 1_000_000)) for n in range(40)))
+    item = intake.claim(batch)
+    tracemalloc.start()
+    intake.validate(item)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert intake.load(batch).total == 40
+    assert peak < 25_000_000, "some lines of 1 MB, not 40"
 
 
 def raise_(error):
