@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from psycopg import sql
 
 from service.adapters.schema import upgrade
+from service.config import S3
 from service.embedded import Endpoints, embedded_servers
 
 
@@ -94,3 +96,40 @@ def blob_root(tmp_path: Path) -> Path:
     root = tmp_path / "blobs"
     root.mkdir()
     return root
+
+
+@pytest.fixture(scope="session")
+def s3_url() -> Iterator[str]:
+    """An S3 server over HTTP, in this process. It takes any credentials."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3_settings(s3_url: str) -> S3:
+    return S3(
+        endpoint_url=s3_url, region="us-east-1", access_key_id="key", secret_access_key="secret", path_style=True, multipart_bytes=5 << 20
+    )
+
+
+@pytest.fixture
+def s3_bucket(s3_settings: S3) -> str:
+    """A bucket of this test's own."""
+    import boto3
+
+    name = f"test-{uuid4().hex}"
+    client = boto3.client(
+        "s3",
+        endpoint_url=s3_settings.endpoint_url,
+        region_name=s3_settings.region,
+        aws_access_key_id=s3_settings.access_key_id,
+        aws_secret_access_key=s3_settings.secret_access_key,
+    )
+    client.create_bucket(Bucket=name)
+    return name

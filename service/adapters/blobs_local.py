@@ -29,7 +29,8 @@ class LocalBlobStore:
     def __init__(self, root: Path) -> None:
         self._root = root.absolute()
         with _outages(f"The folder {self._root} cannot be used"):
-            (self._root / INCOMING).mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            (self._root / INCOMING).mkdir(mode=0o700, exist_ok=True)
 
     def writer(self, key: str) -> LocalWriter:
         return LocalWriter(self._root, key, self._path(key))
@@ -138,7 +139,7 @@ class LocalWriter:
 
     def _move(self) -> None:
         for attempt in range(RENAME_TRIES):
-            self._target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 self._temporary.rename(self._target)
                 break
