@@ -1,0 +1,142 @@
+"""The engine behind the runner's port: a real engine on a tiny random model."""
+
+import pytest
+from openai.types import Completion
+from openai.types.chat import ChatCompletion
+
+from service.adapters.engine_runner import EngineRunner
+from service.config import EngineSettings, ModelEntry
+from service.domain.line import LineWork, Outcome
+from service.errors import ModelUnavailable
+from tests.tiny_model import CONTEXT, make_tiny_model
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def runner(folder, tmp_path_factory):
+    settings = EngineSettings(device="cpu", kv_memory="4MiB", max_sequences=4, threads=1)
+    runner = EngineRunner({"tiny": ModelEntry(source=str(folder))}, settings, tmp_path_factory.mktemp("cache"))
+    runner.load("tiny")
+    return runner
+
+
+def chat(number, text="hello", **body):
+    body = {"model": "alias", "messages": [{"role": "user", "content": text}], "max_tokens": 8, "temperature": 0, **body}
+    return LineWork("batch_1", number, 7, f"id-{number}", "tiny", CHAT, body)
+
+
+def run(runner, *lines):
+    return {outcome.line_no: outcome for outcome in runner.run(lines)}
+
+
+def test_a_chat_line_gets_openais_answer(runner):
+    (outcome,) = runner.run([chat(1)])
+    assert outcome.outcome is Outcome.SUCCEEDED
+    assert (outcome.batch_id, outcome.line_no, outcome.group_id, outcome.custom_id) == ("batch_1", 1, 7, "id-1")
+    answer = ChatCompletion.model_validate(outcome.body, strict=True)
+    assert answer.model == "tiny"
+    assert answer.system_fingerprint.startswith("ld-")
+    assert answer.usage.prompt_tokens == len("<user>hello<assistant>")
+    assert 1 <= answer.usage.completion_tokens <= 8
+    assert outcome.usage.input_tokens == answer.usage.prompt_tokens
+    assert outcome.work.sampled >= outcome.usage.output_tokens
+    assert outcome.work.cached + outcome.work.prefilled >= outcome.usage.input_tokens
+    assert outcome.work.device_ns > 0
+
+
+def test_completions_take_text_and_token_ids(runner):
+    text = LineWork("b", 1, 1, "t", "tiny", COMPLETIONS, {"model": "tiny", "prompt": "abc", "max_tokens": 4, "temperature": 0})
+    same = LineWork("b", 2, 1, "i", "tiny", COMPLETIONS, {**text.body, "prompt": list(runner._loaded.engine.tokenizer.encode("abc"))})
+    outcomes = run(runner, text, same)
+    assert Completion.model_validate(outcomes[1].body, strict=True).choices[0].text == outcomes[2].body["choices"][0]["text"]
+
+
+@pytest.mark.parametrize(
+    ("line", "param", "words"),
+    [
+        (chat(1, temperature=9), "temperature", "9"),
+        (chat(1, text="x" * CONTEXT), "messages", f"{CONTEXT} tokens are this model's maximum context"),
+        (chat(1, max_tokens=CONTEXT), "max_tokens", "for the answer"),
+        (chat(1, messages=[{"role": "assistant", "content": "me first"}]), "messages", "cannot begin with the assistant"),
+        (LineWork("b", 1, 1, "x", "tiny", COMPLETIONS, {"model": "tiny", "prompt": [1, 99999]}), "prompt", "99999"),
+        (LineWork("b", 1, 1, "x", "tiny", CHAT, chat(1).body, drafter="psychic"), "drafter", "psychic"),
+    ],
+)
+def test_what_cannot_be_run_is_a_400_that_names_the_value_and_the_others_run(runner, line, param, words):
+    outcomes = run(runner, line, chat(2))
+    refused = outcomes[1]
+    assert (refused.outcome, refused.status_code, refused.body["error"]["param"]) == (Outcome.REJECTED, 400, param)
+    assert words in refused.body["error"]["message"]
+    assert refused.usage.total_tokens == 0
+    assert outcomes[2].outcome is Outcome.SUCCEEDED
+
+
+def test_without_a_limit_the_answer_may_fill_the_context(runner):
+    (outcome,) = runner.run([chat(1, max_tokens=None, text="fill it")])
+    assert outcome.outcome is Outcome.SUCCEEDED
+    assert outcome.usage.total_tokens <= CONTEXT
+    assert outcome.body["choices"][0]["finish_reason"] == "stop" or outcome.usage.total_tokens == CONTEXT
+
+
+def test_a_feeder_that_waits_for_a_rejection_gets_it(runner):
+    """A worker commits a group before it brings the next line; nothing is running meanwhile that could carry the rejection out."""
+    seen = []
+
+    def lines():
+        yield chat(1, temperature=9)
+        waited = 0
+        while not seen:
+            waited += 1
+            assert waited < 1000, "the rejection was held back"
+            yield None
+        yield chat(2)
+
+    for outcome in runner.run(lines()):
+        seen += [outcome.line_no]
+    assert seen == [1, 2]
+
+
+def test_aborted_lines_yield_nothing_and_the_others_finish(runner):
+    def lines():
+        yield chat(1, max_tokens=200)
+        yield chat(2)
+        runner.abort([("batch_1", 1)])
+        yield chat(3)
+
+    assert {outcome.line_no for outcome in runner.run(lines())} == {2, 3}
+
+
+def test_the_same_seed_gives_the_same_text_alone_and_in_company(runner):
+    sampled = {"temperature": 0.8, "seed": 11, "max_tokens": 24}
+    alone = run(runner, chat(1, "write", **sampled))[1].body["choices"][0]["message"]["content"]
+    company = run(runner, *(chat(n, f"other {n}") for n in range(2, 9)), chat(1, "write", **sampled))
+    assert company[1].body["choices"][0]["message"]["content"] == alone
+
+
+def test_models_that_cannot_be_loaded_say_why(folder, tmp_path):
+    runner = EngineRunner({"broken": ModelEntry(source=str(folder / "weights.bin"))}, EngineSettings(device="cpu"), tmp_path)
+    with pytest.raises(ModelUnavailable, match=r"nothing.*known: broken"):
+        runner.load("nothing")
+    with pytest.raises(ModelUnavailable, match="broken"):
+        runner.load("broken")
+    with pytest.raises(RuntimeError, match="load"):
+        next(runner.run([]))
+
+
+def test_meters_survive_unloading(folder, tmp_path):
+    settings = EngineSettings(device="cpu", kv_memory="4MiB", max_sequences=2)
+    runner = EngineRunner({"tiny": ModelEntry(source=str(folder))}, settings, tmp_path)
+    runner.load("tiny")
+    list(runner.run([chat(1)]))
+    before = runner.stats()
+    runner.close()
+    after = runner.stats()
+    assert before.busy_ns > 0
+    assert (after.busy_ns, after.load_ns, after.profile_ns) == (before.busy_ns, before.load_ns, before.profile_ns)
+    assert runner.device == "cpu"
