@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from uuid import uuid4
 
 import httpx
 import uvicorn
@@ -56,17 +57,20 @@ class ApiServer:
     services: Services
 
     @contextmanager
-    def tenant(self, project: str = "default", *, scopes: tuple[str, ...] = ("all",)) -> Iterator[Tenant]:
+    def tenant(self, project_id: str | None = None, *, scopes: tuple[str, ...] = ("all",)) -> Iterator[Tenant]:
+        """A key for a project, which is a new one unless it is named."""
         database = self.services.database
-        with database.begin() as uow:
-            found = [p for p in uow.accounts.projects() if p.name == project] or [uow.accounts.add_project(project)]
-        key, secret = create_key(database, found[0].id, "test", pepper=self.services.settings.key_pepper, scopes=scopes)
+        if project_id is None:
+            with database.begin() as uow:
+                project_id = uow.accounts.add_project(f"project {uuid4().hex}").id
+        key, secret = create_key(database, project_id, "test", pepper=self.services.settings.key_pepper, scopes=scopes)
         with httpx.Client(base_url=self.url, headers={"authorization": f"Bearer {secret}"}, timeout=30) as http:
-            yield Tenant(self.url, found[0].id, key, secret, http)
+            yield Tenant(self.url, project_id, key, secret, http)
 
-    def stored(self, prefix: str = "") -> list[str]:
-        """Keys of all objects in the blob store."""
-        return [blob.key for blob in self.services.blobs.list(prefix)]
+    def stored(self) -> set[str]:
+        """Every file of the blob store, unfinished ones too."""
+        root = self.services.settings.data_dir / "blobs"
+        return {str(path) for path in root.rglob("*") if path.is_file()}
 
     def put_file(self, project_id: str, content: bytes, **changes: Any) -> File:
         """A finished output file, as finalisation leaves it."""

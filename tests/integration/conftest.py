@@ -1,29 +1,36 @@
-"""The application on a real port, on this test's own database and blob store."""
+"""The application on a real port: one server, database and blob store a module, a project of its own for every test."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from service.adapters.blobs_local import LocalBlobStore
 from service.adapters.memory import MemoryTaskQueue
 from service.bootstrap import Services
-from service.config import Limits, load_settings
+from service.config import load_settings
 from service.ports import Database
 from tests.integration.api_server import ApiServer, Tenant, serve
 
 
-@pytest.fixture
-def api(database: Database, tmp_path: Path) -> Iterator[ApiServer]:
-    settings = load_settings({}, data_dir=tmp_path, limits=Limits(max_file_bytes=1_000_000).model_dump())
-    services = Services(settings, database, LocalBlobStore(tmp_path / "blobs"), MemoryTaskQueue())
+@pytest.fixture(scope="module")
+def api(module_database: Database, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
+    folder = tmp_path_factory.mktemp("api")
+    settings = load_settings({}, data_dir=folder, limits={"max_file_bytes": 1_000_000})
+    services = Services(settings, module_database, LocalBlobStore(folder / "blobs"), MemoryTaskQueue())
     with serve(services) as server:
         yield server
 
 
 @pytest.fixture
 def tenant(api: ApiServer) -> Iterator[Tenant]:
-    with api.tenant() as default:
-        yield default
+    with api.tenant() as own:
+        yield own
+
+
+@pytest.fixture
+def stranger(api: ApiServer) -> Iterator[Tenant]:
+    """Another project's."""
+    with api.tenant() as other:
+        yield other

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from service.domain.job import BatchStatus
-from service.domain.line import LineOutcome, Outcome, Segment
+from service.domain.line import LineOutcome, Outcome, Segment, StagedLine
 from service.domain.result_lines import encode_result
 from tests.integration.api_server import ApiServer, Tenant
 from tests.integration.test_api_files import refused
@@ -124,8 +124,7 @@ def test_a_repeat_of_a_create_that_never_arrived_creates(tenant: Tenant) -> None
 def test_another_key_s_repeat_is_its_own(api: ApiServer, tenant: Tenant) -> None:
     file_id = tenant.upload()
     first = tenant.create(file_id).json()["id"]
-    with api.tenant() as colleague:
-        assert colleague.project_id == tenant.project_id
+    with api.tenant(tenant.project_id) as colleague:
         assert colleague.create(file_id, headers={"x-stainless-retry-count": "1"}).json()["id"] != first
 
 
@@ -139,11 +138,10 @@ def test_an_idempotency_key_answers_the_first_batch_or_409(tenant: Tenant) -> No
     assert len(tenant.http.get("/v1/batches").json()["data"]) == 1
 
 
-def test_an_idempotency_key_belongs_to_its_project(api: ApiServer, tenant: Tenant) -> None:
+def test_an_idempotency_key_belongs_to_its_project(tenant: Tenant, stranger: Tenant) -> None:
     key = {"idempotency-key": "job-7"}
     first = tenant.create(headers=key).json()["id"]
-    with api.tenant("other") as stranger:
-        assert stranger.create(headers=key).json()["id"] != first
+    assert stranger.create(headers=key).json()["id"] != first
 
 
 @pytest.mark.parametrize("key", ["", "x" * 256, "with space"])
@@ -199,6 +197,7 @@ def commit_results(api: ApiServer, batch_id: str, numbers: list[int]) -> None:
         batch = uow.batches.load(batch_id, lock=True)
         if batch.status is BatchStatus.VALIDATING:
             uow.batches.save(batch.to(BatchStatus.IN_PROGRESS, uow.now, total=100, model="m"))
+        uow.lines.stage(batch_id, [StagedLine(n, 0, 1, f"line-{n}") for n in sorted(numbers)])
         commit_no = uow.batches.count(batch_id, completed=len(numbers), failed=0, usage=outcomes[0].usage)
         uow.results.add(Segment(info.key, batch_id, info.bytes, info.sha256 or ""), placed, commit_no)
 

@@ -18,6 +18,7 @@ from service.api.context import Context, Ctx
 from service.api.create_body import CreateBatchBody, parse_create
 from service.api.wire import BatchList, BatchObject, ErrorObject, batch_list, batch_object
 from service.usecases import results, submit
+from service.usecases.cancel import cancel_batch
 from service.usecases.retry_failed import retry_failed
 
 router = APIRouter(prefix="/v1/batches", tags=["Batches"])
@@ -65,6 +66,12 @@ def list_batches(
 def retrieve_batch(batch_id: str, caller: Reader, ctx: Ctx) -> BatchObject:
     """Status, counts, usage, progress and cost so far."""
     return batch_object(ctx.views.get(ctx.database, caller.project_id, batch_id))
+
+
+@router.post("/{batch_id}/cancel", summary="Cancel a batch", responses=_REFUSED)
+def cancel(batch_id: str, caller: Writer, ctx: Ctx) -> BatchObject:
+    """Stops it. Lines that are done keep their answers (and their price); the others go to the error file as `batch_cancelled`."""
+    return batch_object(ctx.views.of(ctx.database, cancel_batch(ctx.database, caller.project_id, batch_id)))
 
 
 @router.post("/{batch_id}/retry", summary="Retry the failed lines", responses=_REFUSED)
