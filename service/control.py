@@ -1,0 +1,176 @@
+"""The control process: keeps every promise in the outbox, and sweeps. It needs no torch and holds no state of its own.
+
+Each item is leased and fenced. Items are carried out in a few threads; one more renews their leases. Whatever fails is put back with a
+growing delay; whatever is not put back (this process died, the database was away) becomes due again when its lease runs out.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import structlog
+
+from service.errors import LeaseLost, LongdraftError
+from service.ports import OutboxItem, OutboxKind
+from service.usecases.finalize import finalize_batch
+from service.usecases.janitor import clean
+from service.usecases.sweep import sweep
+from service.usecases.validate import validate_batch
+
+if TYPE_CHECKING:
+    from service.bootstrap import Services
+
+HEAVY = 4
+"""Validations and finalisations at once: they wait for disks and the database more than they compute."""
+WAKES = 50
+LONGEST_DELAY = 60.0
+OUTAGE_SECONDS = 1.0
+CLEAN_SECONDS = 600.0
+
+log = structlog.get_logger(__name__)
+
+
+def run_control(services: Services, stop: threading.Event) -> None:
+    """Runs until `stop` is set, then lets running items finish (at most `timing.shutdown_grace` seconds)."""
+    Control(services).run(stop)
+
+
+class Control:
+    """One control process. Any number of them may run on the same database."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._database = services.database
+        self._timing = services.settings.timing
+        self._lease = timedelta(seconds=self._timing.lease)
+        self._owner = f"control-{socket.gethostname()}-{os.getpid()}"
+        self._running: dict[Future[None], OutboxItem] = {}
+        self._handlers: Mapping[OutboxKind, Callable[[OutboxItem], None]] = {
+            OutboxKind.VALIDATE: self._validate,
+            OutboxKind.FINALIZE: self._finalize,
+        }
+
+    def run(self, stop: threading.Event) -> None:
+        log.info("control_ready", owner=self._owner)
+        threads = [
+            threading.Thread(target=self._repeat, args=(name, every, action, stop), name=name, daemon=True)
+            for name, every, action in (
+                ("wakes", self._timing.relay, self._relay_wakes),
+                ("sweep", self._timing.sweep, lambda: sweep(self._database)),
+                ("janitor", CLEAN_SECONDS, lambda: clean(self._database, self._services.blobs)),
+            )
+        ]
+        for thread in threads:
+            thread.start()
+        pool = ThreadPoolExecutor(HEAVY, thread_name_prefix="item")
+        try:
+            self._repeat("items", self._timing.relay, lambda: self._start_items(pool), stop)
+            self._wait_for_items()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+        for thread in threads:
+            thread.join(OUTAGE_SECONDS)
+        log.info("control_stopped", owner=self._owner)
+
+    def _repeat(self, name: str, every: float, action: Callable[[], object], stop: threading.Event) -> None:
+        """Calls `action` again and again; an outage or a bug in one round costs that round."""
+        while not stop.is_set():
+            pause = every
+            try:
+                action()
+            except LongdraftError as error:
+                log.warning("control_waits", part=name, error=error.message)
+                pause = max(every, OUTAGE_SECONDS)
+            except Exception:
+                log.exception("control_failed", part=name)
+                pause = max(every, OUTAGE_SECONDS)
+            stop.wait(pause)
+
+    # --- wake-ups ---------------------------------------------------------------------------------------------------------------
+
+    def _relay_wakes(self) -> None:
+        with self._database.begin() as uow:
+            items = uow.outbox.claim(self._owner, kinds=[OutboxKind.WAKE], lease=self._lease, limit=WAKES)
+        for item in items:
+            self._carry_out(item, self._wake)
+
+    def _wake(self, item: OutboxItem) -> None:
+        self._services.queue.wake(str(item.payload["model"]))
+        with self._database.begin() as uow:
+            uow.outbox.done(item)
+
+    # --- validation and finalisation --------------------------------------------------------------------------------------------
+
+    def _start_items(self, pool: ThreadPoolExecutor) -> None:
+        self._running = {future: item for future, item in self._running.items() if not future.done()}
+        self._renew()
+        free = HEAVY - len(self._running)
+        if not free:
+            return
+        with self._database.begin() as uow:
+            items = uow.outbox.claim(self._owner, kinds=list(self._handlers), lease=self._lease, limit=free)
+        for item in items:
+            self._running[pool.submit(self._carry_out, item, self._handlers[item.kind])] = item
+
+    def _renew(self) -> None:
+        """Leases of running items. One that was lost is noticed by its handler, in the transaction that would have mattered."""
+        now = time.monotonic()
+        if not self._running or now - self._renewed < self._timing.lease / 3:
+            return
+        with self._database.begin() as uow:
+            for item in self._running.values():
+                uow.outbox.renew(item, self._lease)
+        self._renewed = now
+
+    _renewed = 0.0
+
+    def _wait_for_items(self) -> None:
+        deadline = time.monotonic() + self._timing.shutdown_grace
+        for future in self._running:
+            try:
+                future.result(timeout=max(0.0, deadline - time.monotonic()))
+            except TimeoutError:
+                log.warning("item_cut_off", item=self._running[future].id)
+
+    def _carry_out(self, item: OutboxItem, handler: Callable[[OutboxItem], None]) -> None:
+        """Runs a handler; a failure puts the item back."""
+        try:
+            handler(item)
+        except LeaseLost as error:
+            log.warning("item_lost", item=item.id, kind=item.kind.value, batch_id=item.batch_id, error=error.message)
+        except LongdraftError as error:
+            log.warning("item_waits", item=item.id, kind=item.kind.value, batch_id=item.batch_id, error=error.message)
+            self._put_back(item, error.message)
+        except Exception as error:
+            log.exception("item_failed", item=item.id, kind=item.kind.value, batch_id=item.batch_id)
+            self._put_back(item, repr(error))
+
+    def _put_back(self, item: OutboxItem, error: str) -> None:
+        delay = timedelta(seconds=min(LONGEST_DELAY, 0.5 * 2.0 ** min(item.attempts, 10)))
+        try:
+            with self._database.begin() as uow:
+                uow.outbox.retry(item, error=error, delay=delay)
+        except LongdraftError as outage:
+            log.warning("item_left_to_its_lease", item=item.id, error=outage.message)
+
+    def _validate(self, item: OutboxItem) -> None:
+        settings = self._services.settings
+        validate_batch(
+            item,
+            database=self._database,
+            blobs=self._services.blobs,
+            limits=settings.limits,
+            resolve_model=settings.resolve_model,
+            lease=self._lease,
+            group_lines=settings.group_lines,
+        )
+
+    def _finalize(self, item: OutboxItem) -> None:
+        finalize_batch(item, database=self._database, blobs=self._services.blobs)
