@@ -7,6 +7,7 @@ import hashlib
 import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 
 from service.config import Limits
 from service.errors import Unavailable
+from service.ports import UnitOfWork
 from tests.integration.api_server import LINE, ApiServer, Tenant, serve
 
 BOUNDARY = "frontier"
@@ -160,6 +162,23 @@ def test_nothing_stays_where_the_database_refuses_the_row(api: ApiServer, tenant
     assert answer.headers["retry-after"] == "1"
     assert failing["left"] == 0
     assert api.stored() == before
+
+
+def test_a_commit_whose_answer_got_lost_is_found_again(api: ApiServer, tenant: Tenant, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, real, lost = api.stored(), api.services.database.begin, {"left": 1}
+
+    @contextmanager
+    def begin() -> Iterator[UnitOfWork]:
+        with real() as uow:
+            yield uow
+        if lost["left"] and any("/files/" in path for path in api.stored() - before):
+            lost["left"] = 0
+            raise Unavailable("the connection broke after COMMIT was sent")
+
+    monkeypatch.setattr(api.services.database, "begin", begin)
+    file_id = tenant.upload()
+    assert lost["left"] == 0
+    assert tenant.http.get(f"/v1/files/{file_id}/content").content == LINE
 
 
 @pytest.mark.parametrize(

@@ -42,16 +42,16 @@ def filled(path: str, **ids: str) -> str:
 
 def test_every_route_but_health_and_documentation_needs_a_key(api: ApiServer) -> None:
     seen = set()
-    for method, path in routes(api):
-        if path in OPEN_ROUTES:
-            continue
-        seen.add(path)
-        for credentials in (None, b"Bearer ld-wrong", b"Basic YTpi", b"Bearer", "Bearer \xe4".encode()):
-            headers = {b"authorization": credentials} if credentials else None
-            url = api.url + filled(path, file_id="file-1", batch_id="batch_1", model="m")
-            answer = httpx.request(method, url, headers=headers)
-            refused(answer, 401, code="invalid_api_key")
-            assert answer.headers["www-authenticate"] == "Bearer"
+    with httpx.Client(base_url=api.url) as anyone:
+        for method, path in routes(api):
+            if path in OPEN_ROUTES:
+                continue
+            seen.add(path)
+            for credentials in (None, b"Bearer ld-wrong", b"Basic YTpi", b"Bearer", "Bearer \xe4".encode()):
+                headers = {b"authorization": credentials} if credentials else None
+                answer = anyone.request(method, filled(path, file_id="file-1", batch_id="batch_1", model="m"), headers=headers)
+                refused(answer, 401, code="invalid_api_key")
+                assert answer.headers["www-authenticate"] == "Bearer"
     assert {"/v1/files", "/v1/files/{file_id}/content", "/v1/batches/{batch_id}/cancel", "/v1/models"} <= seen
 
 
