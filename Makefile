@@ -76,5 +76,5 @@ $(STAMP): $(VENV)/bin/python pyproject.toml constraints.txt Makefile
 	  cuda) $(INSTALL) "torch==$(TORCH_VERSION)" ;; \
 	  *) echo "TORCH=$(TORCH) is not one of auto, cpu, cuda" >&2; exit 2 ;; \
 	esac
-	@$(INSTALL) --no-build-isolation --editable ".[engine,embedded,sdk,dev]"
+	@$(INSTALL) --no-build-isolation --editable ".[engine,embedded,sdk,parquet,plot,dev]"
 	@touch $@
