@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
+from service.billing.price_book import exact_dollars
 from service.domain.job import Batch, BatchStatus
-from service.domain.money import FEMTO_PER_DOLLAR
 from service.domain.usage import Work
 from service.ports import Database, Page, UnitOfWork
 from service.usecases.submit import owned_batch
@@ -73,7 +73,7 @@ class BatchViews:
         for batch in batches:
             totals = self._of_lines(uow, batch)
             speed = sum(worker.tokens_per_second for worker in workers if worker.model == batch.model)
-            views.append(BatchView(batch, progress(batch, totals.work, uow.now.timestamp(), speed), dollars(totals.femto_dollars)))
+            views.append(BatchView(batch, progress(batch, totals.work, uow.now.timestamp(), speed), exact_dollars(totals.femto_dollars)))
         return views
 
     def _of_lines(self, uow: UnitOfWork, batch: Batch) -> _Totals:
@@ -102,11 +102,3 @@ def progress(batch: Batch, work: Work, now: float, tokens_per_second: float) -> 
         elapsed = max(now - batch.in_progress_at.timestamp(), 0.0)
         eta = round(elapsed * (batch.total - done) / done)
     return Progress(done, round(tokens_per_second, 1), eta, acceptance)
-
-
-def dollars(femto: int) -> str:
-    """Femto-dollars as dollars, every digit kept: 1_500_000_000_000_000 -> '1.5'."""
-    sign = "-" if femto < 0 else ""
-    whole, part = divmod(abs(femto), FEMTO_PER_DOLLAR)
-    digits = f"{part:015d}".rstrip("0")
-    return f"{sign}{whole}.{digits}" if digits else f"{sign}{whole}"

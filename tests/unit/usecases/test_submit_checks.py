@@ -1,4 +1,4 @@
-"""Windows, filenames, expiry, dollars, progress: the pure parts of submitting and watching."""
+"""Windows, filenames, expiry, progress: the pure parts of submitting and watching."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from service.domain.usage import Work
 from service.errors import InvalidRequest
 from service.usecases.files import check_expiry, check_filename, check_purpose
 from service.usecases.keys import digest_of
-from service.usecases.status import dollars, progress
+from service.usecases.status import progress
 from service.usecases.submit import parse_window
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -75,20 +75,6 @@ def test_expiry_needs_both_parts_and_a_range() -> None:
 def test_a_digest_depends_on_secret_and_pepper() -> None:
     digests = {digest_of(secret, pepper) for secret in ("one", "two") for pepper in ("", "salt", "x" * 200)}
     assert len(digests) == 6
-
-
-@pytest.mark.parametrize(
-    ("femto", "shown"),
-    [
-        (0, "0"),
-        (1, "0.000000000000001"),
-        (1_500_000_000_000_000, "1.5"),
-        (10**40 + 1, f"{10**25}.000000000000001"),
-        (-25 * 10**13, "-0.25"),
-    ],
-)
-def test_dollars_keep_every_digit(femto: int, shown: str) -> None:
-    assert dollars(femto) == shown
 
 
 def test_progress_while_running_and_after() -> None:
