@@ -145,3 +145,6 @@ class Segment:
     batch_id: str
     bytes: int
     sha256: str
+    worker_id: str | None = None
+    worker_id: str | None = None
+    """Whose device time is behind it; None: written without a worker."""

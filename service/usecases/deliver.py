@@ -49,6 +49,7 @@ class Deliverer:
 
     database: Database
     blobs: BlobStore
+    worker_id: str
     _prices: dict[int, PriceBook] = field(default_factory=dict)
 
     def store(self, outcomes: Sequence[LineOutcome], leases: Mapping[int, GroupLease]) -> list[PackedSegment]:
@@ -60,7 +61,7 @@ class Deliverer:
             data, placed = pack_results(lines)
             token = max((lease.token for line in lines if (lease := leases.get(line.group_id or 0))), default=0)
             info = self.blobs.put(f"segments/{batch_id}/{token}-{uuid.uuid4().hex}.jsonl", data)
-            packed.append(PackedSegment(Segment(info.key, batch_id, len(data), hashlib.sha256(data).hexdigest()), placed))
+            packed.append(PackedSegment(Segment(info.key, batch_id, len(data), hashlib.sha256(data).hexdigest(), self.worker_id), placed))
         return packed
 
     def commit(self, packed: Sequence[PackedSegment], leases: Mapping[int, GroupLease], *, also: Collection[int] = ()) -> Delivery:

@@ -70,7 +70,7 @@ class GroupRunner:
         self._holdings = holdings = Holdings()
         self._inputs = InputFiles(blobs)
         self._committer = Committer(
-            holdings, Deliverer(database, blobs), every=timing.commit_every, lines=timing.commit_lines, on_lost=self._lose
+            holdings, Deliverer(database, blobs, identity.id), every=timing.commit_every, lines=timing.commit_lines, on_lost=self._lose
         )
         self._admission = Admission(database, holdings, self._inputs)
         self._heartbeat = Heartbeat(

@@ -36,9 +36,7 @@ class Results:
         self._connection = connection
 
     def add(self, segment: Segment, outcomes: Sequence[tuple[LineOutcome, int, int]], commit_no: int) -> set[int]:
-        self._connection.execute(
-            insert(segments).values(key=segment.key, batch_id=segment.batch_id, bytes=segment.bytes, sha256=segment.sha256)
-        )
+        self._connection.execute(insert(segments).values(**asdict(segment)))
         rows = [_row(segment, outcome, offset, length, commit_no) for outcome, offset, length in outcomes]
         if not rows:
             return set()
@@ -83,7 +81,7 @@ class Results:
 
     def segments(self, batch_id: str) -> Sequence[Segment]:
         query = select(segments).where(segments.c.batch_id == batch_id).order_by(segments.c.created_at, segments.c.key)
-        return [Segment(row.key, row.batch_id, row.bytes, row.sha256) for row in self._connection.execute(query)]
+        return [Segment(row.key, row.batch_id, row.bytes, row.sha256, row.worker_id) for row in self._connection.execute(query)]
 
     def work(self, batch_id: str) -> Work:
         sums = [func.coalesce(func.sum(token_ledger.c[name]), 0) for name in _WORK]
