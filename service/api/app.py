@@ -10,6 +10,7 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse
 
 from service.api.context import Context
+from service.api.create_body import CreateBatchBody
 from service.api.errors import install_error_handlers
 from service.api.guard import Guard
 from service.api.page import render_page
@@ -55,6 +56,8 @@ def _described(app: FastAPI) -> dict[str, Any]:
         schemas = spec["components"]["schemas"]
         schemas.pop("HTTPValidationError", None)
         schemas.pop("ValidationError", None)
+        body = CreateBatchBody.model_json_schema(ref_template="#/components/schemas/{model}")
+        schemas |= body.pop("$defs") | {"CreateBatchBody": body}  # read by hand (size and depth first), so FastAPI does not know it
         refusal = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorObject"}}}}
         for path, operations in spec["paths"].items():
             for operation in operations.values():

@@ -46,7 +46,8 @@ def _operation(method: str, path: str, operation: Mapping[str, Any]) -> str:
         rows = "".join(_row(p["name"], f"{p['in']}, {_type(p['schema'])}", p.get("description"), p["required"]) for p in parameters)
         parts.append(f"<table>{rows}</table>")
     for media, content in operation.get("requestBody", {}).get("content", {}).items():
-        parts.append(f"<p>Body: <code>{escape(media)}</code></p>{_schema(content['schema'])}")
+        schema = content["schema"]
+        parts.append(f"<p>Body: <code>{escape(media)}</code> {_type(schema)}</p>{_schema(schema) if 'properties' in schema else ''}")
     answers = "".join(_answer(status, answer) for status, answer in operation["responses"].items())
     return f"<details><summary>{summary}</summary>{''.join(parts)}<p>Answers</p><table>{answers}</table></details>"
 

@@ -15,7 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from service.api.auth import Reader, Writer
 from service.api.body import read_json
 from service.api.context import Context, Ctx
-from service.api.create_body import CreateBatchBody, parse_create
+from service.api.create_body import parse_create
 from service.api.wire import BatchList, BatchObject, ErrorObject, batch_list, batch_object
 from service.usecases import results, submit
 from service.usecases.cancel import cancel_batch
@@ -25,7 +25,7 @@ router = APIRouter(prefix="/v1/batches", tags=["Batches"])
 
 JSON_LINES = ("application/jsonl", "application/x-ndjson")
 _CREATE_BODY: dict[str, Any] = {
-    "requestBody": {"required": True, "content": {"application/json": {"schema": CreateBatchBody.model_json_schema()}}}
+    "requestBody": {"required": True, "content": {"application/json": {"schema": {"$ref": "#/components/schemas/CreateBatchBody"}}}}
 }
 _NOT_FOUND: dict[int | str, dict[str, Any]] = {404: {"model": ErrorObject}}
 _REFUSED = _NOT_FOUND | {409: {"model": ErrorObject}}
