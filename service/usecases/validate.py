@@ -26,7 +26,7 @@ from service.domain.line import LineOutcome, Outcome, PlannedGroup, Segment, Sta
 from service.domain.request_body import error_body
 from service.domain.result_lines import pack_results
 from service.domain.usage import Usage
-from service.errors import BlobCorrupt, BlobNotFound
+from service.errors import BlobCorrupt, BlobNotFound, LeaseLost
 from service.planning.grouping import plan_groups
 from service.planning.validate import ErrorList, InputRefused, LineRules, ResolveModel, check_lines, duplicate_error
 from service.ports import BlobStore, Database, OutboxItem, OutboxKind, UnitOfWork
@@ -183,19 +183,25 @@ class _Validation:
 
     @contextmanager
     def _fenced(self) -> Iterator[tuple[UnitOfWork, Batch]]:
-        """A transaction that may act for the item: token compared, batch locked and still validating."""
+        """A transaction that may act for the item."""
         with self.database.begin() as uow:
-            uow.outbox.hold(self.item)
-            batch = uow.batches.load(self.batch_id, lock=True)
-            if batch.status is not BatchStatus.VALIDATING:
-                raise _NoLongerValidating(batch.status.value)
-            yield uow, batch
+            yield uow, self._hold(uow)
+
+    def _hold(self, uow: UnitOfWork) -> Batch:
+        """Compares the token and locks the batch, which must still be validating."""
+        uow.outbox.hold(self.item)
+        batch = uow.batches.load(self.batch_id, lock=True)
+        if batch.status is not BatchStatus.VALIDATING:
+            raise _NoLongerValidating(batch.status.value)
+        return batch
 
     def _keep_lease(self) -> None:
-        if time.monotonic() - self.renewed_at > self.lease.total_seconds() / 3:
-            with self._fenced() as (uow, _):
-                uow.outbox.renew(self.item, self.lease)
-            self.renewed_at = time.monotonic()
+        if time.monotonic() - self.renewed_at < self.lease.total_seconds() / 3:
+            return
+        with self.database.begin() as uow:
+            if not uow.outbox.renew(self.item, self.lease):
+                raise LeaseLost(f"Outbox item {self.item.id} was claimed by someone else while batch {self.batch_id} was validated.")
+        self.renewed_at = time.monotonic()
 
     def _write(self, staged: Sequence[StagedLine], refused: Sequence[tuple[StagedLine, InputError]]) -> int:
         """Stages lines and delivers the refusals among them; returns how many of these are new."""
@@ -221,11 +227,16 @@ class _Validation:
         log.info("batch_failed", batch_id=self.batch_id, code=errors[0].code, line=errors[0].line, errors=len(errors))
 
     def _finish(self, scan: _Scan) -> None:
-        """Groups, status and wake-ups in one transaction: before it workers see nothing, after it everything."""
+        """Groups, status and wake-ups in one transaction: before it workers see nothing, after it everything.
+
+        Planning a million lines takes minutes, so the item is held at the end instead of the beginning: until then its lease can be renewed
+        (by this and by the control process), and what was planned without being entitled to it is rolled back.
+        """
         models: set[str] = set()
-        with self._fenced() as (uow, batch):
-            plan = plan_groups(uow.lines.for_grouping(batch.id), max_lines=self.group_lines)
-            groups = uow.groups.plan(batch.id, _noting_models(plan, models))
+        with self.database.begin() as uow:
+            plan = plan_groups(uow.lines.for_grouping(self.batch_id), max_lines=self.group_lines)
+            groups = uow.groups.plan(self.batch_id, self._watched(plan, models))
+            batch = self._hold(uow)
             if groups:
                 batch = batch.to(BatchStatus.IN_PROGRESS, uow.now, model=scan.model, total=scan.total)
             else:
@@ -240,11 +251,12 @@ class _Validation:
             uow.outbox.done(self.item)
         log.info("batch_validated", batch_id=self.batch_id, lines=scan.total, rejected=scan.rejected, groups=groups)
 
-
-def _noting_models(plan: Iterable[PlannedGroup], models: set[str]) -> Iterator[PlannedGroup]:
-    for group in plan:
-        models.add(group.model)
-        yield group
+    def _watched(self, plan: Iterable[PlannedGroup], models: set[str]) -> Iterator[PlannedGroup]:
+        """The plan as it is; notes its models and keeps the lease alive."""
+        for group in plan:
+            models.add(group.model)
+            self._keep_lease()
+            yield group
 
 
 def refusal(batch_id: str, line: StagedLine, error: InputError) -> LineOutcome:

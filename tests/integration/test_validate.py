@@ -159,6 +159,41 @@ def test_a_claimant_overtaken_in_the_middle_stops(intake, expected):
     assert at > 8
 
 
+def test_a_cancel_while_groups_are_planned_undoes_the_plan(intake, monkeypatch):
+    batch = intake.submit(MIXED, SKIP)
+    original = validate.plan_groups
+
+    def planning(lines, max_lines):
+        end(intake, batch, BatchStatus.CANCELLING)
+        return original(lines, max_lines=max_lines)
+
+    monkeypatch.setattr(validate, "plan_groups", planning)
+    intake.validate(intake.claim(batch))
+    assert intake.load(batch).status is BatchStatus.CANCELLING
+    assert groups(intake, batch) == []
+    assert intake.promised(batch) == set()
+
+
+def test_a_crash_while_groups_are_planned_undoes_the_plan(intake, monkeypatch, expected):
+    batch = intake.submit(MIXED, SKIP)
+    item = intake.claim(batch)
+    original = validate.plan_groups
+    with monkeypatch.context() as patch:
+        patch.setattr(validate, "plan_groups", lambda lines, max_lines: dying(original(lines, max_lines=max_lines)))
+        with pytest.raises(Interruption):
+            intake.validate(item)
+    assert intake.load(batch).status is BatchStatus.VALIDATING
+    with intake.database.begin() as uow:
+        uow.outbox.retry(item, error="died", delay=timedelta(0))
+    intake.validate(intake.claim(batch))
+    assert seen(intake, batch) == expected
+
+
+def dying(plan):
+    yield next(iter(plan))
+    raise Interruption
+
+
 def test_all_lines_bad_in_skip_mode_goes_straight_to_the_end(intake):
     batch = intake.run(b"bad\nworse\n[]\n", SKIP)
     assert (batch.status, batch.outcome, batch.total, batch.failed) == (BatchStatus.FINALIZING, BatchStatus.COMPLETED, 3, 3)
