@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Generic, Protocol, TypeVar
 from service.domain.account import ApiKey, File, FilePurpose, Project
 from service.domain.job import Batch
 from service.domain.line import GroupLease, LineOutcome, LineWork, PendingLine, PlannedGroup, Segment, StagedLine, StoredResult
-from service.domain.money import ChargeDetail, LedgerTransaction, PriceBook, Rates
+from service.domain.money import ChargeDetail, LedgerTransaction, PriceBook, Rates, Reservation, Reserved
 from service.domain.usage import Usage, Work
 
 Item = TypeVar("Item")
@@ -382,6 +382,22 @@ class CostStore(Protocol):
     def charge_of(self, batch_id: str, line_no: int) -> LedgerTransaction | None: ...
 
 
+class SpendingStore(Protocol):
+    """Caps (`max_cost`) on what a batch may cost. Locked after groups and batches."""
+
+    def reserve(self, batch_id: str, wanted: Sequence[Reservation]) -> Reserved:
+        """Holds the worst cases that fit under the cap; all are granted where there is no cap."""
+        ...
+
+    def room(self, batch_id: str) -> int | None:
+        """Femto-dollars that may still be charged, the row locked; None where there is no cap."""
+        ...
+
+    def settle(self, batch_id: str, line_nos: Collection[int], charged: int) -> None:
+        """Ends the reservations of delivered lines and adds what they were charged."""
+        ...
+
+
 class WorkerStore(Protocol):
     def register(self, worker_id: str, *, host: str, pid: int, device: str) -> None: ...
     def beat(self, worker: WorkerRow) -> None:
@@ -409,6 +425,7 @@ class UnitOfWork(Protocol):
     ledger: Ledger
     workers: WorkerStore
     costs: CostStore
+    spending: SpendingStore
 
     def try_lock(self, name: str) -> bool:
         """A transaction-scoped advisory lock; False where another holds it."""

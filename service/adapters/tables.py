@@ -240,6 +240,8 @@ token_ledger = Table(
             "prefill_ns",
             "draft_ns",
             "decode_ns",
+            "plain_ns",
+            "modelled_ns",
         )
     ),
 )
@@ -336,4 +338,22 @@ ledger_entries = Table(
     Column("meter", Text),
     Column("quantity", BigInteger, nullable=False, server_default=text("0")),
     Column("rate", BigInteger, nullable=False, server_default=text("0")),
+)
+
+# Only batches with a cap (max_cost) have rows in these two.
+spending = Table(
+    "spending",
+    metadata,
+    Column("batch_id", ForeignKey("batches.id"), primary_key=True),
+    Column("charged", Numeric(38, 0), nullable=False, server_default=text("0")),
+)
+
+reservations = Table(
+    "reservations",
+    metadata,
+    Column("batch_id", ForeignKey("spending.batch_id"), primary_key=True),
+    Column("line_no", Integer, primary_key=True),
+    Column("group_id", BigInteger, nullable=False),
+    Column("token", BigInteger, nullable=False),
+    Column("amount", Numeric(38, 0), nullable=False),
 )

@@ -19,6 +19,7 @@ from service.adapters.stores.ledger import LedgerBook
 from service.adapters.stores.lines import Lines
 from service.adapters.stores.outbox import OutboxRows
 from service.adapters.stores.results import Results
+from service.adapters.stores.spending import Spending
 from service.adapters.stores.workers import Workers
 from service.errors import Unavailable
 from service.ports import (
@@ -33,6 +34,7 @@ from service.ports import (
     Outbox,
     RequestMemory,
     ResultStore,
+    SpendingStore,
     UnitOfWork,
     WorkerStore,
 )
@@ -56,6 +58,7 @@ class Transaction:
         self.ledger: Ledger = LedgerBook(connection)
         self.workers: WorkerStore = Workers(connection)
         self.costs: CostStore = Costs(connection)
+        self.spending: SpendingStore = Spending(connection)
 
     def try_lock(self, name: str) -> bool:
         return bool(self._connection.execute(sa.select(sa.func.pg_try_advisory_xact_lock(advisory_key(name)))).scalar_one())

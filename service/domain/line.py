@@ -146,5 +146,4 @@ class Segment:
     bytes: int
     sha256: str
     worker_id: str | None = None
-    worker_id: str | None = None
     """Whose device time is behind it; None: written without a worker."""

@@ -99,3 +99,22 @@ class ChargeDetail:
     quantity: int
     amount: int
     tags: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """The worst case of one line, held for the lease (`group_id`, `token`) under which it is to run."""
+
+    line_no: int
+    group_id: int
+    token: int
+    amount: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """Line numbers that may run, that have to wait for others to settle below their worst case, and that can not fit any more."""
+
+    granted: frozenset[int]
+    waiting: frozenset[int]
+    refused: frozenset[int]

@@ -39,6 +39,10 @@ class Work:
     prefill_ns: int = 0
     draft_ns: int = 0
     decode_ns: int = 0
+    plain_ns: int = 0
+    """What decoding the same tokens one at a time would have taken, according to the engine's cost model: an estimate."""
+    modelled_ns: int = 0
+    """What the cost model expected of the decoding that was really done; held against `decode_ns` it tells how far off the model is."""
 
     @property
     def device_ns(self) -> int:

@@ -1,0 +1,36 @@
+"""Staying under a cap: what a line can cost at worst, and who may still run. Pure, in femto-dollars."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from service.domain.money import Rates, Reservation, Reserved
+
+CAP_REACHED = "max_cost_reached"
+"""Error code of lines that were left out so that the batch stays under its cap."""
+
+
+def worst_case(prompt_tokens: int, answer_tokens: int, rates: Rates) -> int:
+    """The most a line can be charged: no prompt token found in the cache (or the dearer of the two rates), the whole answer used."""
+    return prompt_tokens * max(rates.input, rates.cached_input) + answer_tokens * rates.output
+
+
+def reserve(wanted: Sequence[Reservation], *, cap: int, charged: int, held: int) -> Reserved:
+    """Grants in the given order as long as the sum of charges and reservations cannot pass `cap`.
+
+    A line that would fit if every other reservation came to nothing waits; one that would not even then is refused for good, since
+    charges only grow.
+    """
+    granted: set[int] = set()
+    waiting: set[int] = set()
+    refused: set[int] = set()
+    room = cap - charged
+    for reservation in wanted:
+        if reservation.amount > room:
+            refused.add(reservation.line_no)
+        elif held + reservation.amount > room:
+            waiting.add(reservation.line_no)
+        else:
+            granted.add(reservation.line_no)
+            held += reservation.amount
+    return Reserved(frozenset(granted), frozenset(waiting), frozenset(refused))
