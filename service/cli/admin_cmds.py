@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,12 +17,13 @@ Project = Annotated[str | None, typer.Option("--project", help="Id or name of a 
 
 
 def register(app: typer.Typer) -> None:
-    for name, text, commands in (
+    groups: Sequence[tuple[str, str, Mapping[str, Callable[..., None]]]] = (
         ("keys", "API keys: create, list, revoke.", {"create": keys_create, "list": keys_list, "revoke": keys_revoke}),
         ("projects", "Projects: create, list.", {"create": projects_create, "list": projects_list}),
         ("models", "Models: list, pull.", {"list": models_list, "pull": models_pull}),
         ("db", "The database schema.", {"upgrade": db_upgrade}),
-    ):
+    )
+    for name, text, commands in groups:
         group = typer.Typer(help=text, no_args_is_help=True)
         for command, function in commands.items():
             group.command(command)(function)
@@ -84,7 +86,7 @@ def projects_list(as_json: AsJson = False) -> None:
     """List all projects."""
     with open_deployment() as services, services.database.begin() as uow:
         projects = [{"id": project.id, "name": project.name, "created_at": project.created_at} for project in uow.accounts.projects()]
-    print_json(projects) if as_json else print_table(("id", "name", "created_at"), (project.values() for project in projects))
+    print_json(projects) if as_json else print_table(("id", "name", "created_at"), ([*project.values()] for project in projects))
 
 
 def models_list(as_json: AsJson = False) -> None:

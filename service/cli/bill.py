@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any
 
-from service.cli.output import print_json, print_table
+from service.cli.output import console, print_json, print_table
 
 
 def dollars(amount: str) -> str:
@@ -38,3 +38,40 @@ def _row(batch: dict[str, Any]) -> tuple[Any, ...]:
         usage["output_tokens"],
         dollars(batch["cost"]["amount"]) + ("" if batch["cost"]["final"] else " so far"),
     )
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """One batch in detail: what was charged, at which rate, and what speculation and prefix sharing did for it."""
+    lines = report["lines"]
+    state = "final" if report["final"] else "so far"
+    print_table(
+        ("meter", "model", "tokens", "$ per million", "charge"),
+        [*(_meter(meter) for meter in report["meters"]), ("total", "", "", "", dollars(report["amount"]))],
+        title=f"Bill of {report['batch_id']} ({state}; {lines['billed']} of {lines['total']} lines delivered and charged)",
+        right=("tokens", "$ per million", "charge"),
+    )
+    console().print("\n".join(["", *_speculation(report["speculation"], report["device_seconds"])]))
+
+
+def _meter(meter: dict[str, Any]) -> tuple[str, ...]:
+    name = meter["meter"].replace("_", " ")
+    return name, meter["model"], f"{meter['quantity']:,}", meter["dollars_per_million"], dollars(meter["amount"])
+
+
+def _speculation(speculation: dict[str, Any], device: dict[str, float]) -> list[str]:
+    """Sentences; a batch in which nothing was drafted says so."""
+    seconds = (
+        f"Device time {device['total']:.1f} s: prefill {device['prefill']:.1f}, draft {device['draft']:.1f}, decode {device['decode']:.1f}"
+    )
+    if not speculation["drafted"]:
+        return ["Speculation: nothing was drafted, plain decoding paid better", seconds]
+    share = f" ({speculation['acceptance_rate']:.0%} of the verified)" if speculation["acceptance_rate"] is not None else ""
+    length = speculation["acceptance_length"]
+    return [
+        f"Speculation: {speculation['drafted']:,} tokens drafted, {speculation['verified']:,} verified, "
+        f"{speculation['accepted']:,} accepted{share}, {speculation['pruned']:,} not worth verifying",
+        f"Acceptance length {length:.2f}: the target model ran {1 - 1 / length:.0%} fewer steps than plain decoding would have"
+        if length
+        else "No line has been decoded yet",
+        seconds,
+    ]
