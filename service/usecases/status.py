@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from service.billing.price_book import exact_dollars
+from service.billing.reports import acceptance_length
 from service.domain.job import Batch, BatchStatus
 from service.domain.usage import Work
 from service.ports import Database, Page, UnitOfWork
@@ -94,7 +95,7 @@ class BatchViews:
 def progress(batch: Batch, work: Work, now: float, tokens_per_second: float) -> Progress:
     """Pure. The ETA assumes that the remaining lines take as long as the finished ones did; `now` is database time in seconds."""
     done = batch.completed + batch.failed
-    acceptance = round(work.sampled / work.steps, 3) if work.steps else None
+    acceptance = acceptance_length(work)
     if batch.status is not BatchStatus.IN_PROGRESS or batch.in_progress_at is None:
         return Progress(done, acceptance_length=acceptance)
     eta = None

@@ -11,9 +11,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from service.billing.ledger import charge
 from service.domain.job import BatchStatus
 from service.domain.line import LineOutcome, Outcome, Segment, StagedLine
+from service.domain.money import Rates
 from service.domain.result_lines import encode_result
+from service.domain.usage import Usage
 from tests.integration.api_server import ApiServer, Tenant
 from tests.integration.test_api_files import refused
 
@@ -248,6 +251,29 @@ def test_progress_counts_delivered_lines(api: ApiServer, tenant: Tenant) -> None
 
 def fields_of(record: Any) -> dict[str, Any]:
     return {name: getattr(record, name) for name in record.__dataclass_fields__}
+
+
+def test_cost_follows_the_ledger(api: ApiServer, tenant: Tenant) -> None:
+    batch_id = tenant.create().json()["id"]
+    url = f"/v1/batches/{batch_id}"
+    empty = tenant.http.get(f"{url}/cost").json()
+    assert (empty["amount"], empty["final"], empty["meters"], empty["lines"]["billed"]) == ("0", False, [], 0)
+    usage = Usage(input_tokens=1000, cached_tokens=400, output_tokens=50)
+    rates = Rates(input=20_000_000, cached_input=10_000_000, output=60_000_000)
+    with api.services.database.begin() as uow:
+        outcome = LineOutcome(batch_id, 1, None, "line-1", Outcome.SUCCEEDED, 200, {}, usage=usage)
+        uow.ledger.post([charge(outcome, project_id=tenant.project_id, model="m", rates=rates, price_version=1)])
+        uow.batches.save(uow.batches.load(batch_id, lock=True).evolve(total=1))
+        uow.batches.count(batch_id, completed=1, failed=0, usage=usage)
+    bill = tenant.http.get(f"{url}/cost").json()
+    # 600 x $0.02 + 400 x $0.01 + 50 x $0.06, each per million tokens
+    assert (bill["amount"], bill["lines"]["billed"]) == ("0.000019", 1)
+    assert {meter["meter"]: (meter["quantity"], meter["amount"]) for meter in bill["meters"]} == {
+        "input": (600, "0.000012"),
+        "cached_input": (400, "0.000004"),
+        "output": (50, "0.000003"),
+    }
+    assert tenant.http.get(url).json()["cost"] == {"amount": "0.000019", "currency": "usd", "final": False}
 
 
 def test_a_retry_of_an_open_batch_is_409(tenant: Tenant) -> None:

@@ -1,4 +1,4 @@
-"""Batches: create, list, retrieve, results while running, cancel, retry."""
+"""Batches: create, list, retrieve, results while running, cancel, retry, cost."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ from service.api.body import read_json
 from service.api.context import Context, Ctx
 from service.api.create_body import parse_create
 from service.api.wire import BatchList, BatchObject, ErrorObject, batch_list, batch_object
+from service.api.wire_cost import BatchCostObject
+from service.billing.reports import cost_json
 from service.usecases import results, submit
 from service.usecases.cancel import cancel_batch
+from service.usecases.report import batch_cost
 from service.usecases.retry_failed import retry_failed
 
 router = APIRouter(prefix="/v1/batches", tags=["Batches"])
@@ -103,6 +106,12 @@ def batch_results(
         headers = {"x-next-cursor": str(page.cursor), "x-has-more": str(page.has_more).lower()}
         return StreamingResponse(read, media_type=JSON_LINES[0], headers=headers)
     return StreamingResponse(_as_list(read, page), media_type="application/json")
+
+
+@router.get("/{batch_id}/cost", summary="The bill of a batch", responses=_NOT_FOUND)
+def cost(batch_id: str, caller: Reader, ctx: Ctx) -> BatchCostObject:
+    """Charges by model and meter, and what speculation did. Only delivered lines are charged; final once the batch has ended."""
+    return BatchCostObject.model_validate(cost_json(batch_cost(ctx.database, caller.project_id, batch_id)))
 
 
 def _create(body: dict[str, Any], repeat: submit.Repeatability, caller: Writer, ctx: Context) -> BatchObject:
