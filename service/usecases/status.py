@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 from service.billing.price_book import exact_dollars
@@ -16,6 +17,7 @@ from service.ports import Database, Page, UnitOfWork
 from service.usecases.submit import owned_batch
 
 WORKER_ALIVE = timedelta(minutes=1)
+KEEP_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,16 +41,22 @@ class BatchView:
 
 @dataclass(frozen=True, slots=True)
 class _Totals:
-    femto_dollars: int
-    work: Work
+    femto_dollars: int = 0
+    work: Work = field(default_factory=Work)
+    commit_no: int = 0
+    read_at: float = 0.0
 
 
 class BatchViews:
-    """Builds views. Keeps the sums over a batch's lines until its next commit, so that polling does not add them up again."""
+    """Builds views. Keeps the sums over a batch's lines until its next commit, so that polling does not add them up again.
 
-    def __init__(self, *, remembered: int = 1000) -> None:
+    A correction of the bill is no commit of results: sums are kept for `KEEP_SECONDS` at most.
+    """
+
+    def __init__(self, *, remembered: int = 1000, clock: Callable[[], float] = time.monotonic) -> None:
         self._remembered = remembered
-        self._totals: OrderedDict[str, tuple[int, _Totals]] = OrderedDict()
+        self._clock = clock
+        self._totals: OrderedDict[str, _Totals] = OrderedDict()
         self._lock = threading.Lock()
 
     def get(self, database: Database, project_id: str, batch_id: str) -> BatchView:
@@ -79,13 +87,14 @@ class BatchViews:
 
     def _of_lines(self, uow: UnitOfWork, batch: Batch) -> _Totals:
         if batch.commit_no == 0:
-            return _Totals(0, Work())
+            return _Totals()
+        now = self._clock()
         with self._lock:
-            commit_no, totals = self._totals.get(batch.id, (None, None))
-        if totals is None or commit_no != batch.commit_no:
-            totals = _Totals(uow.ledger.batch_total(batch.id).total, uow.results.work(batch.id))
+            totals = self._totals.get(batch.id, _Totals())
+        if totals.commit_no != batch.commit_no or now - totals.read_at > KEEP_SECONDS:
+            totals = _Totals(uow.ledger.batch_total(batch.id).total, uow.results.work(batch.id), batch.commit_no, now)
             with self._lock:
-                self._totals[batch.id] = batch.commit_no, totals
+                self._totals[batch.id] = totals
                 self._totals.move_to_end(batch.id)
                 while len(self._totals) > self._remembered:
                     self._totals.popitem(last=False)

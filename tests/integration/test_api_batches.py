@@ -11,12 +11,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from service.billing.ledger import charge
+from service.billing.ledger import charge, reversal
 from service.domain.job import BatchStatus
 from service.domain.line import LineOutcome, Outcome, Segment, StagedLine
 from service.domain.money import Rates
 from service.domain.result_lines import encode_result
 from service.domain.usage import Usage
+from service.usecases.status import KEEP_SECONDS, BatchViews
 from tests.integration.api_server import ApiServer, Tenant
 from tests.integration.test_api_files import refused
 
@@ -274,6 +275,28 @@ def test_cost_follows_the_ledger(api: ApiServer, tenant: Tenant) -> None:
         "output": (50, "0.000003"),
     }
     assert tenant.http.get(url).json()["cost"] == {"amount": "0.000019", "currency": "usd", "final": False}
+
+
+def test_a_view_sees_the_next_commit_at_once_and_a_correction_soon(api: ApiServer, tenant: Tenant) -> None:
+    batch_id = tenant.create().json()["id"]
+    now = [0.0]
+    views = BatchViews(clock=lambda: now[0])
+    outcomes = [LineOutcome(batch_id, n, None, f"{n}", Outcome.SUCCEEDED, 200, {}, usage=Usage(input_tokens=10**6)) for n in (1, 2)]
+    charges = [charge(o, project_id=tenant.project_id, model="m", rates=Rates(10**9, 0, 0), price_version=1) for o in outcomes]
+
+    def amount() -> str:
+        return views.get(api.services.database, tenant.project_id, batch_id).amount
+
+    for line, expected in enumerate(("1", "2")):
+        with api.services.database.begin() as uow:
+            uow.ledger.post([charges[line]])
+            uow.batches.save(uow.batches.load(batch_id, lock=True).evolve(total=2))
+            uow.batches.count(batch_id, completed=1, failed=0, usage=outcomes[line].usage)
+        assert amount() == expected
+    with api.services.database.begin() as uow:
+        uow.ledger.post([reversal(charges[0])])
+    now[0] += KEEP_SECONDS + 1
+    assert amount() == "1"
 
 
 def test_a_retry_of_an_open_batch_is_409(tenant: Tenant) -> None:
