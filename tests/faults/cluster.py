@@ -1,0 +1,138 @@
+"""The service in parts that can be killed one by one: real servers, a control process in a thread, workers as processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from service.bootstrap import Services, open_services
+from service.config import load_settings
+from service.control import run_control
+from service.domain.job import Batch, BatchStatus
+from service.ports import TaskQueue
+from service.usecases.oracles import check
+from tests.integration.jobs import SHORT, Jobs, witnessed
+
+LIMIT = 60.0
+"""Seconds that anything may take here: lease + sweep + work are a few."""
+
+
+@dataclass
+class Cluster:
+    """`jobs` submits and looks; `control()` runs the control process for a block; `worker()` starts a worker process."""
+
+    services: Services
+    environment: dict[str, str]
+    folder: Path
+    jobs: Jobs = field(init=False)
+    workers: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.jobs = Jobs(self.services.database, self.services.blobs, settings=self.services.settings)
+
+    @property
+    def witness(self) -> Path:
+        return self.folder / "witness.jsonl"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "workers.log"
+
+    @contextmanager
+    def control(self, queue: TaskQueue | None = None) -> Iterator[None]:
+        services = Services(self.services.settings, self.services.database, self.services.blobs, queue or self.services.queue)
+        stop = threading.Event()
+        thread = threading.Thread(target=run_control, args=(services, stop))
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+    def worker(self, name: str = "worker", *, fault: str = "", **environment: str) -> subprocess.Popen[bytes]:
+        """`fault`: where it kills itself (see saboteur.py). `environment`: further settings, without the prefix."""
+        values = {f"LONGDRAFT_{key.upper()}": value for key, value in environment.items() if not key.startswith("FAULT")}
+        values |= {key: value for key, value in environment.items() if key.startswith("FAULT")}
+        with self.log.open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "tests.faults.saboteur", name],
+                env={**os.environ, **self.environment, "FAULT": fault, **values},
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+            )
+        self.workers.append(process)
+        return process
+
+    def dies(self, process: subprocess.Popen[bytes], number: int = signal.SIGKILL) -> None:
+        """Waits for a worker's death by this signal."""
+        assert process.wait(LIMIT) == -number, self.log.read_text()[-3000:]
+
+    def wait(self, condition: Callable[[], Any], what: str) -> Any:
+        """What the condition is once it is true."""
+        deadline = time.monotonic() + LIMIT
+        while not (found := condition()):
+            assert time.monotonic() < deadline, f"{what} did not happen. {self.log.read_text()[-3000:] if self.log.exists() else ''}"
+            time.sleep(0.02)
+        return found
+
+    def ended(self, batch: Batch, status: BatchStatus = BatchStatus.COMPLETED) -> Batch:
+        """The batch once it has ended; every oracle must hold then."""
+        self.wait(lambda: self.jobs.load(batch).status.terminal, "the end of the batch")
+        batch = self.jobs.load(batch)
+        assert batch.status is status
+        assert check(self.services.database, self.services.blobs) == []
+        return batch
+
+    def started(self) -> Counter[str]:
+        """How often each line entered an engine."""
+        return Counter(witnessed(self.witness)) if self.witness.exists() else Counter()
+
+    def committed(self, batch: Batch) -> set[str]:
+        """The custom_ids of delivered lines."""
+        with self.services.database.begin() as uow:
+            return {custom_id for _, custom_id, stored in uow.results.in_order(batch.id) if stored is not None and custom_id}
+
+    def stop(self) -> None:
+        for process in self.workers:
+            if process.poll() is None:
+                process.send_signal(signal.SIGCONT)
+                process.kill()
+            process.wait()
+
+
+@contextmanager
+def cluster(folder: Path, *, database_url: str, broker_url: str, blob_url: str, s3: dict[str, str] | None = None) -> Iterator[Cluster]:
+    environment = {
+        "LONGDRAFT_DATA_DIR": str(folder),
+        "LONGDRAFT_DATABASE_URL": database_url,
+        "LONGDRAFT_BROKER_URL": broker_url,
+        "LONGDRAFT_BLOB_URL": blob_url,
+        "LONGDRAFT_RUNNER": "standin",
+        "LONGDRAFT_STANDIN__WITNESS": str(folder / "witness.jsonl"),
+        "LONGDRAFT_STANDIN__CAPACITY": "16",
+        "LONGDRAFT_STANDIN__DELAY": "0.05",
+        "LONGDRAFT_GROUP_LINES": "16",
+        **{f"LONGDRAFT_TIMING__{name.upper()}": str(value) for name, value in {**SHORT, "lease": 2.0, "heartbeat": 0.4}.items()},
+        "LONGDRAFT_TIMING__COMMIT_LINES": "20",
+        **{f"LONGDRAFT_S3__{name.upper()}": value for name, value in (s3 or {}).items()},
+    }
+    settings = load_settings(environment)
+    with open_services(settings) as services:
+        running = Cluster(services, environment, folder)
+        running.jobs.group_lines = settings.group_lines
+        try:
+            yield running
+        finally:
+            running.stop()
