@@ -24,6 +24,9 @@ def servers() -> Iterator[Endpoints]:
     with tempfile.TemporaryDirectory(prefix="longdraft-test-") as folder:
         Path(folder).chmod(0o711)  # as root the servers run as another user, who must be able to walk in
         with embedded_servers(Path(folder)) as endpoints:
+            with psycopg.connect(endpoints.migration_database_url, autocommit=True) as connection:
+                connection.execute("ALTER SYSTEM SET fsync = off")  # no test cuts the power, and databases come and go twice as fast
+                connection.execute("SELECT pg_reload_conf()")
             yield endpoints
 
 

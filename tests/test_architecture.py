@@ -40,7 +40,7 @@ LAYERS: dict[str, set[str]] = {
 }
 """Layer -> the layers it may import (besides itself)."""
 
-PROCESSES = {"service.children", "service.control", "service.embedded", "service.running", "service.supervisor", "service.worker"}
+PROCESSES = ("service.children", "service.control", "service.embedded", "service.running", "service.supervisor", "service.worker")
 
 EXCEPTIONS = {
     ("service.adapters.engine_runner", "engine"): "the one place where the service meets the engine",
@@ -64,13 +64,7 @@ MAY_BE_HEAVY = ("service.adapters.engine_runner", "service.cli.engine_cmds", "se
 DATABASE = ("service.adapters.unit_of_work", "service.adapters.stores", "service.adapters.tables", "service.adapters.schema")
 
 VENDORS = {
-    "sqlalchemy": (
-        "service.adapters.unit_of_work",
-        "service.adapters.stores",
-        "service.adapters.tables",
-        "service.adapters.schema",
-        "migrations",
-    ),
+    "sqlalchemy": (*DATABASE, "migrations"),
     "alembic": ("service.adapters.schema", "migrations"),
     "psycopg": ("service.adapters.stores", "service.embedded"),
     "boto3": ("service.adapters.blobs_s3",),
@@ -143,7 +137,7 @@ def layer(module: str) -> str:
     top, _, rest = module.partition(".")
     if top != "service":
         return top
-    return "processes" if module in PROCESSES else rest.partition(".")[0]
+    return "processes" if within(module, *PROCESSES) else rest.partition(".")[0]
 
 
 def edges() -> Iterator[tuple[str, str]]:
