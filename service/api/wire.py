@@ -195,6 +195,7 @@ class ErrorObject(BaseModel):
 
 
 def file_object(file: File) -> FileObject:
+    """A file as OpenAI shows it; ours are complete when they become visible, hence always `processed`."""
     return FileObject(
         id=file.id,
         bytes=file.bytes,
@@ -206,11 +207,13 @@ def file_object(file: File) -> FileObject:
 
 
 def file_list(files: Sequence[File], has_more: bool) -> FileList:
+    """A page of files."""
     first, last = (files[0].id, files[-1].id) if files else (None, None)
     return FileList(data=[file_object(file) for file in files], first_id=first, last_id=last, has_more=has_more)
 
 
 def batch_object(view: BatchView) -> BatchObject:
+    """A batch as OpenAI shows it, with progress and cost. Times are whole Unix seconds."""
     batch, progress = view.batch, view.progress
     return BatchObject(
         id=batch.id,
@@ -249,6 +252,7 @@ def batch_object(view: BatchView) -> BatchObject:
 
 
 def batch_list(views: Sequence[BatchView], has_more: bool) -> BatchList:
+    """A page of batches."""
     first, last = (views[0].batch.id, views[-1].batch.id) if views else (None, None)
     return BatchList(data=[batch_object(view) for view in views], first_id=first, last_id=last, has_more=has_more)
 
