@@ -478,7 +478,11 @@ class BlobStore(Protocol):
         ...
 
     def list(self, prefix: str) -> Iterator[BlobInfo]:
-        """For garbage collection only: nothing is learned by listing."""
+        """In key order. For garbage collection only: nothing is learned by listing."""
+        ...
+
+    def discard_abandoned(self, older_than: timedelta) -> int:
+        """Removes what puts that never ended left behind; returns how many."""
         ...
 
     def probe(self) -> Mapping[str, str]:
@@ -510,6 +514,8 @@ class RunnerStats:
     busy_ns: int = 0
     load_ns: int = 0
     profile_ns: int = 0
+    context: int = 0
+    """Tokens that the loaded model's prompt and answer may have together; 0 where nothing is loaded."""
 
 
 class InferenceRunner(Protocol):

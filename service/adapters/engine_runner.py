@@ -109,6 +109,7 @@ class EngineRunner:
             busy_ns=self._busy_ns_before + now.busy_ns,
             load_ns=self._load_ns,
             profile_ns=self._profile_ns,
+            context=_context(loaded.engine),
         )
 
     @property
@@ -264,10 +265,8 @@ def _room(engine: Engine, asked: GenerationRequest, prompt_tokens: int) -> int:
     param = "prompt" if asked.messages is None else "messages"
     if prompt_tokens == 0:
         raise LineRejected(f"Invalid '{param}': it has no tokens.", param=param, code="invalid_value")
-    context = engine.spec.max_positions
-    memory = engine.limits.num_blocks * engine.config.block_size
-    limit = min(context, memory)
-    why = "this model's maximum context length" if context <= memory else "what this worker's KV cache holds"
+    limit = _context(engine)
+    why = "this model's maximum context length" if limit == engine.spec.max_positions else "what this worker's KV cache holds"
     wanted = asked.max_tokens if asked.max_tokens is not None else 1
     if prompt_tokens + wanted > limit:
         raise LineRejected(
@@ -277,6 +276,11 @@ def _room(engine: Engine, asked: GenerationRequest, prompt_tokens: int) -> int:
             code="context_length_exceeded",
         )
     return asked.max_tokens if asked.max_tokens is not None else limit - prompt_tokens
+
+
+def _context(engine: Engine) -> int:
+    """Tokens that a prompt and its answer may have together: what the model knows, or what the KV cache holds."""
+    return min(engine.spec.max_positions, engine.limits.num_blocks * engine.config.block_size)
 
 
 def _template(asked: GenerationRequest) -> str:

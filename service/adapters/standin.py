@@ -29,6 +29,8 @@ IDLE_SECONDS = 0.002
 CREATED = 1_700_000_000
 """Answers carry a fixed time: the same line always gives the same bytes."""
 BYTES_PER_TOKEN = 4
+CONTEXT = 4096
+"""Tokens of prompt and answer that it says it has room for."""
 
 
 class StandinRunner:
@@ -84,7 +86,7 @@ class StandinRunner:
             self._aborted.update(keys)
 
     def stats(self) -> RunnerStats:
-        return RunnerStats(running=self._running, busy_ns=self._busy_ns, tokens_per_second=0.0, acceptance_length=1.0)
+        return RunnerStats(running=self._running, busy_ns=self._busy_ns, tokens_per_second=0.0, acceptance_length=1.0, context=CONTEXT)
 
     @property
     def capacity(self) -> int:

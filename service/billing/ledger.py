@@ -53,6 +53,11 @@ def charge(outcome: LineOutcome, *, project_id: str, model: str, rates: Rates, p
     return LedgerTransaction(project_id, outcome.batch_id, outcome.line_no, LedgerKind.CHARGE, model, price_version, tuple(legs))
 
 
+def debited(transaction: LedgerTransaction) -> int:
+    """What a charge adds to the bill, femto-dollars."""
+    return sum(leg.amount for leg in transaction.legs if leg.meter is not None)
+
+
 def reversal(transaction: LedgerTransaction) -> LedgerTransaction:
     """Takes a charge back: the same legs with opposite signs. Raises ValueError for anything but a charge."""
     if transaction.kind is not LedgerKind.CHARGE:

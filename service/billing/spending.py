@@ -5,9 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from service.domain.money import Rates, Reservation, Reserved
+from service.domain.request_body import GenerationRequest
 
 CAP_REACHED = "max_cost_reached"
 """Error code of lines that were left out so that the batch stays under its cap."""
+
+_TEMPLATE_TOKENS, _TURN_TOKENS = 64, 8
+"""A default system prompt and the marks around a turn, in the chat templates of current models."""
+
+
+def prompt_bound(request: GenerationRequest) -> int:
+    """At least as many tokens as the prompt has: one a byte, which is the worst that tokenizers with a byte fallback do.
+
+    The chat template's own words are allowed for in passing; a template that adds more is caught when the line is delivered.
+    """
+    if isinstance(request.prompt, tuple):
+        return len(request.prompt)
+    texts = [request.prompt] if request.prompt is not None else [part for m in request.template_input for part in m.values()]
+    return _TEMPLATE_TOKENS + sum(_TURN_TOKENS + len(text.encode()) for text in texts)
 
 
 def worst_case(prompt_tokens: int, answer_tokens: int, rates: Rates) -> int:

@@ -66,6 +66,8 @@ class GroupLease:
     """Its line was in the engine when a worker died, more than once: run it alone."""
     input_key: str
     input_sha256: str | None
+    capped: bool = False
+    """The batch has a `max_cost`: what a line may cost at worst is reserved before it runs."""
 
 
 @dataclass(frozen=True, slots=True)

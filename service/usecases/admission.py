@@ -5,6 +5,7 @@ The order matters: if the process dies on a line, the database already knows tha
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Sequence
 from datetime import timedelta
 
@@ -14,6 +15,7 @@ import structlog
 from service.domain.line import GroupLease, LineOutcome, LineWork, Outcome, PendingLine
 from service.errors import BlobCorrupt, BlobNotFound
 from service.ports import Database
+from service.usecases.caps import CapGate, never_run
 from service.usecases.holdings import Holdings
 from service.usecases.inputs import InputFiles
 
@@ -21,6 +23,8 @@ ADMIT_LINES = 16
 """Lines whose attempts are counted by one statement: also how many innocents are under suspicion with a line that kills."""
 MAX_ATTEMPTS = 3
 """The last one was alone: a line that killed a worker then is given up."""
+CAP_PAUSE = 0.1
+"""Seconds until lines are looked at again that wait for others of their batch to settle below their worst case."""
 INPUT_RETRY = timedelta(seconds=15)
 """How long a group rests whose input could not be read."""
 
@@ -30,12 +34,13 @@ log = structlog.get_logger(__name__)
 class Admission:
     """Turns waiting lines into work, a few at a time. Belongs to the runner's thread."""
 
-    def __init__(self, database: Database, holdings: Holdings, inputs: InputFiles) -> None:
+    def __init__(self, database: Database, holdings: Holdings, inputs: InputFiles, gate: CapGate) -> None:
         self._database = database
         self._holdings = holdings
         self._inputs = inputs
+        self._gate = gate
         self.not_before = 0.0
-        """Monotonic time before which the caller should not ask again (it sets this after an outage)."""
+        """Monotonic time before which the caller should not ask again (set after an outage, too)."""
 
     def admit(self, lose: Callable[[Collection[int]], None]) -> Sequence[LineWork]:
         """The next lines, their attempts counted. `lose` is told of groups that are someone else's by now.
@@ -83,12 +88,21 @@ class Admission:
     def _count(self, works: list[LineWork], lose: Callable[[Collection[int]], None]) -> list[LineWork]:
         tokens = self._holdings.tokens
         asked = {work.group_id: tokens[work.group_id] for work in works if work.group_id in tokens}
+        leases = self._holdings.leases
         with self._database.begin() as uow:
             held = uow.groups.lock_held(asked)
-            uow.lines.admit([work.key for work in works if work.group_id in held])
+            ours = [(work, leases[work.group_id]) for work in works if work.group_id in held and work.group_id in leases]
+            run, wait, out = self._gate.verdicts(uow, ours)
+            uow.lines.admit([work.key for work in run])
         if lost := set(asked) - held:
             lose(lost)
-        return [work for work in works if work.group_id in held]
+        for work in out:
+            self._holdings.finish(never_run(work))
+        if wait:
+            self._holdings.defer([work.key for work in wait])
+            if not run:
+                self.not_before = time.monotonic() + CAP_PAUSE
+        return run
 
     def _rest(self, lease: GroupLease) -> None:
         self._holdings.drop([lease.group_id])

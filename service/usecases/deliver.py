@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import uuid
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 import structlog
 
-from service.billing.ledger import charge
+from service.billing.ledger import charge, debited
+from service.billing.spending import CAP_REACHED
 from service.domain.job import Batch, BatchStatus
 from service.domain.line import GroupLease, LineOutcome, Outcome, Segment
 from service.domain.money import LedgerTransaction, PriceBook
@@ -67,9 +68,21 @@ class Deliverer:
     def commit(self, packed: Sequence[PackedSegment], leases: Mapping[int, GroupLease], *, also: Collection[int] = ()) -> Delivery:
         """One transaction. `also`: groups without outcomes that may be finished.
 
+        A line whose charge would pass its batch's cap after all (reservations rest on a bound of the prompt's tokens) is delivered as
+        left out, unbilled; its segment is written anew for that.
+
         Raises:
             Unavailable: it may or may not have been committed; calling again settles that.
         """
+        while True:
+            try:
+                return self._commit(packed, leases, also)
+            except _CapWouldPass as over:
+                log.warning("max_cost_reached_at_commit", lines=len(over.keys))
+                outcomes = [outcome for part in packed for outcome, _, _ in part.placed]
+                packed = self.store([left_out(outcome) if outcome.key in over.keys else outcome for outcome in outcomes], leases)
+
+    def _commit(self, packed: Sequence[PackedSegment], leases: Mapping[int, GroupLease], also: Collection[int]) -> Delivery:
         touched = {outcome.group_id for part in packed for outcome, _, _ in part.placed if outcome.group_id is not None} | set(also)
         asked = {group_id: leases[group_id].token for group_id in touched if group_id in leases}
         with self.database.begin() as uow:
@@ -96,7 +109,10 @@ class Deliverer:
         commit_no = uow.batches.count(batch_id, completed=len(billed), failed=len(outcomes) - len(billed), usage=usage)
         added = uow.results.add(part.segment, new, commit_no)
         assert len(added) == len(new), f"{batch_id}: results appeared under a lock that should have kept them out"
-        uow.ledger.post([self._charge(uow, outcome, leases) for outcome in billed])
+        charges = [self._charge(uow, outcome, leases) for outcome in billed]
+        uow.ledger.post(charges)
+        if any(leases[outcome.group_id].capped for outcome in outcomes if outcome.group_id is not None):
+            _settle(uow, batch_id, outcomes, charges)
         return len(new)
 
     def _charge(self, uow: UnitOfWork, outcome: LineOutcome, leases: Mapping[int, GroupLease]) -> LedgerTransaction:
@@ -112,6 +128,42 @@ class Deliverer:
             rates=book.rates(lease.model),
             price_version=lease.price_version,
         )
+
+
+class _CapWouldPass(Exception):
+    """Rolls the commit back: with these lines the batch would cost more than its cap."""
+
+    def __init__(self, keys: frozenset[tuple[str, int]]) -> None:
+        super().__init__(f"{len(keys)} lines")
+        self.keys = keys
+
+
+def _settle(uow: UnitOfWork, batch_id: str, outcomes: Sequence[LineOutcome], charges: Sequence[LedgerTransaction]) -> None:
+    """Turns reservations into charges. Raises _CapWouldPass with the lines that do not fit."""
+    room = uow.spending.room(batch_id)
+    charged, over = 0, set()
+    for transaction in charges:
+        amount = debited(transaction)
+        if room is not None and charged + amount > room:
+            over.add((batch_id, transaction.line_no))
+        else:
+            charged += amount
+    if over:
+        raise _CapWouldPass(frozenset(over))
+    uow.spending.settle(batch_id, [outcome.line_no for outcome in outcomes], charged)
+
+
+def left_out(outcome: LineOutcome) -> LineOutcome:
+    """The outcome of a line that is not delivered so that its batch stays under its cap."""
+    return replace(
+        outcome,
+        outcome=Outcome.FAILED,
+        status_code=None,
+        body=None,
+        error_code=CAP_REACHED,
+        error_message="The batch's max_cost leaves no room for this line; it is not billed.",
+        usage=Usage(),
+    )
 
 
 def finish_if_done(uow: UnitOfWork, batch: Batch) -> bool:

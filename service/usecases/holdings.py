@@ -75,6 +75,11 @@ class Holdings:
             kept = [line for line in lines if self._running.pop((line.batch_id, line.line_no), None)]
             self._waiting.extendleft(reversed(kept))
 
+    def defer(self, keys: Iterable[Key]) -> None:
+        """Sends taken lines, which never reached the runner, back behind all others."""
+        with self._lock:
+            self._waiting.extend(line for key in keys if (line := self._running.pop(key, None)))
+
     def is_running(self, key: Key) -> bool:
         with self._lock:
             return key in self._running

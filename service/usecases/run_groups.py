@@ -19,6 +19,7 @@ from service.domain.line import GroupLease, LineWork, PendingLine
 from service.errors import LongdraftError, ModelUnavailable
 from service.ports import BlobStore, Database, InferenceRunner, UnitOfWork
 from service.usecases.admission import Admission
+from service.usecases.caps import CapGate
 from service.usecases.committer import Committer
 from service.usecases.deliver import Deliverer
 from service.usecases.heartbeat import Heartbeat, WorkerIdentity
@@ -72,7 +73,7 @@ class GroupRunner:
         self._committer = Committer(
             holdings, Deliverer(database, blobs, identity.id), every=timing.commit_every, lines=timing.commit_lines, on_lost=self._lose
         )
-        self._admission = Admission(database, holdings, self._inputs)
+        self._admission = Admission(database, holdings, self._inputs, CapGate(lambda: runner.stats().context))
         self._heartbeat = Heartbeat(
             identity, database, holdings, runner, timing, between_commits=self._committer.committing, stop=stop, on_lost=self._lose
         )

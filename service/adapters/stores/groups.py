@@ -101,7 +101,9 @@ class Groups:
             update(groups)
             .where(groups.c.id.in_(select(ranked.c.id).where(fits)), source.c.id == groups.c.batch_id)
             .values(token=groups.c.token + 1, worker_id=worker_id, lease_until=func.now() + lease)
-            .returning(groups, *(source.c[name] for name in ("project_id", "drafter", "price_version", "storage_key", "sha256")))
+            .returning(
+                groups, *(source.c[name] for name in ("project_id", "drafter", "price_version", "max_cost", "storage_key", "sha256"))
+            )
         )
         leases = [_lease(row) for row in self._connection.execute(statement)]
         return sorted(leases, key=lambda claimed: (-claimed.priority, claimed.expires_at, claimed.group_id))
@@ -235,4 +237,5 @@ def _lease(row: Row[Any]) -> GroupLease:
         suspect=row.suspect,
         input_key=row.storage_key,
         input_sha256=row.sha256,
+        capped=row.max_cost is not None,
     )
