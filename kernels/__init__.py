@@ -41,8 +41,8 @@ _REFERENCE_OPS = {
 @cache
 def _implementation(op: str, device_type: str) -> Callable[..., Any]:
     if device_type == "cuda" and op in TRITON_OPS:
-        return getattr(import_module(f"kernels.triton.{TRITON_OPS[op]}"), op)  # type: ignore[no-any-return]
-    return getattr(import_module(f"kernels.reference.{_REFERENCE_OPS[op]}"), op)  # type: ignore[no-any-return]
+        return getattr(import_module(f"kernels.triton.{TRITON_OPS[op]}"), op)
+    return getattr(import_module(f"kernels.reference.{_REFERENCE_OPS[op]}"), op)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -40,9 +40,9 @@ def convert(gguf: Path, folder: Path) -> None:
         model = AutoModelForCausalLM.from_config(config)
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
-    GenerationConfig(
-        bos_token_id=config.bos_token_id, eos_token_id=_end_tokens(file), pad_token_id=config.pad_token_id
-    ).save_pretrained(folder)
+    GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=_end_tokens(file), pad_token_id=config.pad_token_id).save_pretrained(
+        folder
+    )
     _write_weights(_tensors(file, layout, values, dtype), folder, model)
     read_tokenizer(file, gguf).save_pretrained(folder)
 
@@ -58,7 +58,7 @@ def _tensors(file: GGUFFile, layout: Layout, config: dict[str, Any], dtype: torc
         if name == ROPE_FACTORS:
             continue  # already part of the config, see gguf_layouts
         target = transformers_name(name, layout)
-        yield target, torch.from_numpy(restore(target, values, layout, config)).to(dtype)
+        yield target, torch.tensor(restore(target, values, layout, config), dtype=dtype)  # a copy: the file is mapped read-only
 
 
 def _write_weights(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path, model: Any) -> None:

@@ -17,12 +17,8 @@ if TYPE_CHECKING:
 
 _CONTROL, _USER_DEFINED = 3, 4
 
-_QWEN2_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def read_tokenizer(file: GGUFFile, path: Path) -> Any:
@@ -33,7 +29,7 @@ def read_tokenizer(file: GGUFFile, path: Path) -> Any:
     elif model == "llama":
         tokenizer = _sentencepiece(path)
     else:
-        raise ValueError(f"tokenizer model {model!r} of this GGUF file is not supported, only gpt2 (byte-level BPE) and llama (SentencePiece)")
+        raise ValueError(f"tokenizer model {model!r} is not supported, only gpt2 (byte-level BPE) and llama (SentencePiece)")
     return _wrap(tokenizer, file)
 
 

@@ -57,7 +57,7 @@ def load_model(
     else:
         from engine.models.fallback import load_fallback
 
-        model = load_fallback(checkpoint.directory, lambda **shape: _spec(checkpoint, config, number, place, **shape))
+        model = load_fallback(checkpoint.directory, config, lambda **shape: _spec(checkpoint, config, number, place, **shape))
     return LoadedModel(model, tokenizer, checkpoint.directory)
 
 

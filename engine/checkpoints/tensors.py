@@ -64,7 +64,9 @@ def check_tensors(tensors: dict[str, torch.Tensor], model: Any) -> None:
         raise ValueError(f"the checkpoint lacks {_listed(missing)}")
     if unused := tensors.keys() - expected.keys():
         raise ValueError(f"the checkpoint has tensors that this model does not use: {_listed(unused)}")
-    wrong = [f"{name} {tuple(tensor.shape)}, expected {expected[name]}" for name, tensor in tensors.items() if tensor.shape != expected[name]]
+    wrong = [
+        f"{name} {tuple(tensor.shape)}, expected {expected[name]}" for name, tensor in tensors.items() if tensor.shape != expected[name]
+    ]
     if wrong:
         raise ValueError(f"the checkpoint has tensors of another shape than the config says: {_listed(wrong)}")
 

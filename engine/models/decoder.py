@@ -11,12 +11,11 @@ import kernels
 from engine.batch import ForwardBatch, ForwardOutput, ModelSpec
 
 if TYPE_CHECKING:
-    from kernels.reference.attention_plan import AttentionPlan
-
     from engine.kv_pool import KVPool
     from engine.models.families import Architecture, LayerShape
     from engine.models.rope import Rope
     from engine.models.weights import DecoderWeights, LayerWeights
+    from kernels.reference.attention_plan import AttentionPlan
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,8 @@ import torch
 import kernels
 
 if TYPE_CHECKING:
-    from kernels.reference.linear import PackedLinear
-
     from engine.models.families import Architecture
+    from kernels.reference.linear import PackedLinear
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,7 @@ def _ragged(
     """q: [R, heads, head_dim], the group's rows in order."""
     num_rows, heads, head_dim = q.shape
     lines, keys = q.reshape(-1, head_dim), k_cache.view(-1, head_dim)
+    group.pattern.values().zero_()  # beta = 0 still multiplies, and what an earlier layer left there may be infinite
     torch.sparse.sampled_addmm(group.pattern, lines, keys.t(), beta=0.0, alpha=scale, out=group.pattern)
     scores = _capped(group.pattern.values(), soft_cap)
     padded = scores.new_full((num_rows * heads, group.width), float("-inf"))
@@ -49,7 +50,7 @@ def _dense(
 ) -> torch.Tensor:
     """Returns [real rows, heads, head_dim]."""
     heads, head_dim = q.shape[1:]
-    num_blocks, kv_heads, block_size, _ = k_cache.shape
+    num_blocks, kv_heads = k_cache.shape[:2]
     size = (group.num_sequences, kv_heads, -1, head_dim)
     k = k_cache.view(num_blocks * kv_heads, -1).index_select(0, group.blocks).view(size)
     v = v_cache.view(num_blocks * kv_heads, -1).index_select(0, group.blocks).view(size)

@@ -13,7 +13,9 @@ Figures (2 cores, float32, 9 heads over 3, 64 sequences of 100-300 tokens, per l
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -182,10 +184,19 @@ def _ragged_group(step: _Step, owners: _Ints, rows: _Ints, first: _Ints, lengths
     crow = step.tensor(bounds)
     width = int(lengths.max())
     cache_rows = step.num_blocks * step.kv_heads * step.block_size
+    _silence_beta_warning()
     pattern = torch.sparse_csr_tensor(
         crow, columns, torch.zeros(len(columns), dtype=step.dtype), size=(len(line_lengths), cache_rows), check_invariants=False
     )
     return RaggedGroup(step.tensor(rows), pattern, columns, crow[:-1], step.tensor(line * width + index), width)
+
+
+@cache
+def _silence_beta_warning() -> None:
+    """torch announces once per process that sparse CSR is in beta; the two operations used here are covered by our tests."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        torch.sparse_csr_tensor([0, 0], [], [], size=(1, 1))
 
 
 def _dense_groups(step: _Step, sequences: _Ints) -> list[DenseGroup]:
