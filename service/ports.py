@@ -464,7 +464,7 @@ class BlobWriter(Protocol):
 
 
 class BlobStore(Protocol):
-    """Objects by key (`a/b/c`, no leading slash). Puts are atomic; readers never see half an object."""
+    """Objects by key (`a/b/c`: no leading slash, no key is the folder of another). Puts are atomic: readers never see half an object."""
 
     def writer(self, key: str) -> BlobWriter: ...
     def put(self, key: str, data: bytes) -> BlobInfo: ...

@@ -69,13 +69,10 @@ class LocalBlobStore:
                     break
 
     def list(self, prefix: str) -> Iterator[BlobInfo]:
-        start = self._root / prefix.rpartition("/")[0]
-        for folder, folders, names in os.walk(start):
-            folders[:] = sorted(name for name in folders if name != INCOMING)
-            for name in sorted(names):
-                path = Path(folder, name)
+        with _outages(f"Objects under {prefix!r} cannot be listed"):
+            for path in _files(self._root / prefix.rpartition("/")[0]):
                 key = path.relative_to(self._root).as_posix()
-                if key.startswith(prefix):
+                if key.startswith(prefix) and not key.startswith(f"{INCOMING}/"):
                     with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
                         yield BlobInfo(key, path.stat().st_size, None)
 
@@ -83,7 +80,6 @@ class LocalBlobStore:
         return {"store": "directory", "folder": str(self._root), **round_trip(self)}
 
     def discard_abandoned(self, older_than: timedelta) -> int:
-        """Removes what puts that never ended left behind; returns how many."""
         before, removed = time.time() - older_than.total_seconds(), 0
         for path in (self._root / INCOMING).iterdir():
             with contextlib.suppress(FileNotFoundError):
@@ -150,6 +146,20 @@ class LocalWriter:
             _sync_folder(folder)
             if folder == self._root:
                 break
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All files below, in the order of their keys as bytes: `a.b` comes before `a/c`, since `.` comes before `/`."""
+    try:
+        with os.scandir(folder) as entries:
+            found = sorted((os.fsencode(entry.name) + b"/" * entry.is_dir(follow_symlinks=False), Path(entry.path)) for entry in entries)
+    except (FileNotFoundError, NotADirectoryError):  # tidied away meanwhile, or never there
+        return
+    for name, path in found:
+        if name.endswith(b"/"):
+            yield from _files(path)
+        else:
+            yield path
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Removes objects that nothing names: of deleted files, and what crashes left behind of batches that ended."""
+"""Removes objects that nothing names: of deleted files, of puts that never ended, and what crashes left behind of batches that ended."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from service.ports import BlobStore, Database
 
 ORPHANS_AFTER = timedelta(hours=1)
 """How long a batch must have ended before its unnamed objects go: by then no worker or finaliser of it is left."""
+ABANDONED_AFTER = timedelta(days=1)
+"""How long a put may take at most before it counts as left behind by a crash."""
 FILES = 500
 
 log = structlog.get_logger(__name__)
@@ -21,7 +23,7 @@ log = structlog.get_logger(__name__)
 
 def clean(database: Database, blobs: BlobStore, *, orphans_after: timedelta = ORPHANS_AFTER) -> int:
     """One pass over deleted files and over all segments and outputs; returns how many objects were removed. Raises Unavailable."""
-    removed = remove_deleted_files(database, blobs)
+    removed = remove_deleted_files(database, blobs) + blobs.discard_abandoned(ABANDONED_AFTER)
     for prefix in ("segments/", "outputs/"):
         for batch_id, keys in _by_batch(blobs, prefix):
             for key in _unnamed(database, batch_id, keys, orphans_after):

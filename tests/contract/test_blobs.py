@@ -111,6 +111,13 @@ def test_list_goes_by_prefix(blobs: BlobStore) -> None:
     assert list(blobs.list("nothing/")) == []
 
 
+def test_list_is_in_key_order(blobs: BlobStore) -> None:
+    keys = ["a b/x", "a-b", "a.b/c", "a/b/c", "a/b.c", "a/bb", "ab", "b/\u00e9", "b/z", "b/\U0001f600"]
+    for key in keys:
+        blobs.put(key, b"")
+    assert [info.key for info in blobs.list("")] == sorted(keys, key=str.encode)
+
+
 @pytest.mark.parametrize("key", ["space in name.jsonl", "plus+percent%41&amp;=?#", "ünïcödé/日本.jsonl", "a" * 255, "..dots../.hidden"])
 def test_unusual_keys(blobs: BlobStore, key: str) -> None:
     blobs.put(key, b"x")
