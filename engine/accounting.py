@@ -6,9 +6,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from engine.speculation.cost_model import Load
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from engine.speculation.cost_model import CostModel
     from engine.work import Outcome, Work
 
 
@@ -40,3 +43,24 @@ def charge(work: Work, outcome: Outcome) -> None:
         ledger.pruned += drafted - verified
         ledger.accepted += accepted
         ledger.rejected += verified - accepted
+
+
+def estimate(work: Work, outcome: Outcome, cost: CostModel) -> None:
+    """Writes two predictions of the cost model into the ledgers of decoding requests: of this step, and of decoding its tokens plainly.
+
+    Plainly, a request that gained k tokens would have taken part in k steps like this one without any drafts; each costs it the share of
+    its one token. Shares go by tokens fed, as in `charge`, so that predictions and measurements can be set against each other.
+    """
+    if not work.num_decoding or not cost.ready:
+        return
+    step, decoding = work.step, slice(0, work.num_decoding)
+    drafted = sum(len(draft) for draft in work.drafts)
+    kv_tokens = int(step.kv_lengths.sum())
+    lengths = np.diff(step.query_start).astype(np.int64)[decoding]
+    as_run = cost.predict(Load(step.num_tokens, len(step.logit_rows), kv_tokens)) / step.num_tokens
+    plain_tokens = step.num_tokens - drafted
+    plainly = cost.predict(Load(plain_tokens, len(step.logit_rows) - drafted, kv_tokens - drafted)) / plain_tokens
+    gained = outcome.accepted[decoding] + 1
+    for chunk, tokens, count in zip(work.chunks[decoding], lengths.tolist(), gained.tolist(), strict=True):
+        chunk.sequence.ledger.modelled_ns += round(as_run * tokens * 1e9)
+        chunk.sequence.ledger.plain_ns += round(plainly * count * 1e9)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from engine.accounting import charge
+from engine.accounting import charge, estimate
 from engine.config import EngineConfig, derive_limits
 from engine.drafters import registry
 from engine.drafters.base import Progress
@@ -211,6 +211,7 @@ class Engine:
     def _book(self, work: Work, outcome: Outcome) -> list[Result]:
         """Confirms tokens, ends what has ended, and tells everyone who learns from the step."""
         step, chunks, accepted = work.step, work.chunks, outcome.accepted
+        estimate(work, outcome, self._speculator.cost)  # before the model has seen this step
         decoding = [chunk.sequence for chunk in chunks[: work.num_decoding]]
         self._speculator.learn_cost(Load(step.num_tokens, len(step.logit_rows), int(step.kv_lengths.sum())), outcome.nanoseconds * 1e-9)
         self._speculator.settle(work.proposal, decoding, accepted[: work.num_decoding], outcome.following[: work.num_decoding])

@@ -93,6 +93,10 @@ class TokenLedger:
     draft_ns: int = 0
     decode_ns: int = 0
     """Target forward time spent on decoding and verification."""
+    plain_ns: int = 0
+    """What the cost model says that decoding the same tokens without drafts would have taken (an estimate of `decode_ns` + `draft_ns`)."""
+    modelled_ns: int = 0
+    """What the cost model says of the decoding steps as they were: against `decode_ns` it shows the model's error."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,6 +66,11 @@ class Speculator:
         """Hidden-state indices that the drafters in use want."""
         return tuple(sorted({tap for drafter in self._drafters.values() for tap in drafter.taps}))
 
+    @property
+    def cost(self) -> CostModel:
+        """What it knows of this machine."""
+        return self._cost
+
     def start(self, name: str, slot: int) -> None:
         """A sequence that uses drafter `name` takes `slot`."""
         if name not in self._drafters:

@@ -66,6 +66,8 @@ def test_answers_equal_plain_decoding(max_sequences: int, drafter: str, loop: in
         assert_conserved(result.ledger)
     stats = made.stats()
     assert sum(r.ledger.prefill_ns + r.ledger.decode_ns + r.ledger.draft_ns for r in results.values()) == stats.busy_ns
+    if drafter == "off":
+        assert all(result.ledger.plain_ns == result.ledger.modelled_ns for result in results.values())
     assert stats.generated == sum(len(r.token_ids) for r in results.values())
     assert stats.kv_blocks_held == 0
     assert (stats.running, stats.waiting, stats.finished) == (0, 0, 24)
