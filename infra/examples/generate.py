@@ -11,12 +11,18 @@ Line = dict[str, Any]
 
 EXTRACT_SYSTEM = """\
 You read messages to a hardware wholesaler and answer with one JSON object and nothing else. Its keys are "customer", \
-"item", "quantity", "deliver_by" and "city". Use null where the message does not say.
+"item", "quantity", "deliver_by" and "city". Use null where the message does not say."""
 
-Message: Hello, this is Petra Lindqvist from Umea. We need 40 door hinges, brass, by 12 May. Thank you!
-{"customer": "Petra Lindqvist", "item": "brass door hinges", "quantity": 40, "deliver_by": "12 May", "city": "Umea"}
-Message: Could you tell me whether the long ladders are back in stock? Regards, Tom Okafor
-{"customer": "Tom Okafor", "item": "long ladders", "quantity": null, "deliver_by": null, "city": null}"""
+EXTRACT_EXAMPLES = (
+    (
+        "Hello, this is Petra Lindqvist from Umea. We need 40 door hinges, brass, by 12 May. Thank you!",
+        '{"customer": "Petra Lindqvist", "item": "brass door hinges", "quantity": 40, "deliver_by": "12 May", "city": "Umea"}',
+    ),
+    (
+        "Could you tell me whether the long ladders are back in stock? Regards, Tom Okafor",
+        '{"customer": "Tom Okafor", "item": "long ladders", "quantity": null, "deliver_by": null, "city": null}',
+    ),
+)
 
 ORDERS = (
     "Good morning, Marta Ferreira here. Please send 120 hex bolts M8 to our yard in Porto, they should arrive by 3 June.",
@@ -36,14 +42,17 @@ ORDERS = (
 )
 
 CLASSIFY_SYSTEM = """\
-You sort messages from the passengers of a regional railway. Answer with exactly one word: delay, refund, lost, \
-praise, timetable or other.
+You sort messages from the passengers of a regional railway. Answer with exactly one word: delay, refund, lost, praise, \
+timetable or other."""
 
-Message: My umbrella stayed on the 8:15 to Harrow. It is green. -> lost
-Message: What a friendly conductor you have on the coast line! -> praise
-Message: The train stood still for an hour outside the tunnel. -> delay
-Message: I paid twice for the same ticket, please send the money back. -> refund
-Message: When does the last train leave on Sundays? -> timetable"""
+CLASSIFY_EXAMPLES = (
+    ("My umbrella stayed on the 8:15 to Harrow. It is green.", "lost"),
+    ("What a friendly conductor you have on the coast line!", "praise"),
+    ("The train stood still for an hour outside the tunnel.", "delay"),
+    ("I paid twice for the same ticket, please send the money back.", "refund"),
+    ("When does the last train leave on Sundays?", "timetable"),
+    ("Do you still sell the old paper maps?", "other"),
+)
 
 MESSAGES = (
     "We waited forty minutes at Mill Lane and nobody told us why.",
@@ -97,8 +106,15 @@ QUESTIONS = (
 )
 
 REWRITE_SYSTEM = """\
-You rewrite notes of a repair shop so that they can be sent to customers. Keep every fact, number and name exactly as \
-it is, write complete and friendly sentences, and answer with the rewritten text only."""
+You rewrite notes of a repair shop so that they can be sent to customers. Keep every fact, number and name exactly as it \
+is, write complete and friendly sentences, and answer with the rewritten text only."""
+
+REWRITE_EXAMPLES = (
+    (
+        "vacuum cleaner Mr Osei, hose torn, new hose 19.00, filter washed, ready Thu",
+        "Dear Mr Osei, the hose of your vacuum cleaner was torn. We fitted a new one for 19.00 and washed the filter. Ready on Thursday.",
+    ),
+)
 
 NOTES = (
     "bike Mr Tan, rear brake worn out, new pads 14.50, chain cleaned, ready Tue after 3pm",
@@ -135,24 +151,29 @@ FUNCTIONS = (
 )
 
 
-def chat(custom_id: str, system: str | None, user: str, model: str, **settings: Any) -> Line:
-    """One line of a batch job."""
+def chat(
+    custom_id: str, model: str, user: str, *, system: str | None = None, examples: Sequence[tuple[str, str]] = (), **settings: Any
+) -> Line:
+    """One line of a batch job; examples become earlier turns of the conversation."""
     messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": user})
-    body = {"model": model, "messages": messages, **settings}
+    for question, answer in examples:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    body = {"model": model, "messages": [*messages, {"role": "user", "content": user}], **settings}
     return {"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body}
 
 
 def extraction() -> Iterator[Line]:
-    """Facts out of free text; one system prompt with two examples."""
+    """Facts out of free text, as JSON; one system prompt and two examples."""
+    shared = {"system": EXTRACT_SYSTEM, "examples": EXTRACT_EXAMPLES, "temperature": 0, "max_tokens": 72, "stop": ["\n"]}
     for number, order in enumerate(ORDERS):
-        yield chat(f"extract-{number}", EXTRACT_SYSTEM, f"Message: {order}", "gpt-4o-mini", temperature=0, max_tokens=72, stop=["\n"])
+        yield chat(f"extract-{number}", "gpt-4o-mini", order, **shared)
 
 
 def classification() -> Iterator[Line]:
     """One word each; the shared prompt is many times longer than the answer."""
+    shared = {"system": CLASSIFY_SYSTEM, "examples": CLASSIFY_EXAMPLES, "temperature": 0, "max_tokens": 6}
     for number, message in enumerate(MESSAGES):
-        yield chat(f"classify-{number}", CLASSIFY_SYSTEM, f"Message: {message} ->", "smollm2-135m", temperature=0, max_tokens=6)
+        yield chat(f"classify-{number}", "smollm2-135m", message, **shared)
 
 
 def summary() -> Iterator[Line]:
@@ -160,20 +181,22 @@ def summary() -> Iterator[Line]:
     for name, report in REPORTS.items():
         for number, question in enumerate(QUESTIONS):
             settings = {"temperature": 0.7, "top_p": 0.9, "seed": 1000 + number, "max_tokens": 72}
-            yield chat(f"summary-{name}-{number}", None, f"{report}\n\n{question}", "gpt-4o-mini", **settings)
+            yield chat(f"summary-{name}-{number}", "gpt-4o-mini", f"{report}\n\n{question}", **settings)
 
 
 def rewriting() -> Iterator[Line]:
     """Answers that copy much of their prompt; half of them greedy, half sampled."""
     for number, text in enumerate(NOTES):
         settings: dict[str, Any] = {"temperature": 0} if number % 2 else {"temperature": 0.7, "top_p": 0.95}
-        yield chat(f"rewrite-{number}", REWRITE_SYSTEM, text, "smollm2-135m", max_completion_tokens=64, **settings)
+        shared = {"system": REWRITE_SYSTEM, "examples": REWRITE_EXAMPLES, "max_completion_tokens": 64}
+        yield chat(f"rewrite-{number}", "smollm2-135m", text, **shared, **settings)
 
 
 def code() -> Iterator[Line]:
     """Short functions, at the low temperature that people use for code."""
     for name, task in FUNCTIONS:
-        yield chat(f"code-{name}", CODE_SYSTEM, task, "gpt-4o-mini", temperature=0.2, top_p=0.95, seed=7, max_tokens=96)
+        settings = {"temperature": 0.2, "top_p": 0.95, "seed": 7, "max_tokens": 96}
+        yield chat(f"code-{name}", "gpt-4o-mini", task, system=CODE_SYSTEM, **settings)
 
 
 def write(path: Path, lines: Sequence[Line]) -> None:

@@ -111,7 +111,7 @@ class BenchRequest:
         return Task(
             kind=kind,
             model=self.model,
-            entry=self.entry.model_dump(),
+            entry=self.entry.model_dump(mode="json"),
             cache_dir=str(self.settings.cache_dir),
             lines=self.lines,
             engine=self.settings.engine.model_dump(),

@@ -1,0 +1,140 @@
+"""The benchmark: its bookkeeping with scripted runs, and the whole of it on a tiny model."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from service.cli.bench import session
+from service.cli.bench.plan import BenchRequest, Task
+from service.cli.bench.report import print_bench
+from service.cli.bench.session import run_bench
+from service.cli.output import Failure
+from service.config import ModelEntry, load_settings
+from tests.tiny_model import make_tiny_model
+
+
+def job(path, count=6, **body):
+    lines = []
+    for number in range(count):
+        content = {
+            "model": "any",
+            "messages": [{"role": "user", "content": f"count {number} " * (number + 1)}],
+            "max_tokens": 6 + number,
+            **body,
+        }
+        lines.append(json.dumps({"custom_id": f"id-{number}", "method": "POST", "url": "/v1/chat/completions", "body": content}))
+    path.write_text("\n".join(lines))
+    return path
+
+
+def request(tmp_path, source="tiny", **changes):
+    settings = load_settings({"HOME": str(tmp_path)}, cache_dir=tmp_path / "cache", models={"tiny": {"source": str(source)}})
+    settings = settings.model_copy(
+        update={"engine": settings.engine.model_copy(update={"device": "cpu", "kv_memory": "4MiB", "threads": 1})}
+    )
+    values = {"dtype": "float32", "drafters": ["auto"], "compare": [], "max_sequences": None, "batch_sizes": "2,4", "repeats": 2}
+    values |= {"limit": None, "check": True} | changes
+    return BenchRequest.of(
+        values.pop("job", None) or job(tmp_path / "job.jsonl"), settings=settings, resolve_model=lambda _: "tiny", **values
+    )
+
+
+class Script:
+    """Stands in for the processes: speeds by configuration, answers that are right or not."""
+
+    def __init__(self, speed, wrong=()):
+        self.speed, self.wrong, self.runs = speed, wrong, []
+
+    def __call__(self, _, task, label):
+        key = task.drafter if task.kind == "longdraft" else task.batch_size
+        self.runs.append((task.kind, key))
+        answers = {line.custom_id: ["text", 10] for line in task.lines}
+        if key in self.wrong:
+            answers["id-0"] = ["something else", 10]
+        return {"seconds": 60 / self.speed[key], "answers": answers, "device": "gpu", "peak_rss_bytes": 1000 * len(self.runs)}
+
+
+@pytest.fixture
+def script(monkeypatch):
+    def install(script):
+        monkeypatch.setattr(session._Session, "run", lambda self, task, label: script(self, task, label))
+        return script
+
+    return install
+
+
+def test_the_best_batch_size_is_found_once_and_runs_are_interleaved(tmp_path, script):
+    plan = request(tmp_path, compare=["transformers"], drafters=["auto", "off"])
+    first = script(Script({1: 1, 2: 30, 4: 20, "auto": 50, "off": 40}, wrong=["off"]))
+    report = run_bench(plan, cache_dir=tmp_path, quiet=True)
+    sweep = [("transformers", 1), ("transformers", 2), ("transformers", 4)]
+    repeat = [("longdraft", "auto"), ("longdraft", "off"), ("transformers", 2)]
+    assert first.runs == sweep + repeat * 2
+    assert {run["name"]: run["tokens_per_second"]["median"] for run in report["runs"]} == {
+        "longdraft, drafter auto": 50.0,
+        "longdraft, drafter off": 40.0,
+        "transformers, static batches of 2": 30.0,
+    }
+    assert [run["identical_to_reference"] for run in report["runs"]] == [[6, 6], [5, 6], [6, 6]]
+    assert report["runs"][0]["output_tokens"] == 60
+
+    again = script(Script({1: 1, 2: 30, 4: 20, "auto": 50, "off": 40}))
+    run_bench(plan, cache_dir=tmp_path, quiet=True)
+    assert again.runs == repeat * 2, "reference and sweep are kept"
+
+
+def test_another_job_or_format_has_a_reference_and_a_sweep_of_its_own(tmp_path):
+    plan = request(tmp_path)
+    assert plan.digest() == request(tmp_path).digest()
+    assert plan.digest() != request(tmp_path, limit=3).digest()
+    assert plan.digest("float32") != plan.digest("bfloat16")
+
+
+def test_lines_are_run_greedily_and_the_limit_counts_from_the_start(tmp_path):
+    plan = request(tmp_path, job=job(tmp_path / "hot.jsonl", temperature=0.9), limit=2)
+    assert [line.custom_id for line in plan.lines] == ["id-0", "id-1"]
+    assert {line.body["temperature"] for line in plan.lines} == {0}
+    assert {line.body["model"] for line in plan.lines} == {"tiny"}
+
+
+def test_a_task_survives_the_way_to_its_process(tmp_path):
+    task = request(tmp_path).task("longdraft", drafter="off", max_sequences=3)
+    assert Task.decode(task.encode()) == replace(task, lines=list(task.lines))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"compare": ["vllm"]}, "vllm"), ({"batch_sizes": "8,many"}, "8,many"), ({"batch_sizes": "0"}, "0")],
+)
+def test_unknown_options_are_named(tmp_path, changes, words):
+    with pytest.raises(Failure, match=words):
+        request(tmp_path, **changes)
+
+
+def test_a_job_with_a_bad_line_is_refused(tmp_path):
+    path = job(tmp_path / "job.jsonl")
+    path.write_text(path.read_text() + "\nnot json")
+    with pytest.raises(Failure, match="line 7"):
+        request(tmp_path, job=path)
+
+
+def test_for_real_on_a_tiny_model(tmp_path, capsys):
+    folder = make_tiny_model(tmp_path / "model")
+    plan = request(tmp_path, folder, compare=["transformers"], batch_sizes="4", repeats=1)
+    assert plan.entry == ModelEntry(source=str(folder))
+    report = run_bench(plan, cache_dir=tmp_path / "cache", quiet=True)
+    assert report["job"] == "job.jsonl"
+    assert report["device"].startswith("cpu: ")
+    for run in report["runs"]:
+        assert run["identical_to_reference"] == [6, 6]
+        assert run["peak_rss_bytes"] > 50 << 20
+        assert run["tokens_per_second"]["min"] > 0
+    assert len({run["output_tokens"] for run in report["runs"]}) == 1
+    print_bench(report)
+    assert "6 of 6" in capsys.readouterr().out
+
+
+def test_a_run_that_fails_gives_its_reason(tmp_path):
+    with pytest.raises(Failure, match="nowhere"):
+        run_bench(request(tmp_path, tmp_path / "nowhere", check=False, repeats=1), cache_dir=tmp_path, quiet=True)
