@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import timedelta
 
-from sqlalchemy import Connection, func, insert, select, update
+from sqlalchemy import Connection, func, select, update
+from sqlalchemy.dialects.postgresql import insert
 
 from service.adapters.tables import api_keys, projects
 from service.domain.account import ApiKey, Project
 from service.domain.ids import new_project_id
+from service.errors import Conflict
 
 TOUCH_EVERY = timedelta(minutes=1)
 
@@ -21,7 +23,10 @@ class Accounts:
         self._connection = connection
 
     def add_project(self, name: str) -> Project:
-        row = self._connection.execute(insert(projects).values(id=new_project_id(), name=name).returning(projects)).one()
+        new = insert(projects).values(id=new_project_id(), name=name).on_conflict_do_nothing(index_elements=["name"]).returning(projects)
+        row = self._connection.execute(new).one_or_none()
+        if row is None:
+            raise Conflict(f"A project named {name!r} exists already.", param="name")
         return Project(**row._mapping)
 
     def projects(self) -> Sequence[Project]:
@@ -29,11 +34,8 @@ class Accounts:
         return [Project(**row._mapping) for row in rows]
 
     def add_key(self, key: ApiKey) -> None:
-        self._connection.execute(
-            insert(api_keys).values(
-                id=key.id, project_id=key.project_id, name=key.name, prefix=key.prefix, digest=key.digest, scopes=list(key.scopes)
-            )
-        )
+        values = {name: getattr(key, name) for name in ("id", "project_id", "name", "prefix", "digest", "created_at")}
+        self._connection.execute(insert(api_keys).values(**values, scopes=list(key.scopes)))
 
     def keys(self, project_id: str | None = None) -> Sequence[ApiKey]:
         query = select(api_keys).order_by(api_keys.c.created_at, api_keys.c.id)
