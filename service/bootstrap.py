@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -67,6 +67,13 @@ def open_queue(settings: Settings) -> TaskQueue:
     if not settings.broker_url:
         raise ConfigError("broker_url is not set: name a Redis or Valkey, or use `longdraft up`, which brings one.", param="broker_url")
     return CeleryQueue(settings.broker_url)
+
+
+def local_tokenizers(settings: Settings) -> Callable[[str], Callable[[str], int] | None]:
+    """Model -> what counts its tokens, where its tokenizer is on this machine: for estimates, without the engine."""
+    from service.adapters.token_counter import LocalTokenizers
+
+    return LocalTokenizers(settings.models, settings.cache_dir).for_model
 
 
 def make_runner(settings: Settings) -> InferenceRunner:

@@ -15,7 +15,7 @@ from service.api.errors import install_error_handlers
 from service.api.guard import Guard
 from service.api.page import render_page
 from service.api.routes import batches, files, health, models
-from service.bootstrap import Services
+from service.bootstrap import Services, local_tokenizers
 
 DESCRIPTION = """\
 Batch inference in the shapes of OpenAI's API. The stock `openai` SDKs work with it: set `base_url` to this server's `/v1` and
@@ -33,7 +33,7 @@ def create_app(services: Services) -> FastAPI:
         redirect_slashes=False,
     )
     app.openapi = lambda: _described(app)  # type: ignore[method-assign]  # FastAPI's documented way to change the description
-    app.state.context = Context(services.settings, services.database, services.blobs)
+    app.state.context = Context(services.settings, services.database, services.blobs, local_tokenizers(services.settings))
     app.add_middleware(Guard)
     install_error_handlers(app)
     for module in (files, batches, models, health):

@@ -9,6 +9,7 @@ from fastapi import Depends, Request
 
 from service.config import Settings
 from service.ports import BlobStore, Database
+from service.usecases.estimate import Tokenizers
 from service.usecases.status import BatchViews
 
 
@@ -19,6 +20,7 @@ class Context:
     settings: Settings
     database: Database
     blobs: BlobStore
+    tokenizers: Tokenizers
     views: BatchViews = field(default_factory=BatchViews)
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, WithJsonSchema
 
 from service.api.errors import invalid_fields
+from service.billing.price_book import parse_amount
 from service.domain.job import OnInvalidLine
 from service.errors import InvalidRequest
 from service.usecases.submit import BatchRequest
 
-NOT_YET = ("webhook", "max_cost", "input_uri", "output_uri", "deadline", "dry_run")
-"""Asking for one of these is refused by name: to ignore a spending cap would be worse than not to offer it."""
+NOT_YET = ("webhook", "input_uri", "output_uri", "deadline")
+"""Asking for one of these is refused by name: to ignore them would be worse than not to offer them."""
 
 Key = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 Value = Annotated[str, StringConstraints(max_length=512)]
@@ -27,7 +29,7 @@ class OutputExpiresAfter(BaseModel):
 
 
 class CreateBatchBody(BaseModel):
-    """What a batch is made of; the last three are Longdraft's own (with the SDK: `extra_body`)."""
+    """What a batch is made of; those from `priority` on are Longdraft's own (with the SDK: `extra_body`)."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     input_file_id: str = Field(description="A file uploaded with the purpose 'batch'.")
@@ -38,6 +40,10 @@ class CreateBatchBody(BaseModel):
     priority: Annotated[int, Field(ge=0, le=9)] = Field(0, description="Higher runs first.")
     on_invalid_line: Literal["fail", "skip"] = Field("fail", description="'skip' sends bad lines to the error file and runs the rest.")
     drafter: str = Field("auto", description="'auto', 'off', or the name of a drafter.")
+    max_cost: Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "number"}, {"type": "null"}]})] = Field(
+        None, description="Dollars ('2.50') that the batch may cost at most; lines beyond go to the error file and are not billed."
+    )
+    dry_run: bool = Field(False, description="Checks and counts everything, answers with an estimate of the price, creates nothing.")
 
 
 def parse_create(body: dict[str, Any]) -> BatchRequest:
@@ -64,4 +70,22 @@ def parse_create(body: dict[str, Any]) -> BatchRequest:
         priority=parsed.priority,
         on_invalid_line=OnInvalidLine(parsed.on_invalid_line),
         drafter=parsed.drafter,
+        max_cost=_max_cost(parsed.max_cost),
     )
+
+
+def _max_cost(value: Any) -> int | None:
+    """Femto-dollars. A JSON number counts as the decimal digits that it is written with. Raises InvalidRequest."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        message = "Invalid 'max_cost': an amount is a decimal number of dollars, such as '2.50'."
+        raise InvalidRequest(message, param="max_cost", code="invalid_type")
+    try:
+        amount = parse_amount(value if isinstance(value, str) else f"{Decimal(repr(value)):f}")
+    except InvalidRequest as error:
+        raise InvalidRequest(f"Invalid 'max_cost': {error.message}", param="max_cost", code="invalid_value") from None
+    if amount == 0:
+        message = "Invalid 'max_cost': a batch that may cost nothing cannot run; leave it out for no limit."
+        raise InvalidRequest(message, param="max_cost", code="invalid_value")
+    return amount

@@ -10,6 +10,7 @@ import orjson
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
+from service.billing.price_book import exact_dollars
 from service.domain.account import File
 from service.domain.job import Batch
 from service.domain.usage import Usage
@@ -147,6 +148,7 @@ class BatchObject(BaseModel):
     drafter: str
     on_invalid_line: Literal["fail", "skip"]
     parent_batch_id: str | None
+    max_cost: str | None = Field(description="Dollars that the batch may cost at most, as a decimal string.")
     progress: ProgressObject
     cost: CostObject
 
@@ -241,6 +243,7 @@ def batch_object(view: BatchView) -> BatchObject:
         drafter=batch.drafter,
         on_invalid_line=batch.on_invalid_line.value,
         parent_batch_id=batch.parent_batch_id,
+        max_cost=None if batch.max_cost is None else exact_dollars(batch.max_cost),
         progress=ProgressObject(
             lines_done=progress.lines_done,
             tokens_per_second=progress.tokens_per_second,

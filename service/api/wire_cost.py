@@ -1,10 +1,14 @@
-"""The cost report of a batch on the wire (shaped by billing.reports)."""
+"""Cost reports and estimates on the wire."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 from pydantic import BaseModel, Field
+
+from service.api.wire import InputErrorObject, InputErrors
+from service.billing.price_book import exact_dollars
+from service.usecases.estimate import DryRun
 
 
 class CostLines(BaseModel):
@@ -62,3 +66,62 @@ class BatchCostObject(BaseModel):
     meters: list[MeterObject]
     speculation: SpeculationObject
     device_seconds: DeviceSeconds
+
+
+class RangeObject(BaseModel):
+    """Dollars as exact decimal strings, or tokens."""
+
+    min: str | int
+    expected: str | int
+    max: str | int
+
+
+class EstimateLine(BaseModel):
+    """The lines of one model."""
+
+    model: str
+    lines: int
+    prompt_tokens: int
+    output_tokens: RangeObject
+    amount: RangeObject
+    assumptions: str
+
+
+class EstimateObject(BaseModel):
+    """What a batch would cost. `errors`: what it would be failed for; empty means that it would run."""
+
+    object: Literal["batch.estimate"] = "batch.estimate"
+    currency: Literal["usd"] = "usd"
+    price_version: int
+    lines: int
+    invalid_lines: int = Field(description="Lines that would not run, or that the endpoint would refuse; never billed.")
+    amount: RangeObject
+    models: list[EstimateLine]
+    errors: InputErrors
+
+
+def estimate_object(run: DryRun) -> EstimateObject:
+    estimate = run.estimate
+    return EstimateObject(
+        price_version=run.price_version,
+        lines=run.total,
+        invalid_lines=run.invalid,
+        amount=_dollars((estimate.total(0), estimate.total(1), estimate.total(2))),
+        models=[
+            EstimateLine(
+                model=price.model,
+                lines=price.lines,
+                prompt_tokens=price.prompt_tokens,
+                output_tokens=RangeObject(min=price.answer_tokens[0], expected=price.answer_tokens[1], max=price.answer_tokens[2]),
+                amount=_dollars(price.amounts),
+                assumptions=estimate.assumptions[price.model],
+            )
+            for price in estimate.prices
+        ],
+        errors=InputErrors(data=[InputErrorObject(code=e.code, message=e.message, param=e.param, line=e.line) for e in run.errors]),
+    )
+
+
+def _dollars(amounts: tuple[int, int, int]) -> RangeObject:
+    least, expected, most = map(exact_dollars, amounts)
+    return RangeObject(min=least, expected=expected, max=most)

@@ -12,6 +12,7 @@ RATE_PLACES = 9
 MAX_DOLLARS = 10**6
 """Dollars per million tokens: far above any price, and a million lines of it still fit the ledger's columns."""
 
+_AMOUNT = re.compile(r"([0-9]{1,12})(?:\.([0-9]+))?")
 _RATE = re.compile(r"([0-9]{1,9})(?:\.([0-9]+))?")
 
 
@@ -35,6 +36,18 @@ def parse_rate(text: str) -> int:
 def parse_rates(input: str, cached_input: str, output: str) -> Rates:
     """The three rates of a model. Raises InvalidRequest as `parse_rate` does."""
     return Rates(parse_rate(input), parse_rate(cached_input), parse_rate(output))
+
+
+def parse_amount(text: str) -> int:
+    """Dollars, as a decimal string, in femto-dollars.
+
+    Raises:
+        InvalidRequest: not a plain decimal number, negative, or with more than 15 decimal places.
+    """
+    match = _AMOUNT.fullmatch(text.strip())
+    if match is None or len((match[2] or "").rstrip("0")) > 15:
+        raise InvalidRequest(f"An amount is a decimal number of dollars with at most 15 decimal places, such as 2.50; got {text[:64]!r}.")
+    return int(match[1]) * FEMTO_PER_DOLLAR + int((match[2] or "").rstrip("0").ljust(15, "0"))
 
 
 def format_rate(nano_dollars: int) -> str:

@@ -39,6 +39,8 @@ class BatchRequest:
     priority: int = 0
     on_invalid_line: OnInvalidLine = OnInvalidLine.FAIL
     drafter: str = "auto"
+    max_cost: int | None = None
+    """Femto-dollars that the batch may cost at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +65,16 @@ def create_batch(request: BatchRequest, *, repeat: Repeatability, caller: Caller
         Conflict: the idempotency key was used with another body.
     """
     window = parse_window(request.completion_window)
-    _check(request, repeat)
+    check_request(request)
+    if repeat.idempotency_key is not None and not _IDEMPOTENCY_KEY.fullmatch(repeat.idempotency_key):
+        raise InvalidRequest("The Idempotency-Key header must have 1 to 255 printable ASCII characters, without spaces.")
     with database.begin() as uow:
         earlier = _earlier(uow, repeat, caller)
         if earlier is not None:
             return earlier
         # The same lock as in delete_file: a batch never starts on a file that is being deleted.
         uow.requests.lock(caller.project_id, file_lock(request.input_file_id))
-        file = _input_file(uow, request, caller)
+        file = input_file(uow, request, caller)
         batch = _new_batch(request, file, repeat, caller, uow, window)
         uow.batches.add(batch)
         uow.outbox.add(OutboxKind.VALIDATE, batch_id=batch.id)
@@ -100,13 +104,13 @@ def owned_batch(uow: UnitOfWork, project_id: str, batch_id: str) -> Batch:
     return batch
 
 
-def _check(request: BatchRequest, repeat: Repeatability) -> None:
+def check_request(request: BatchRequest) -> None:
+    """What can be told from the request alone. Raises InvalidRequest."""
+    parse_window(request.completion_window)
     if request.endpoint not in ENDPOINTS:
         raise InvalidRequest(f"'endpoint' must be one of {', '.join(ENDPOINTS)}; got {request.endpoint[:64]!r}.", param="endpoint")
     if not _DRAFTER.fullmatch(request.drafter):
         raise InvalidRequest(f"'drafter' must be 'auto', 'off' or a drafter's name, got {request.drafter[:64]!r}.", param="drafter")
-    if repeat.idempotency_key is not None and not _IDEMPOTENCY_KEY.fullmatch(repeat.idempotency_key):
-        raise InvalidRequest("The Idempotency-Key header must have 1 to 255 printable ASCII characters, without spaces.")
 
 
 def _earlier(uow: UnitOfWork, repeat: Repeatability, caller: Caller) -> Batch | None:
@@ -126,7 +130,8 @@ def _earlier(uow: UnitOfWork, repeat: Repeatability, caller: Caller) -> Batch | 
     return owned_batch(uow, caller.project_id, batch_id)
 
 
-def _input_file(uow: UnitOfWork, request: BatchRequest, caller: Caller) -> File:
+def input_file(uow: UnitOfWork, request: BatchRequest, caller: Caller) -> File:
+    """Raises NotFound, or InvalidRequest where the file has another purpose."""
     try:
         file = live_file(uow, caller.project_id, request.input_file_id)
     except NotFound:
@@ -154,5 +159,6 @@ def _new_batch(request: BatchRequest, file: File, repeat: Repeatability, caller:
         priority=request.priority,
         on_invalid_line=request.on_invalid_line,
         drafter=request.drafter,
+        max_cost=request.max_cost,
         request_digest=repeat.digest,
     )

@@ -17,10 +17,11 @@ from service.api.body import read_json
 from service.api.context import Context, Ctx
 from service.api.create_body import parse_create
 from service.api.wire import BatchList, BatchObject, ErrorObject, batch_list, batch_object
-from service.api.wire_cost import BatchCostObject
+from service.api.wire_cost import BatchCostObject, EstimateObject, estimate_object
 from service.billing.reports import cost_json
 from service.usecases import results, submit
 from service.usecases.cancel import cancel_batch
+from service.usecases.estimate import estimate_batch
 from service.usecases.report import batch_cost
 from service.usecases.retry_failed import retry_failed
 
@@ -42,15 +43,26 @@ async def create_batch(
     ctx: Ctx,
     idempotency_key: Annotated[str | None, Header(description="The same key with the same body gives the same batch.")] = None,
     retry_count: RetryCount = None,
-) -> BatchObject:
-    """Starts a batch on an uploaded file. What is wrong in the file itself shows later, in the batch's `errors`."""
+) -> BatchObject | EstimateObject:
+    """Starts a batch on an uploaded file. What is wrong in the file itself shows later, in the batch's `errors`.
+
+    With `dry_run: true` nothing is created, and the answer is an estimate of the price.
+    """
     body = await read_json(request, ctx.settings.limits)
     repeat = submit.Repeatability(
         digest=hashlib.sha256(orjson.dumps(body, option=orjson.OPT_SORT_KEYS)).digest(),
         idempotency_key=idempotency_key,
         retry=_is_repeat(retry_count),
     )
+    if body.get("dry_run") is True:
+        return await run_in_threadpool(_estimate, body, caller, ctx)
     return await run_in_threadpool(_create, body, repeat, caller, ctx)
+
+
+@router.post("/estimate", summary="Estimate the price of a batch", openapi_extra=_CREATE_BODY, responses=_NOT_FOUND)
+async def estimate(request: Request, caller: Reader, ctx: Ctx) -> EstimateObject:
+    """Takes the body of a create, checks the input and counts its tokens. Creates nothing, so a key that may only read will do."""
+    return await run_in_threadpool(_estimate, await read_json(request, ctx.settings.limits), caller, ctx)
 
 
 @router.get("", summary="List batches")
@@ -117,6 +129,19 @@ def cost(batch_id: str, caller: Reader, ctx: Ctx) -> BatchCostObject:
 def _create(body: dict[str, Any], repeat: submit.Repeatability, caller: Writer, ctx: Context) -> BatchObject:
     batch = submit.create_batch(parse_create(body), repeat=repeat, caller=caller, database=ctx.database)
     return batch_object(ctx.views.of(ctx.database, batch))
+
+
+def _estimate(body: dict[str, Any], caller: Reader, ctx: Context) -> EstimateObject:
+    run = estimate_batch(
+        parse_create(body),
+        caller=caller,
+        database=ctx.database,
+        blobs=ctx.blobs,
+        limits=ctx.settings.limits,
+        resolve_model=ctx.settings.resolve_model,
+        tokenizers=ctx.tokenizers,
+    )
+    return estimate_object(run)
 
 
 def _as_list(lines: Iterator[bytes], page: results.ResultPage) -> Iterator[bytes]:

@@ -59,6 +59,14 @@ def test_what_is_left_out_or_null_takes_its_default() -> None:
         ({"priority": 1.0}, "priority", "invalid_type"),
         ({"on_invalid_line": "ignore"}, "on_invalid_line", "invalid_value"),
         ({"drafter": 3}, "drafter", "invalid_type"),
+        ({"max_cost": True}, "max_cost", "invalid_type"),
+        ({"max_cost": [1]}, "max_cost", "invalid_type"),
+        ({"max_cost": -1}, "max_cost", "invalid_value"),
+        ({"max_cost": 0}, "max_cost", "invalid_value"),
+        ({"max_cost": "0.00"}, "max_cost", "invalid_value"),
+        ({"max_cost": "1e3"}, "max_cost", "invalid_value"),
+        ({"max_cost": "0.0000000000000001"}, "max_cost", "invalid_value"),
+        ({"dry_run": 1}, "dry_run", "invalid_type"),
     ],
 )
 def test_the_first_bad_parameter_is_named(change: dict[str, Any], param: str, code: str) -> None:
@@ -75,3 +83,11 @@ def test_what_is_not_available_yet_is_never_ignored(name: str, value: Any) -> No
     with pytest.raises(InvalidRequest) as refusal:
         parse_create(GOOD | {name: value})
     assert (refusal.value.param, refusal.value.code) == (name, "unsupported_parameter")
+
+
+@pytest.mark.parametrize(
+    ("value", "femto"),
+    [("2.50", 25 * 10**14), (2.5, 25 * 10**14), (3, 3 * 10**15), (1e-15, 1), ("0.000000000000001", 1), (0.1, 10**14), (None, None)],
+)
+def test_a_cap_is_exact(value: Any, femto: int | None) -> None:
+    assert parse_create(GOOD | {"max_cost": value}).max_cost == femto
