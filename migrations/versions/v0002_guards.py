@@ -47,8 +47,12 @@ def upgrade() -> None:
     _grant()
     op.execute("INSERT INTO price_books (version) VALUES (1)")
     # Nano-dollars per million tokens: $0.02 input, $0.01 cached input, $0.06 output, until the operator sets prices of their own.
-    rates = "20000000, 10000000, 60000000"
-    op.execute(f"INSERT INTO prices (version, model, input, cached_input, output) VALUES (1, '*', {rates}), (1, 'smollm2-135m', {rates})")
+    op.execute(
+        """
+        INSERT INTO prices (version, model, input, cached_input, output)
+        SELECT 1, model, 20000000, 10000000, 60000000 FROM (VALUES ('*'), ('smollm2-135m')) AS models (model)
+        """
+    )
     op.execute("INSERT INTO projects (id, name) VALUES ('proj_default', 'default')")
 
 

@@ -69,7 +69,10 @@ def test_even_the_owner_cannot_rewrite_money(owner_url: str, statement: str) -> 
         connection.execute(statement)
 
 
-LINE = "INSERT INTO ledger_transactions (project_id, batch_id, line_no, kind, model, price_version) VALUES ('proj_default', 'batch_1', {}, 'charge', 'm', 1) RETURNING id"
+LINE = (
+    "INSERT INTO ledger_transactions (project_id, batch_id, line_no, kind, model, price_version)"
+    " VALUES ('proj_default', 'batch_1', {}, 'charge', 'm', 1) RETURNING id"
+)
 LEG = "INSERT INTO ledger_entries (transaction_id, leg, account, amount) VALUES "
 
 
@@ -78,10 +81,12 @@ def charged(database_url: str) -> Iterator[psycopg.Connection]:
     """The runtime role's connection, inside a transaction with a batch to charge."""
     with psycopg.connect(database_url) as connection:
         connection.execute(
-            "INSERT INTO files (id, project_id, purpose, filename, bytes, sha256, storage_key) VALUES ('file_1', 'proj_default', 'batch', 'f', 1, '', 'k')"
+            "INSERT INTO files (id, project_id, purpose, filename, bytes, sha256, storage_key)"
+            " VALUES ('file_1', 'proj_default', 'batch', 'f', 1, '', 'k')"
         )
         connection.execute(
-            "INSERT INTO batches (id, project_id, status, endpoint, completion_window, input_file_id, on_invalid_line, price_version, expires_at)"
+            "INSERT INTO batches"
+            " (id, project_id, status, endpoint, completion_window, input_file_id, on_invalid_line, price_version, expires_at)"
             " VALUES ('batch_1', 'proj_default', 'in_progress', 'e', '24h', 'file_1', 'fail', 1, now())"
         )
         yield connection
