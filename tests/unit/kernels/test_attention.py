@@ -38,14 +38,14 @@ CASES = {
     "soft cap": Case([1, 2, 17], [90, 33, 60], soft_cap=1.5),
     "window and soft cap": Case([1, 2, 17], [90, 33, 60], window=20, soft_cap=1.5),
     "shared prefix": Case([1, 1, 3, 9, 30], [200, 170, 210, 190, 192], shared_blocks=10),
-    "shared prefix, decoding": Case([1] * 6, [200, 170, 210, 190, 180, 500], shared_blocks=10),
+    "shared prefix, decoding": Case([1] * 14, [170, 210, 190, 180, 500, 161, 162] * 2, shared_blocks=10),
     "shared prefix and window": Case([1, 1, 9], [200, 170, 190], shared_blocks=10, window=50),
     "shared prefix and soft cap": Case([1, 1, 9, 2], [200, 170, 190, 163], shared_blocks=10, soft_cap=1.5),
 }
 
 
 def run(case: Case, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-    """(found, expected). Blocks are scattered, never-written ones hold poison, shared blocks are one and the same."""
+    """(found, expected); checks on the way that a shared prefix is read as one. Blocks are scattered, never-written ones hold poison, shared blocks are one and the same."""
     generator = np.random.default_rng(7)
     torch.manual_seed(7)
     count, width = len(case.kv_lengths), -(-max(case.kv_lengths) // case.block_size)
@@ -76,6 +76,7 @@ def run(case: Case, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, t
         num_heads=case.heads,
         window=case.window,
     )
+    assert len(plan.shared) == (case.shared_blocks > 0 and case.window is None)
     scale = case.head_dim**-0.5
     found = kernels.attention(q, k_cache, v_cache, plan, scale, case.soft_cap)
     return found, naive_attention(q, keys, values, case.query_lengths, scale, case.window, case.soft_cap)

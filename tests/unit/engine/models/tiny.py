@@ -127,7 +127,7 @@ def run_steps(model: TargetModel, texts: Texts, steps: list[list[tuple[int, int,
     parts: list[list[torch.Tensor]] = [[] for _ in texts.tokens]
     for spans in steps:
         logits = model.forward(texts.step(spans), pool).logits
-        for (sequence, start, end), rows in zip(spans, logits.split([end - start for _, start, end in spans]), strict=True):
+        for (sequence, start, _), rows in zip(spans, logits.split([end - start for _, start, end in spans]), strict=True):
             assert start == sum(len(part) for part in parts[sequence])
             parts[sequence].append(rows)
     return [torch.cat(part) for part in parts]
