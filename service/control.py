@@ -102,7 +102,12 @@ class Control:
             self._carry_out(item, self._wake)
 
     def _wake(self, item: OutboxItem) -> None:
-        self._services.queue.wake(str(item.payload["model"]))
+        """A hint reaches one worker: as many are sent as could share the work."""
+        model = str(item.payload["model"])
+        with self._database.begin() as uow:
+            hints = min(uow.watch.due().get(model, 0), len(uow.workers.live(self._lease)))
+        for _ in range(max(1, hints)):
+            self._services.queue.wake(model)
         with self._database.begin() as uow:
             uow.outbox.done(item)
 

@@ -124,6 +124,8 @@ class GroupRunner:
         room = self._runner.capacity + self._group_lines - self._holdings.unfinished
         with self._database.begin() as uow:
             most = min(room, self._fair_share(uow, model))
+            if most <= 0:
+                return False
             leases = uow.groups.claim(self._identity.id, model=model, lease=self._lease, max_lines=most)
             ids = [lease.group_id for lease in leases]
             # Here, and not where a dead worker's groups are taken back, so that nobody who does that can forget it.
@@ -136,11 +138,17 @@ class GroupRunner:
         return bool(leases)
 
     def _fair_share(self, uow: UnitOfWork, model: str | None) -> int:
-        """Lines that leave the other live workers something to do: due groups split evenly, at least one group."""
+        """How many more lines leave the other live workers their part: what is due and what is held here, split evenly.
+
+        It binds only near the end of the work; before that, what the engine can hold is less. A worker with nothing to do always gets
+        at least a line's worth, which is a group.
+        """
         due = uow.watch.due()
         groups = due.get(model, 0) if model else max(due.values(), default=0)
         others = [row for row in uow.workers.live(self._lease) if row.id != self._identity.id and row.model in (None, model)]
-        return -(-groups // (1 + len(others))) * self._group_lines
+        held = self._holdings.unfinished
+        share = -(-(groups * self._group_lines + held) // (1 + len(others))) - held
+        return share if held else max(share, 1)
 
     def _hold(self, leases: Sequence[GroupLease], pending: Sequence[PendingLine]) -> None:
         log.info("claimed", groups=len(leases), lines=len(pending), model=leases[0].model, suspect=leases[0].suspect)

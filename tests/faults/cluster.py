@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -19,12 +19,39 @@ from service.bootstrap import Services, open_services
 from service.config import load_settings
 from service.control import run_control
 from service.domain.job import Batch, BatchStatus
+from service.errors import Unavailable
 from service.ports import TaskQueue
 from service.usecases.oracles import check
+from tests.faults import saboteur
 from tests.integration.jobs import SHORT, Jobs, witnessed
 
 LIMIT = 60.0
 """Seconds that anything may take here: lease + sweep + work are a few."""
+
+
+_forkserver = multiprocessing.get_context("forkserver")
+"""Workers are processes of their own, forked from one that has only done the imports: a start takes milliseconds."""
+_forkserver.set_forkserver_preload(
+    ["tests.faults.saboteur", "service.adapters.unit_of_work", "service.adapters.standin", "service.adapters.blobs_s3", "celery.worker"]
+)
+
+
+@dataclass
+class Worker:
+    """A worker process, with subprocess's words for it."""
+
+    process: multiprocessing.process.BaseProcess
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self, timeout: float) -> int | None:
+        self.process.join(timeout)
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        if self.process.pid is not None and self.process.is_alive():
+            os.kill(self.process.pid, number)
 
 
 @dataclass
@@ -35,9 +62,10 @@ class Cluster:
     environment: dict[str, str]
     folder: Path
     jobs: Jobs = field(init=False)
-    workers: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    workers: list[Worker] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.wait(lambda: self.services.database.ping() or True, "an answer of the database")
         self.jobs = Jobs(self.services.database, self.services.blobs, settings=self.services.settings)
 
     @property
@@ -60,39 +88,36 @@ class Cluster:
             stop.set()
             thread.join()
 
-    def worker(self, name: str = "worker", *, fault: str = "", **environment: str) -> subprocess.Popen[bytes]:
-        """`fault`: where it kills itself (see saboteur.py). `environment`: further settings, without the prefix."""
-        values = {f"LONGDRAFT_{key.upper()}": value for key, value in environment.items() if not key.startswith("FAULT")}
-        values |= {key: value for key, value in environment.items() if key.startswith("FAULT")}
-        with self.log.open("ab") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "tests.faults.saboteur", name],
-                env={**os.environ, **self.environment, "FAULT": fault, **values},
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-            )
-        self.workers.append(process)
-        return process
+    def worker(self, name: str = "worker", *, fault: str = "", **changes: str) -> Worker:
+        """`fault`: where it kills itself (see saboteur.py). `changes`: further settings, without their prefix, or FAULT_ variables."""
+        named = {key if key.startswith("FAULT") else f"LONGDRAFT_{key.upper()}": value for key, value in changes.items()}
+        environment = {**self.environment, "FAULT": fault, **named}
+        process = _forkserver.Process(target=saboteur.run, args=(name, environment, str(self.log)), daemon=True)
+        process.start()
+        worker = Worker(process)
+        self.workers.append(worker)
+        return worker
 
-    def dies(self, process: subprocess.Popen[bytes], number: int = signal.SIGKILL) -> None:
+    def dies(self, worker: Worker, number: int = signal.SIGKILL) -> None:
         """Waits for a worker's death by this signal."""
-        assert process.wait(LIMIT) == -number, self.log.read_text()[-3000:]
+        assert worker.wait(LIMIT) == -number, self.log.read_text()[-3000:]
 
     def wait(self, condition: Callable[[], Any], what: str) -> Any:
-        """What the condition is once it is true."""
+        """What the condition is once it is true. An outage while looking is no answer."""
         deadline = time.monotonic() + LIMIT
-        while not (found := condition()):
+        while True:
+            with contextlib.suppress(Unavailable):
+                if found := condition():
+                    return found
             assert time.monotonic() < deadline, f"{what} did not happen. {self.log.read_text()[-3000:] if self.log.exists() else ''}"
             time.sleep(0.02)
-        return found
 
     def ended(self, batch: Batch, status: BatchStatus = BatchStatus.COMPLETED) -> Batch:
         """The batch once it has ended; every oracle must hold then."""
         self.wait(lambda: self.jobs.load(batch).status.terminal, "the end of the batch")
-        batch = self.jobs.load(batch)
+        batch = self.wait(lambda: self.jobs.load(batch), "a look at it")
         assert batch.status is status
-        assert check(self.services.database, self.services.blobs) == []
+        assert check(self.services.database, self.services.blobs, batch.id) == []
         return batch
 
     def started(self) -> Counter[str]:
@@ -105,11 +130,9 @@ class Cluster:
             return {custom_id for _, custom_id, stored in uow.results.in_order(batch.id) if stored is not None and custom_id}
 
     def stop(self) -> None:
-        for process in self.workers:
-            if process.poll() is None:
-                process.send_signal(signal.SIGCONT)
-                process.kill()
-            process.wait()
+        for worker in self.workers:
+            worker.send_signal(signal.SIGKILL)
+            worker.wait(LIMIT)
 
 
 @contextmanager

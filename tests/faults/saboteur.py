@@ -1,15 +1,14 @@
-"""A worker process that dies at a named point: `python -m tests.faults.saboteur WORKER_ID`, the point in FAULT, such as `after_segment:2`.
+"""A worker process that dies at a named point of the protocol.
 
-The product has no crash points. This entry wraps the database and the object store that the worker opens, and ends the process from there.
+The product has no crash points: this wraps the database and the object store that the worker opens, and ends the process from there.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,8 +16,6 @@ import service.worker
 from service.config import load_settings
 from service.log import configure_logging
 from service.ports import BlobInfo, BlobStore, Database
-
-POINTS = ("in_claim", "after_segment", "in_commit", "after_commit")
 
 
 class Trap:
@@ -85,19 +82,20 @@ def _noting(method: Callable[..., Any], name: str, seen: set[str]) -> Callable[.
     return call
 
 
-def main() -> None:
-    point, _, countdown = os.environ.get("FAULT", "").partition(":")
-    trap = Trap(point, int(countdown or 1), int(os.environ.get("FAULT_SIGNAL", signal.SIGKILL)))
-    if skew := float(os.environ.get("FAULT_CLOCK", 0)):
+def run(name: str, environment: Mapping[str, str], log: str) -> None:
+    """The process's main function: a worker with these settings. FAULT names a point and when, such as `after_segment:2`; FAULT_SIGNAL how
+    to die there (default SIGKILL); FAULT_CLOCK by how many seconds the clock is off."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    for standard in (1, 2):
+        os.dup2(descriptor, standard)
+    point, _, countdown = environment.get("FAULT", "").partition(":")
+    trap = Trap(point, int(countdown or 1), int(environment.get("FAULT_SIGNAL", signal.SIGKILL)))
+    if skew := float(environment.get("FAULT_CLOCK", 0)):
         real = time.time
         time.time = lambda: real() + skew
     open_database, open_blobs = service.worker.open_database, service.worker.open_blobs
     service.worker.open_database = lambda settings: TrappedDatabase(open_database(settings), trap)
     service.worker.open_blobs = lambda settings: TrappedBlobs(open_blobs(settings), trap)
-    settings = load_settings()
+    settings = load_settings(environment)
     configure_logging(settings)
-    service.worker.run_worker(settings, worker_id=sys.argv[1])
-
-
-if __name__ == "__main__":
-    main()
+    service.worker.run_worker(settings, worker_id=name)

@@ -33,7 +33,7 @@ def test_killed_in_the_middle_of_a_200_line_job(faulty):
         batch = faulty.jobs.submit(lines(200))
         first = faulty.worker("first")
         faulty.wait(lambda: 60 <= len(faulty.committed(batch)) < 200, "a third of the job")
-        first.kill()
+        first.send_signal(signal.SIGKILL)
         faulty.dies(first)
         safe, before = faulty.committed(batch), faulty.started()
         faulty.worker("second")
@@ -71,7 +71,7 @@ def test_a_clean_leave_releases_at_once_and_is_no_attempt(faulty):
         batch = faulty.jobs.submit(lines(64))
         worker = faulty.worker("first", standin__delay="30")
         faulty.wait(lambda: len(faulty.started()) >= 16, "lines in the engine")
-        worker.terminate()
+        worker.send_signal(signal.SIGTERM)
         assert worker.wait(10) == 0
         with faulty.services.database.begin() as uow:
             leases = uow.groups.claim("look", model=None, lease=LEASE, max_lines=64)
@@ -103,7 +103,7 @@ def test_a_frozen_worker_wakes_up_to_find_its_lines_taken(faulty):
         frozen.send_signal(signal.SIGCONT)
         assert faulty.ended(batch).completed == 48
         other = faulty.jobs.submit(lines(16))
-        faulty.workers[1].terminate()
+        faulty.workers[1].send_signal(signal.SIGTERM)
         assert faulty.workers[1].wait(10) == 0
         assert faulty.ended(other).completed == 16
 
