@@ -93,6 +93,7 @@ def _runs_on(cluster: Path, lock: Path) -> bool:
 
 def _initdb(binaries: Path, cluster: Path, password: str, owner: pwd.struct_passwd | None) -> None:
     """Makes the cluster aside and moves it into place whole: one that was interrupted is never started."""
+    cluster.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     staging = cluster.with_name(f"{cluster.name}.new")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(mode=0o700)
@@ -138,14 +139,19 @@ def _url(role: str, password: str, sockets: Path) -> str:
 
 
 def _cluster_folder(data_dir: Path, owner: pwd.struct_passwd | None) -> Path:
-    if owner is None:
+    """Where the cluster lies or will lie: in the data folder, unless we are root and the way there is closed to `owner`."""
+    note = data_dir / "postgres.location"
+    if note.exists():
+        return Path(note.read_text().strip())
+    if owner is None or reachable(data_dir):
         return data_dir / "postgres"
-    if reachable(data_dir):
-        cluster = data_dir / "postgres"
-    else:
-        ROOT_HOME.mkdir(mode=0o755, parents=True, exist_ok=True)
-        cluster = ROOT_HOME / hashlib.sha256(str(data_dir.resolve()).encode()).hexdigest()[:16]
-        (data_dir / "postgres.location").write_text(f"{cluster}\n")
+    if reachable(data_dir.parent):  # only our own folder is closed: let that one group walk through it, and read nothing
+        os.chown(data_dir, -1, owner.pw_gid)
+        data_dir.chmod(data_dir.stat().st_mode | 0o010)
+        return data_dir / "postgres"
+    ROOT_HOME.mkdir(mode=0o755, parents=True, exist_ok=True)
+    cluster = ROOT_HOME / hashlib.sha256(str(data_dir.resolve()).encode()).hexdigest()[:16]
+    note.write_text(f"{cluster}\n")
     return cluster
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -117,6 +118,18 @@ with embedded_servers(Path(sys.argv[1])) as endpoints:
     print(endpoints.migration_database_url, flush=True)
     time.sleep(600)
 """
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root hands the cluster to another user; run the tests as root to see it")
+def test_a_closed_data_folder_is_walked_through_and_not_opened() -> None:
+    with tempfile.TemporaryDirectory(prefix="longdraft-test-") as name:  # mode 0700 in a folder that is open to all
+        folder = Path(name)
+        with embedded_servers(folder) as endpoints:
+            assert _data_directory(endpoints) == folder / "postgres"
+            assert folder.stat().st_mode & 0o777 == 0o710
+            assert (folder / "postgres.password").stat().st_mode & 0o777 == 0o600
+        with embedded_servers(folder) as endpoints:
+            assert _data_directory(endpoints) == folder / "postgres"
 
 
 @pytest.mark.usefixtures("keep_away_from_var")
