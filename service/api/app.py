@@ -14,7 +14,7 @@ from service.api.create_body import CreateBatchBody
 from service.api.errors import install_error_handlers
 from service.api.guard import Guard
 from service.api.page import render_page
-from service.api.routes import batches, files, health, models
+from service.api.routes import batches, files, health, models, organization
 from service.bootstrap import Services, local_tokenizers
 
 DESCRIPTION = """\
@@ -36,7 +36,7 @@ def create_app(services: Services) -> FastAPI:
     app.state.context = Context(services.settings, services.database, services.blobs, local_tokenizers(services.settings))
     app.add_middleware(Guard)
     install_error_handlers(app)
-    for module in (files, batches, models, health):
+    for module in (files, batches, models, organization, health):
         app.include_router(module.router)
 
     @app.get("/docs", include_in_schema=False)
