@@ -103,7 +103,7 @@ CHECKS: Sequence[Check] = (
     Check(
         "main-job/exactness",
         ">= 62 of 64 answers equal transformers' generate, the others differ at a tie; drafting on and off, at 1, 8 and 64 sequences",
-        pytest("tests/acceptance/test_exactness.py"),
+        pytest("tests/acceptance/test_exactness.py", "--data", "{data}"),
         tests_pass,
         needs=("bench_mixed.jsonl",),
     ),
