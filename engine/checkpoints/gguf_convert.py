@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _SHARD_BYTES = 4 << 30
 
+_SAMPLE_TEXT = "I've 12 + 345 = 6789.\n\n  def f(x):\n\treturn x**2  # caf\u00e9 \u4f60\u597d \U0001f600 don't\r\n   END"
+
 
 def convert(gguf: Path, folder: Path) -> None:
     """Writes config, generation config, weights and tokenizer of `gguf` into `folder`.
@@ -44,7 +46,17 @@ def convert(gguf: Path, folder: Path) -> None:
         folder
     )
     _write_weights(_tensors(file, layout, values, dtype), folder, model)
-    read_tokenizer(file, gguf).save_pretrained(folder)
+    _write_tokenizer(read_tokenizer(file, gguf), folder)
+
+
+def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """transformers chooses a tokenizer class by the model's type and may put its own splitting in place of the saved one."""
+    from transformers import AutoTokenizer
+
+    tokenizer.save_pretrained(folder)
+    again = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if again(_SAMPLE_TEXT).input_ids != tokenizer(_SAMPLE_TEXT).input_ids:
+        raise ValueError(f"transformers loads another tokenizer from the converted folder ({type(again).__name__}); ids would differ")
 
 
 def _end_tokens(file: GGUFFile) -> list[int]:
