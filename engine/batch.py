@@ -69,5 +69,9 @@ class TargetModel(Protocol):
     spec: ModelSpec
 
     def forward(self, batch: ForwardBatch, kv: KVPool) -> ForwardOutput:
-        """Writes the keys and values of all T tokens into `kv` and returns the logits of `batch.logit_rows`."""
+        """Writes the keys and values of all T tokens into `kv` and returns the logits of `batch.logit_rows`.
+
+        A layer writes all of them before it reads any: a sequence's table may list blocks that another sequence of the same
+        step fills (siblings that start together share their prefix in one step).
+        """
         ...

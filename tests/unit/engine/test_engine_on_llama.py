@@ -1,0 +1,111 @@
+"""The loop on a real decoder: a tiny Llama with random weights, against transformers, and against itself in other company."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from engine.batch import ModelSpec, TargetModel
+from engine.checkpoints.loader import build_lean
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.types import Request, SamplingParams
+from tests.unit.engine.hash_model import Letters
+
+VOCAB = 48
+CONFIG = LlamaConfig(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    tie_word_embeddings=False,
+    bos_token_id=None,
+    eos_token_id=None,
+    pad_token_id=None,
+)
+
+
+@dataclass
+class Loaded:
+    model: TargetModel
+    tokenizer: Letters
+
+
+@pytest.fixture(scope="module")
+def reference() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(CONFIG).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4.0)  # logits far enough apart that rounding never decides
+    return model
+
+
+@pytest.fixture(scope="module")
+def loaded(reference: LlamaForCausalLM) -> Loaded:
+    def spec(num_kv_heads: int, head_dim: int, parameters: int) -> ModelSpec:
+        cpu = torch.device("cpu")
+        return ModelSpec("tiny", "1", 3, num_kv_heads, head_dim, 32, VOCAB, 512, (), torch.float32, cpu, parameters * 4)
+
+    return Loaded(build_lean({name: tensor.clone() for name, tensor in reference.state_dict().items()}, CONFIG, spec), Letters())
+
+
+def requests(count: int, **sampling: float) -> list[Request]:
+    """Some share a prefix, some repeat themselves, so that sharing and drafting have work."""
+    rng = random.Random(1)
+    shared = [rng.randrange(VOCAB) for _ in range(40)]
+    made = []
+    for number in range(count):
+        phrase = [rng.randrange(VOCAB) for _ in range(rng.randint(2, 6))]
+        prompt = shared[: rng.choice([0, 17, 33])] + phrase * rng.randint(1, 6)
+        made.append(Request(str(number), tuple(prompt), SamplingParams(**({"max_tokens": rng.randint(8, 40)} | sampling))))
+    return made
+
+
+def run(loaded: Loaded, made: list[Request], **fields: object) -> tuple[dict[str, tuple[int, ...]], Engine]:
+    engine = Engine(loaded, EngineConfig(**({"kv_bytes": 8 << 20, "max_sequences": 64, "max_step_tokens": 96, "seed": 3} | fields)))
+    return {result.id: result.token_ids for result in engine.run(iter(made))}, engine
+
+
+@pytest.fixture(scope="module")
+def greedy(reference: LlamaForCausalLM) -> dict[str, tuple[int, ...]]:
+    answers = {}
+    for request in requests(64, temperature=0.0):
+        prompt = torch.tensor([request.prompt_token_ids])
+        out = reference.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=request.sampling.max_tokens, do_sample=False
+        )
+        answers[request.id] = tuple(out[0, prompt.shape[1] :].tolist())
+    return answers
+
+
+@pytest.mark.parametrize("max_sequences", [1, 8, 64])
+@pytest.mark.parametrize("drafter", ["off", "ngram", "suffix"])
+def test_greedy_answers_equal_generate(loaded: Loaded, greedy: dict[str, tuple[int, ...]], drafter: str, max_sequences: int) -> None:
+    got, _ = run(loaded, requests(64, temperature=0.0), drafter=drafter, max_sequences=max_sequences)
+    assert got == greedy
+
+
+def test_a_tiny_cache_preempts_and_changes_nothing(loaded: Loaded, greedy: dict[str, tuple[int, ...]]) -> None:
+    block = 2 * 3 * 2 * 8 * 4 * 16
+    got, engine = run(loaded, requests(64, temperature=0.0), kv_bytes=14 * block, max_sequences=8)
+    assert got == greedy
+    assert engine.stats().preemptions > 0
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 1.0}, {"temperature": 0.8, "top_p": 0.9}, {"temperature": 1.3, "top_k": 7}])
+def test_seeded_answers_do_not_depend_on_company_or_drafts(loaded: Loaded, sampling: dict[str, float]) -> None:
+    made = requests(64, seed=11, **sampling)
+    together, _ = run(loaded, made, drafter="suffix")
+    plain, _ = run(loaded, made, drafter="off")
+    assert together == plain
+    for request in made[:6]:
+        alone, _ = run(loaded, [request], drafter="ngram", max_sequences=1)
+        assert alone[request.id] == together[request.id]
