@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
-from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy import BigInteger, Connection, Numeric, SmallInteger, Text, func, insert, select
-from sqlalchemy.dialects.postgresql import ARRAY
+from sqlalchemy import Connection, func, insert, select
 
 from service.adapters.postgres import advisory_key
 from service.adapters.stores.audit import violations
+from service.adapters.stores.bulk import insert_rows
 from service.adapters.stores.charges import charges, report_key
 from service.adapters.tables import ledger_entries, ledger_transactions, price_books, prices
 from service.domain.money import LedgerTransaction, PriceBook, Rates
@@ -20,16 +19,6 @@ from service.errors import Conflict, NotFound
 from service.ports import ChargeRow
 
 ANY_MODEL = "*"
-
-_LEG_COLUMNS: Mapping[str, Any] = {
-    "transaction_id": BigInteger,
-    "leg": SmallInteger,
-    "account": Text,
-    "amount": Numeric(38, 0),
-    "meter": Text,
-    "quantity": BigInteger,
-    "rate": BigInteger,
-}
 
 
 class LedgerBook:
@@ -46,25 +35,21 @@ class LedgerBook:
             | {"model": t.model, "price_version": t.price_version}
             for t in transactions
         ]
-        statement = insert(ledger_transactions).returning(ledger_transactions.c.id, sort_by_parameter_order=True)
+        columns = ledger_transactions.c
+        statement = insert_rows(ledger_transactions, heads).returning(columns.id, columns.batch_id, columns.line_no, columns.kind)
         try:
             with self._connection.begin_nested():
-                ids = self._connection.execute(statement, heads).scalars().all()
+                ids = {(row.batch_id, row.line_no, row.kind): row.id for row in self._connection.execute(statement)}
         except sa.exc.IntegrityError as error:
             raise Conflict(f"A line is already in the ledger: {str(error.orig).strip()}") from error
-        self._post_legs(list(zip(ids, transactions, strict=True)))
-
-    def _post_legs(self, transactions: Sequence[tuple[int, LedgerTransaction]]) -> None:
-        """All legs in one statement: the database checks after each that they sum to zero."""
-        rows = [
-            (transaction_id, number, leg.account, leg.amount, leg.meter.value if leg.meter else None, leg.quantity, leg.rate)
-            for transaction_id, transaction in transactions
-            for number, leg in enumerate(transaction.legs)
+        # All legs in one statement: the database checks after it that they sum to zero.
+        legs = [
+            {"transaction_id": ids[t.batch_id, t.line_no, t.kind.value], "leg": number, "account": leg.account, "amount": leg.amount}
+            | {"meter": leg.meter.value if leg.meter else None, "quantity": leg.quantity, "rate": leg.rate}
+            for t in transactions
+            for number, leg in enumerate(t.legs)
         ]
-        columns = zip(_LEG_COLUMNS.items(), zip(*rows, strict=True), strict=True)
-        arrays = [sa.cast(sa.literal(list(values), ARRAY(kind)), ARRAY(kind)) for (_, kind), values in columns]
-        legs = func.unnest(*arrays).table_valued(*_LEG_COLUMNS, name="legs").render_derived()
-        self._connection.execute(insert(ledger_entries).from_select(list(_LEG_COLUMNS), select(*(legs.c[name] for name in _LEG_COLUMNS))))
+        self._connection.execute(insert_rows(ledger_entries, legs))
 
     # --- what was charged -------------------------------------------------------------------------------------------------------
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Integer, and_, any_, func, insert, literal, or_, select
 from sqlalchemy.dialects.postgresql import ARRAY
-from sqlalchemy.dialects.postgresql import insert as upsert
 
+from service.adapters.stores.bulk import insert_rows
 from service.adapters.tables import line_results, lines, segments, token_ledger
 from service.domain.line import LineOutcome, Outcome, Segment, StoredResult
 from service.domain.usage import Work
@@ -40,15 +40,11 @@ class Results:
         rows = [_row(segment, outcome, offset, length, commit_no) for outcome, offset, length in outcomes]
         if not rows:
             return set()
-        statement = upsert(line_results).on_conflict_do_nothing().returning(line_results.c.line_no)
-        new = set(self._connection.execute(statement, rows).scalars())
-        works = [
-            {"batch_id": outcome.batch_id, "line_no": outcome.line_no, "drafter": outcome.drafter, **asdict(outcome.work)}
-            for outcome, _, _ in outcomes
-            if outcome.line_no in new
-        ]
+        statement = insert_rows(line_results, rows).on_conflict_do_nothing().returning(line_results.c.line_no)
+        new = set(self._connection.execute(statement).scalars())
+        works = [_work_row(outcome) for outcome, _, _ in outcomes if outcome.line_no in new]
         if works:
-            self._connection.execute(upsert(token_ledger).on_conflict_do_nothing().returning(token_ledger.c.line_no), works)
+            self._connection.execute(insert_rows(token_ledger, works).on_conflict_do_nothing())
         return new
 
     def existing(self, batch_id: str, line_nos: Collection[int]) -> set[int]:
@@ -98,6 +94,11 @@ class Results:
         )
         with self._connection.execute(query, execution_options={"yield_per": READ_ROWS}) as result:
             yield from (tuple(row) for row in result)
+
+
+def _work_row(outcome: LineOutcome) -> dict[str, Any]:
+    work = {name: getattr(outcome.work, name) for name in _WORK}
+    return {"batch_id": outcome.batch_id, "line_no": outcome.line_no, "drafter": outcome.drafter, **work}
 
 
 def _row(segment: Segment, outcome: LineOutcome, offset: int, length: int, commit_no: int) -> dict[str, Any]:
