@@ -129,6 +129,8 @@ class Settings(_Section):
     timing: Timing = Timing()
     s3: S3 = S3()
     standin: Standin = Standin()
+    rates: Mapping[str, str] = Field(default_factory=dict)
+    """What a machine costs: device class (`cpu`, `cuda`, or a device's name) -> dollars an hour, as a decimal string."""
 
     @property
     def server_url(self) -> str:

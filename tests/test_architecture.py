@@ -49,6 +49,8 @@ EXCEPTIONS = {
     ("service.cli.models", "service.adapters.engine_runner"): "fetching a model is the engine's business",
     ("service.cli.admin_cmds", "service.adapters.schema"): "`db upgrade` works on the schema, which is no port",
     ("service.cli.doctor", "service.adapters.schema"): "is the schema the newest?",
+    ("service.cli.cost_cmds", "service.adapters.focus_files"): "a file on the user's disk is no port",
+    ("service.cli.cost_view", "service.adapters.charts"): "a file on the user's disk is no port",
     ("service.supervisor", "service.adapters.schema"): "`up` brings the schema to its newest revision",
     ("service.worker", "service.adapters.queue_celery"): "the worker is a Celery consumer",
     ("service.tasks", "service.adapters.queue_celery"): "the task is registered on this application",

@@ -1,4 +1,4 @@
-"""Commands on batches: submit, watch, results, cancel, retry, list, cost. They speak to the server over HTTP."""
+"""Commands on batches: submit, watch, results, cancel, retry, list. They speak to the server over HTTP."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Output = Annotated[Path | None, typer.Option("-o", "--output", help="Where the a
 
 
 def register(app: typer.Typer) -> None:
-    for command in (submit, watch, results, cancel, retry, cost):
+    for command in (submit, watch, results, cancel, retry):
         app.command()(command)
     app.command("list")(list_batches)
 
@@ -118,22 +118,6 @@ def list_batches(limit: Annotated[int, typer.Option(min=1, help="At most this ma
         return
     columns = ("batch", "status", "created", "lines", "failed", "model", "cost")
     print_table(columns, (_row(batch) for batch in found), right=("lines", "failed", "cost"))
-
-
-def cost(
-    batch_id: Annotated[str | None, typer.Argument(metavar="[BATCH]", help="One batch in detail; without it, the newest ones.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="How many batches to sum up.")] = 20,
-    as_json: AsJson = False,
-) -> None:
-    """Show what a batch cost, to the last nano-dollar, and what speculation did; without BATCH, what the newest batches cost."""
-    from service.cli import bill
-
-    with connect() as server:
-        if batch_id is None:
-            bill.print_summary(list(server.batches(limit)), as_json=as_json)
-        else:
-            report = server.get(f"/batches/{batch_id}/cost")
-            print_json(report) if as_json else bill.print_report(report)
 
 
 # --- the steps they share -----------------------------------------------------------------------------------------------------

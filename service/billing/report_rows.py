@@ -1,0 +1,65 @@
+"""Operator reports as rows of text and numbers: the columns that tables, CSV and JSON share. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+from service.billing.operator import CostLine, WorkerLine
+from service.billing.price_book import exact_dollars
+
+NANO = 10**9
+
+
+def cost_row(line: CostLine, by: Sequence[str]) -> dict[str, Any]:
+    """One group. Prices are exact decimal dollars; what device time cost is rounded half-even to the last digit of a femto-dollar."""
+    work = line.work
+    return {
+        **dict(zip(by, line.key, strict=False)),
+        "lines": line.lines,
+        "input_tokens": line.input_tokens,
+        "cached_tokens": line.cached_tokens,
+        "output_tokens": line.output_tokens,
+        "price": exact_dollars(line.price),
+        "cost": _dollars(line.cost),
+        "margin": _dollars(line.margin),
+        "price_per_million": _dollars(line.per_million(line.price)),
+        "cost_per_million": _dollars(line.per_million(line.cost)),
+        "device_seconds": _seconds(work.device_ns),
+        "prefill_seconds": _seconds(work.prefill_ns),
+        "draft_seconds": _seconds(work.draft_ns),
+        "decode_seconds": _seconds(work.decode_ns),
+        "prompt": work.prompt,
+        "generated": work.generated,
+        "drafted": work.drafted,
+        "verified": work.verified,
+        "accepted": work.accepted,
+        "wasted": line.wasted,
+        "saved_seconds_estimate": None if line.saved_ns is None else _seconds(line.saved_ns),
+        "estimate_error": None if line.model_error is None else round(line.model_error, 4),
+    }
+
+
+def worker_row(line: WorkerLine) -> dict[str, Any]:
+    """One worker: wall = attributed + lost + load + profile + idle, but for what the clocks disagree on (`unaccounted`, a share)."""
+    return {
+        "worker": line.id,
+        "device": line.device,
+        "wall_seconds": _seconds(line.wall_ns),
+        "attributed_seconds": _seconds(line.attributed_ns),
+        "lost_seconds": _seconds(line.lost_ns),
+        "load_seconds": _seconds(line.load_ns),
+        "profile_seconds": _seconds(line.profile_ns),
+        "idle_seconds": _seconds(line.idle_ns),
+        "unaccounted": round(line.unaccounted, 6),
+        "cost": _dollars(line.cost),
+    }
+
+
+def _dollars(femto: Fraction | None) -> str | None:
+    return None if femto is None else exact_dollars(round(femto))
+
+
+def _seconds(nanoseconds: int) -> float:
+    return round(nanoseconds / NANO, 6)
