@@ -126,13 +126,13 @@ CHECKS: Sequence[Check] = (
     Check(
         "main-job/worker-killed",
         "a job of 200 lines survives SIGKILL of its worker, also between segment and commit; only uncommitted lines run twice",
-        pytest("tests/faults", "-k", "sigkill"),
+        pytest("tests/faults/test_worker_death.py", "-k", "200_line_job or point_of_the_protocol"),
         tests_pass,
     ),
     Check(
         "main-job/external-services",
         "another PostgreSQL, broker and S3 over HTTP; two workers deliver at least a quarter of the lines each",
-        pytest("tests/faults", "-k", "two_workers"),
+        pytest("tests/faults/test_two_workers.py"),
         tests_pass,
     ),
     Check(

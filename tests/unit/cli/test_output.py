@@ -1,0 +1,149 @@
+"""What people see: bills, figures, and how errors reach them."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from service.cli import bill, main
+from service.cli.batch_cmds import endpoint_of, errors_path, save
+from service.cli.output import Failure, print_table
+from service.cli.progress import speed, states, watch
+
+REPORT = {
+    "batch_id": "batch_1",
+    "amount": "0.00035212",
+    "final": True,
+    "lines": {"total": 68, "billed": 67},
+    "meters": [{"meter": "cached_input", "model": "m", "quantity": 8736, "dollars_per_million": "0.01", "amount": "0.00008736"}],
+    "speculation": {"drafted": 100, "verified": 80, "accepted": 40, "pruned": 20, "acceptance_rate": 0.5, "acceptance_length": 1.25},
+    "device_seconds": {"prefill": 1.0, "draft": 0.5, "decode": 2.5, "total": 4.0},
+}
+
+
+def test_a_bill_shows_every_digit_and_what_speculation_did(capsys):
+    bill.print_report(REPORT)
+    shown = capsys.readouterr().out
+    for words in ("cached input", "8,736", "$0.00008736", "$0.00035212", "67 of 68 lines", "40 accepted (50%", "20% fewer steps"):
+        assert words in shown
+
+
+def test_a_bill_without_drafts_or_steps(capsys):
+    nothing = dict.fromkeys(REPORT["speculation"], 0) | {"acceptance_rate": None, "acceptance_length": None}
+    bill.print_report({**REPORT, "final": False, "speculation": nothing})
+    shown = capsys.readouterr().out
+    assert "so far" in shown
+    assert "nothing was drafted" in shown
+    bill.print_report({**REPORT, "speculation": {**nothing, "drafted": 4}})
+    assert "No line has been decoded yet" in capsys.readouterr().out
+
+
+def test_sums_of_money_are_exact(capsys):
+    usage = {"input_tokens": 1, "input_tokens_details": {"cached_tokens": 0}, "output_tokens": 1}
+    cost = {"amount": "0.000000000000001", "currency": "usd", "final": True}
+    batches = [{"id": f"b{n}", "status": "completed", "request_counts": {"total": 1}, "usage": usage, "cost": cost} for n in range(3)]
+    bill.print_summary(batches, as_json=True)
+    assert json.loads(capsys.readouterr().out)["total"]["amount"] == "0.000000000000003"
+    bill.print_summary(batches, as_json=False)
+    assert "$0.000000000000003" in capsys.readouterr().out
+
+
+def test_figures_leave_out_what_is_not_known():
+    assert speed(None, None, None, 0) == ""
+    assert speed(181.4, 1.336, 62.9, 2) == "181 tok/s · acceptance length 1.34 · ETA 1:02 · 2 failed"
+
+
+def test_cells_are_text_and_never_markup(capsys):
+    print_table(("name",), [("[bold]x[/bold]",)])
+    assert "[bold]x[/bold]" in capsys.readouterr().out
+
+
+class FakeServer:
+    def __init__(self, *answers):
+        self.answers = list(answers)
+
+    def get(self, path):
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def download(self, file_id):
+        yield b"content of "
+        yield file_id.encode()
+
+
+def batch(status, completed=0, **more):
+    return {"id": "b", "status": status, "request_counts": {"total": 2, "completed": completed, "failed": 0}, **more}
+
+
+def test_watching_survives_a_server_that_restarts_and_ends_with_the_batch():
+    from service.cli.client import Unreachable
+
+    server = FakeServer(batch("validating"), Unreachable("gone"), batch("in_progress", 1), batch("completed", 2))
+    seen = [found["status"] for found in states(server, "b", sleep=lambda _: None)]
+    assert seen == ["validating", "in_progress", "completed"]
+
+
+def test_watching_ends_when_the_server_stays_away(monkeypatch):
+    from service.cli.client import Unreachable
+
+    clock = iter(range(0, 10_000, 50))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    with pytest.raises(Unreachable):
+        list(states(FakeServer(*[Unreachable("gone")] * 20), "b", sleep=lambda _: None))
+
+
+def test_watch_in_json_prints_a_line_for_every_change(capsys):
+    server = FakeServer(batch("in_progress"), batch("in_progress"), batch("completed", 2))
+    assert watch(server, "b", as_json=True)["status"] == "completed"
+    assert [json.loads(line)["status"] for line in capsys.readouterr().out.splitlines()] == ["in_progress", "completed"]
+
+
+def test_saving_writes_what_there_is(tmp_path):
+    output = tmp_path / "out.jsonl"
+    saved = save(FakeServer(), batch("completed", output_file_id="f1", error_file_id=None), output)
+    assert output.read_text() == "content of f1"
+    assert saved == {"output": str(output), "errors": None}
+    save(FakeServer(), batch("completed", output_file_id=None, error_file_id="f2"), output)
+    assert (tmp_path / "out.errors.jsonl").read_text() == "content of f2"
+    with pytest.raises(Failure, match="Cannot write"):
+        save(FakeServer(), batch("completed", output_file_id="f", error_file_id=None), tmp_path / "no" / "out.jsonl")
+
+
+def test_names_of_error_files(tmp_path):
+    assert errors_path(tmp_path / "answers.jsonl").name == "answers.errors.jsonl"
+    assert errors_path(tmp_path / "answers.txt").name == "answers.txt.errors.jsonl"
+
+
+@pytest.mark.parametrize("content", ["not json\n", '{"custom_id": "a"}\n', "[1]\n", ""])
+def test_a_first_line_without_a_url_asks_for_the_endpoint(tmp_path, content):
+    path = tmp_path / "job.jsonl"
+    path.write_text(content)
+    with pytest.raises(Failure, match="--endpoint"):
+        endpoint_of(path)
+
+
+def test_the_endpoint_comes_from_the_first_line_even_behind_a_byte_order_mark(tmp_path):
+    path = tmp_path / "job.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"url": "/v1/completions"}\n')
+    assert endpoint_of(path) == "/v1/completions"
+
+
+def test_expected_errors_are_one_line_and_exit_code_1(monkeypatch, capsys):
+    def fail(**_):
+        raise Failure("The lamp is broken: bulb 7. Replace it.")
+
+    monkeypatch.setattr(main, "app", fail)
+    with pytest.raises(SystemExit) as caught:
+        main.main()
+    assert caught.value.code == 1
+    assert capsys.readouterr().err == "longdraft: The lamp is broken: bulb 7. Replace it.\n"
+
+
+def test_help_loads_nothing_heavy():
+    heavy = ("torch", "pydantic", "httpx", "sqlalchemy", "fastapi")
+    code = f"import sys; import service.cli.main; print([name for name in {heavy} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
