@@ -40,6 +40,7 @@ def run_demo(job: Path | None, *, keep: bool, stop: threading.Event) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     job = job or _example_job(RESULTS / "job.jsonl")
     data_dir = Path(tempfile.mkdtemp(prefix="longdraft-demo-"))
+    data_dir.chmod(0o711)  # as root PostgreSQL runs as another user, who must be able to walk in
     try:
         note(f"Starting PostgreSQL, Valkey, API and control process from zero in {data_dir}")
         service = running_service(_fresh(data_dir), stop=stop, say=lambda text: note(f"  {text}"))

@@ -24,10 +24,11 @@ print(kernels.__version__)
 def main() -> int:
     ours = subprocess.run([sys.executable, "-c", TRANSFORMERS_RUNS], capture_output=True, text=True, check=False)
     with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o711)  # as root the embedded PostgreSQL runs as another user, who must be able to walk in
         install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, "kernels"]
         subprocess.run(install, check=True, stdout=sys.stderr)
         # After our own folder on the path: both distributions are there, ours is the one that is imported.
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), folder])}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), folder]), "LONGDRAFT_DATA_DIR": f"{folder}/data"}
         doctor = subprocess.run(
             [sys.executable, "-m", "service.cli.main", "doctor", "--json"], env=environment, capture_output=True, text=True, check=False
         )
