@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -50,9 +51,14 @@ def with_addresses(here: Settings, running: RunningServer) -> Settings:
 def open_deployment() -> Iterator[Services]:
     """Database, objects and broker for administration: as configured, else those of the running `up`, else the embedded ones, started
     for as long as the block lasts."""
+    import structlog
+
     from service.bootstrap import open_services
     from service.supervisor import deployment, migrate
 
+    if not structlog.is_configured():
+        # What use cases log goes to stderr (looked up each time); stdout holds what was asked for and nothing else.
+        structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
     here = settings()
     running = RunningServer.read(here.data_dir)
     if running:
