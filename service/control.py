@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 HEAVY = 4
 """Validations and finalisations at once: they wait for disks and the database more than they compute."""
 WAKES = 50
-LONGEST_DELAY = 60.0
+FIRST_DELAY, LONGEST_DELAY = 1.0, 60.0
+"""Seconds until an item that failed is tried again; doubling."""
 OUTAGE_SECONDS = 1.0
 CLEAN_SECONDS = 600.0
 
@@ -52,6 +53,7 @@ class Control:
         self._lease = timedelta(seconds=self._timing.lease)
         self._owner = f"control-{socket.gethostname()}-{os.getpid()}"
         self._running: dict[Future[None], OutboxItem] = {}
+        self._renewed = 0.0
         self._handlers: Mapping[OutboxKind, Callable[[OutboxItem], None]] = {
             OutboxKind.VALIDATE: self._validate,
             OutboxKind.FINALIZE: self._finalize,
@@ -134,8 +136,6 @@ class Control:
                 uow.outbox.renew(item, self._lease)
         self._renewed = now
 
-    _renewed = 0.0
-
     def _wait_for_items(self) -> None:
         deadline = time.monotonic() + self._timing.shutdown_grace
         for future in self._running:
@@ -158,7 +158,7 @@ class Control:
             self._put_back(item, repr(error))
 
     def _put_back(self, item: OutboxItem, error: str) -> None:
-        delay = timedelta(seconds=min(LONGEST_DELAY, 0.5 * 2.0 ** min(item.attempts, 10)))
+        delay = timedelta(seconds=min(LONGEST_DELAY, FIRST_DELAY * 2.0 ** min(item.attempts - 1, 10)))
         try:
             with self._database.begin() as uow:
                 uow.outbox.retry(item, error=error, delay=delay)

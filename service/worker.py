@@ -19,7 +19,7 @@ import structlog
 from service.adapters.queue_celery import HintListener
 from service.bootstrap import make_runner, open_blobs, open_database
 from service.config import Settings
-from service.errors import LongdraftError
+from service.errors import LongdraftError, Unavailable
 from service.ports import BlobStore, Database, InferenceRunner
 from service.usecases.heartbeat import WorkerIdentity
 from service.usecases.run_groups import GroupRunner
@@ -85,9 +85,7 @@ def _work(
             try:
                 if groups.drain():
                     last_work = time.monotonic()
-            except LongdraftError as error:
-                if error.status != 503:
-                    raise
+            except Unavailable as error:
                 log.warning("worker_waits", worker=identity.id, error=error.message)
                 stop.wait(OUTAGE_SECONDS)
             if leave_after is not None and time.monotonic() - last_work >= leave_after:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 import structlog
 
 from service.domain.line import GroupLease, LineOutcome
-from service.errors import LongdraftError
+from service.errors import Unavailable
 from service.usecases.deliver import Deliverer
 from service.usecases.holdings import Holdings
 
@@ -116,9 +116,7 @@ class Committer:
                     delivery = self._deliverer.commit(packed, leases, also=empty)
                     self._holdings.drop(delivery.closed)
                 break
-            except LongdraftError as error:
-                if error.status != 503:
-                    raise
+            except Unavailable as error:
                 log.warning("commit_waits", lines=len(outcomes), error=error.message, again_in=pause)
                 if self._closing.wait(pause):
                     return

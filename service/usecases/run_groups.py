@@ -16,7 +16,7 @@ import structlog
 
 from service.config import Timing
 from service.domain.line import GroupLease, LineWork, PendingLine
-from service.errors import LongdraftError, ModelUnavailable
+from service.errors import LongdraftError, ModelUnavailable, Unavailable
 from service.ports import BlobStore, Database, InferenceRunner, UnitOfWork
 from service.usecases.admission import Admission
 from service.usecases.caps import CapGate
@@ -104,8 +104,7 @@ class GroupRunner:
         worked = False
         while not self._stop.is_set() and self._next_groups():
             worked = True
-            with self._heartbeat.draining():
-                self._run_held()
+            self._run_held()
         return worked
 
     # --- claims -----------------------------------------------------------------------------------------------------------------
@@ -232,9 +231,7 @@ class GroupRunner:
             if self._wants_more(now):
                 self._next_claim = now + (0.0 if self._claim(self._model) else CLAIM_POLL)
             return self._admission.admit(self._lose) if now >= self._admission.not_before else ()
-        except LongdraftError as error:
-            if error.status != 503:
-                raise
+        except Unavailable as error:
             log.warning("claim_waits", error=error.message)
             self._next_claim = self._admission.not_before = now + OUTAGE_PAUSE
             return ()

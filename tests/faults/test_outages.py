@@ -109,6 +109,15 @@ def test_the_submitter_dies_right_after_its_transaction(faulty):
         assert faulty.ended(batch).completed == 20
 
 
+def test_a_worker_needs_no_broker(faulty):
+    """Neither to start, nor to work, nor to leave in good order."""
+    with faulty.control(Down()):
+        worker = faulty.worker(broker_url=f"redis+socket://{faulty.folder}/nothing.sock")
+        assert faulty.ended(faulty.jobs.submit(lines(40))).completed == 40
+        worker.send_signal(signal.SIGTERM)
+        assert worker.wait(10) == 0
+
+
 def test_the_broker_is_flushed_in_mid_batch(doomed, own_servers):
     with doomed.control():
         batch = doomed.jobs.submit(lines(120))
