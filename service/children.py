@@ -112,6 +112,16 @@ def stop_all(children: Iterable[Child], grace: float) -> None:
             child.process.wait()
 
 
+def describe_exit(status: int) -> str:
+    """A negative status is a signal, as subprocess reports it."""
+    if status >= 0:
+        return f"exit code {status}"
+    try:
+        return signal.Signals(-status).name
+    except ValueError:
+        return f"signal {-status}"
+
+
 def die_with(parent_pid: int) -> None:
     """Linux sends this process SIGTERM when its parent ends, so a killed supervisor leaves nothing behind.
 

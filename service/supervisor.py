@@ -8,29 +8,26 @@ from __future__ import annotations
 
 import os
 import secrets
-import signal
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from service.children import Child, stop_all
+from service.children import Child, describe_exit, stop_all
 from service.config import Settings
 from service.errors import ConfigError, LongdraftError, Unavailable
 from service.running import RunningServer, write_private
+from service.worker_pool import Workers
 
 if TYPE_CHECKING:
     from service.bootstrap import Services
 
 POLL_SECONDS = 0.25
 """How often due groups and dead children are looked for: one indexed query, and the latency of the first worker's start."""
-
-SECOND_WORKER_AFTER = 2.0
-"""Seconds that groups must stay due before another worker joins: one that just started has not claimed yet."""
 
 API_READY_SECONDS = 60.0
 DEFAULT_PROJECT = "default"
@@ -112,55 +109,6 @@ def child_environment(settings: Settings) -> dict[str, str]:
 
 
 @dataclass(slots=True)
-class Workers:
-    """The worker processes of this machine: as many as are useful, at most `limit`, none without work."""
-
-    limit: int
-    make: Callable[[str], Child]
-    """Worker id -> a child that is not started yet."""
-    release: Callable[[str], None]
-    """Gives back the leases of a dead worker at once."""
-    say: Say
-    live: dict[str, Child] = field(default_factory=dict)
-    paused_until: float = 0.0
-    _spawned: float = float("-inf")
-    _failing: Child | None = None
-
-    def reap(self) -> None:
-        """Looks after the ones that ended: idle ones left in good order, dead ones held leases."""
-        for worker_id, child in list(self.live.items()):
-            status = child.ended()
-            if status is None:
-                continue
-            del self.live[worker_id]
-            lived = time.monotonic() - child.started
-            if status == 0:
-                self._failing = None
-                self.say(f"worker {worker_id} left (idle)")
-                continue
-            self.release(worker_id)
-            child.backoff = self._failing.backoff if self._failing else child.backoff
-            self._failing = child
-            pause = child.backoff.failed(time.monotonic(), lived)
-            self.paused_until = child.backoff.not_before
-            self.say(f"worker {worker_id} ended with {describe_exit(status)}; the next may start in {pause:.1f} s. {child.last_words()}")
-
-    def fit(self, due: int) -> None:
-        """Starts a worker where groups are due and nobody is about to take them."""
-        now = time.monotonic()
-        if not due or len(self.live) >= self.limit or now < self.paused_until:
-            return
-        if self.live and now - self._spawned < SECOND_WORKER_AFTER:
-            return
-        worker_id = f"worker-{secrets.token_hex(4)}"
-        child = self.make(worker_id)
-        child.start()
-        self.live[worker_id] = child
-        self._spawned = now
-        self.say(f"worker {worker_id} started (pid {child.pid})")
-
-
-@dataclass(slots=True)
 class Supervisor:
     """Keeps API and control process running and workers in proportion to the work."""
 
@@ -201,16 +149,6 @@ class Supervisor:
             self.say(f"{child.name} ended with {describe_exit(status)}; again in {pause:.1f} s. {child.last_words()} (see {child.log})")
         elif child.process is None and now >= child.backoff.not_before:
             child.start()
-
-
-def describe_exit(status: int) -> str:
-    """A negative status is a signal, as subprocess reports it."""
-    if status >= 0:
-        return f"exit code {status}"
-    try:
-        return signal.Signals(-status).name
-    except ValueError:
-        return f"signal {-status}"
 
 
 @contextmanager

@@ -40,7 +40,15 @@ LAYERS: dict[str, set[str]] = {
 }
 """Layer -> the layers it may import (besides itself)."""
 
-PROCESSES = ("service.children", "service.control", "service.embedded", "service.running", "service.supervisor", "service.worker")
+PROCESSES = (
+    "service.children",
+    "service.control",
+    "service.embedded",
+    "service.running",
+    "service.supervisor",
+    "service.worker",
+    "service.worker_pool",
+)
 
 EXCEPTIONS = {
     ("service.adapters.engine_runner", "engine"): "the one place where the service meets the engine",

@@ -6,12 +6,13 @@ import stat
 
 import pytest
 
-from service import supervisor
-from service.children import Child
+from service import worker_pool
+from service.children import Child, describe_exit
 from service.config import load_settings
 from service.errors import ConfigError
 from service.running import RunningServer
-from service.supervisor import Workers, child_environment, describe_exit, listen
+from service.supervisor import child_environment, listen
+from service.worker_pool import Workers
 
 
 class FakeChild(Child):
@@ -22,7 +23,7 @@ class FakeChild(Child):
         self.status = None
 
     def start(self):
-        self.started = supervisor.time.monotonic()
+        self.started = worker_pool.time.monotonic()
 
     def ended(self):
         return self.status
@@ -39,7 +40,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(supervisor, "time", clock)
+    monkeypatch.setattr(worker_pool, "time", clock)
     return clock
 
 
@@ -62,7 +63,7 @@ def test_the_first_group_starts_one_worker_at_once_and_a_second_only_if_work_sta
     workers.fit(5)
     workers.fit(5)
     assert len(workers.live) == 1
-    clock.now += supervisor.SECOND_WORKER_AFTER
+    clock.now += worker_pool.SECOND_WORKER_AFTER
     workers.fit(5)
     assert len(workers.live) == 2
 
@@ -93,10 +94,10 @@ def test_a_dead_worker_gives_its_leases_back_at_once_and_the_next_waits_longer_e
         child.status = -9
         workers.reap()
         assert released[-1] == worker_id
-        pauses.append(workers.paused_until - clock.now)
+        pauses.append(workers.backoff.not_before - clock.now)
         workers.fit(1)
         assert not workers.live, "started in spite of the pause"
-        clock.now = workers.paused_until
+        clock.now = workers.backoff.not_before
     assert pauses == [0.5, 1.0, 2.0]
 
 

@@ -1,0 +1,152 @@
+"""The runner itself: loads models, drives the engine, reports what it is doing."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+from engine.checkpoints import LoadedModel, fetch, load_model
+from engine.config import EngineConfig
+from engine.engine import Engine
+from service.adapters.engine_options import kv_budget
+from service.adapters.engine_runner.feed import Feed, Loaded
+from service.adapters.engine_runner.requests import context_of, request_id
+from service.config import EngineSettings, ModelEntry
+from service.domain.line import LineOutcome, LineWork
+from service.errors import ModelUnavailable
+from service.ports import RunnerStats
+
+
+def checkpoint_folder(entry: ModelEntry, cache_dir: Path, progress: Callable[[str], None] | None = None) -> Path:
+    """The local folder of a registered model, in Hugging Face's layout, fetched and converted first if need be.
+
+    Raises ModelUnavailable with the reason.
+    """
+    try:
+        return fetch(entry.source, revision=entry.revision, cache_dir=cache_dir, progress=progress).directory
+    except (ValueError, OSError) as error:
+        raise ModelUnavailable(f"The model {entry.source!r} cannot be fetched: {error}") from error
+
+
+class EngineRunner:
+    """Runs lines on one model at a time. `run` belongs to one thread; `abort` and `stats` may be called from any."""
+
+    def __init__(self, models: Mapping[str, ModelEntry], settings: EngineSettings, cache_dir: Path) -> None:
+        self._models = models
+        self._settings = settings
+        self._cache_dir = cache_dir
+        self._loaded: Loaded | None = None
+        self._load_ns = 0
+        self._profile_ns = 0
+        self._busy_ns_before = 0
+        """Of the engines that were unloaded."""
+
+    def load(self, model: str) -> None:
+        """Makes `model` the loaded one. Raises ModelUnavailable with the reason; nothing is loaded then."""
+        if self._loaded is not None and self._loaded.name == model:
+            return
+        entry = self._models.get(model)
+        if entry is None:
+            raise ModelUnavailable(f"No model is registered as {model!r}; known: {', '.join(self._models)}.")
+        self.close()
+        started = time.perf_counter_ns()
+        config = self._config(entry)
+        loaded = _load_checkpoint(model, entry, config, self._cache_dir)
+        weights_ready = time.perf_counter_ns()
+        try:
+            engine = Engine(loaded, config)  # sizes the KV cache and measures how long steps take here
+        except (ValueError, MemoryError) as error:
+            raise ModelUnavailable(f"The model {model!r} does not run here: {error}.") from error
+        self._load_ns += weights_ready - started
+        self._profile_ns += time.perf_counter_ns() - weights_ready
+        self._loaded = Loaded(model, engine, _fingerprint(engine))
+
+    def run(self, lines: Iterable[LineWork | None]) -> Iterator[LineOutcome]:
+        """Outcomes as lines finish. A body that cannot be run is REJECTED with OpenAI's 400; the others go on."""
+        if self._loaded is None:
+            raise RuntimeError("load() comes before run()")
+        feed = Feed(self._loaded, iter(lines))
+        while not feed.exhausted:
+            for result in self._loaded.engine.run(feed):
+                if (outcome := feed.outcome(result)) is not None:
+                    yield outcome
+                yield from feed.take_rejected()
+            yield from feed.take_rejected()
+
+    def abort(self, keys: Collection[tuple[str, int]]) -> None:
+        if self._loaded is not None:
+            self._loaded.engine.abort(request_id(key) for key in keys)
+
+    def stats(self) -> RunnerStats:
+        loaded = self._loaded
+        if loaded is None:
+            return RunnerStats(busy_ns=self._busy_ns_before, load_ns=self._load_ns, profile_ns=self._profile_ns)
+        now = loaded.engine.stats()
+        return RunnerStats(
+            tokens_per_second=now.tokens_per_second if now.running else 0.0,
+            acceptance_length=now.acceptance_length,
+            running=now.running,
+            waiting=now.waiting,
+            busy_ns=self._busy_ns_before + now.busy_ns,
+            load_ns=self._load_ns,
+            profile_ns=self._profile_ns,
+            context=context_of(loaded.engine),
+        )
+
+    @property
+    def capacity(self) -> int:
+        if self._loaded is None:
+            return 64
+        engine = self._loaded.engine
+        return engine.limits.max_sequences + engine.config.look_ahead
+
+    @property
+    def device(self) -> str:
+        import torch
+
+        if self._settings.device == "auto":
+            return f"cuda ({torch.cuda.get_device_name(0)})" if torch.cuda.is_available() else "cpu"
+        return self._settings.device
+
+    def close(self) -> None:
+        """Unloads the model and gives its memory back."""
+        if self._loaded is None:
+            return
+        import torch
+
+        self._busy_ns_before += self._loaded.engine.stats().busy_ns
+        self._loaded = None
+        gc.collect()  # the engine's parts refer to each other
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _config(self, entry: ModelEntry) -> EngineConfig:
+        chosen = self._settings
+        kv_bytes, kv_fraction = kv_budget(chosen.kv_memory)
+        return EngineConfig(
+            dtype=entry.dtype or chosen.dtype,
+            device=chosen.device,
+            kv_bytes=kv_bytes,
+            kv_fraction=kv_fraction,
+            drafter=chosen.drafter,
+            max_sequences=chosen.max_sequences,
+            threads=chosen.threads,
+        )
+
+
+def _load_checkpoint(model: str, entry: ModelEntry, config: EngineConfig, cache_dir: Path) -> LoadedModel:
+    try:
+        return load_model(entry.source, dtype=config.dtype, device=config.device, revision=entry.revision, cache_dir=cache_dir)
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        raise ModelUnavailable(f"The model {model!r} ({entry.source}) cannot be loaded: {error}") from error
+
+
+def _fingerprint(engine: Engine) -> str:
+    """Names what decides an answer besides the request: engine version, number format, weights."""
+    dtype = str(engine.spec.dtype).removeprefix("torch.")
+    revision = hashlib.blake2b(f"{engine.spec.name}@{engine.spec.revision}".encode(), digest_size=4).hexdigest()
+    return f"ld-{version('longdraft')}-{dtype}-{revision}"
