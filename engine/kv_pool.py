@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import mmap
+
 import torch
 
 
@@ -20,10 +23,17 @@ class KVPool:
         self.num_blocks = num_blocks
         self.block_size = block_size
         shape = (2, num_layers, num_blocks, kv_heads, block_size, head_dim)
-        self._storage = torch.zeros(shape, dtype=dtype, device=device)
+        self._storage = _zeros(shape, dtype, device)
         self.keys: list[torch.Tensor] = list(self._storage[0])
         self.values: list[torch.Tensor] = list(self._storage[1])
 
     @property
     def nbytes(self) -> int:
         return self._storage.nbytes
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros. On a CPU as pages that the system hands out when they are first written: a small job then never pays for a large pool."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
