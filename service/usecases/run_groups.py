@@ -191,8 +191,10 @@ class GroupRunner:
             orderly = True
         finally:
             self._flush(patient=orderly)
+            stopped = self._stop.is_set()
+            keep = {line.group_id for line in self._waiting_suspect} if orderly and not stopped else ()
             # Lines that the runner swallowed or died of keep their attempt; those that a stop cut off were never at fault.
-            self._give_back(acquit=orderly and self._stop.is_set())
+            self._give_back(acquit=orderly and stopped, keep=keep)
         self._check_committer()
 
     def _flush(self, *, patient: bool) -> None:
@@ -243,19 +245,17 @@ class GroupRunner:
 
     # --- giving back ------------------------------------------------------------------------------------------------------------
 
-    def _give_back(self, *, acquit: bool, delay: timedelta = timedelta(0)) -> None:
-        """Releases every group that is still held. `acquit`: its lines that were admitted get their attempt back."""
-        tokens = self._holdings.tokens
-        running = [(line.batch_id, line.line_no) for line in self._holdings.running]
-        by_group = {(line.batch_id, line.line_no): line.group_id for line in self._holdings.running}
-        self._waiting_suspect = ()
+    def _give_back(self, *, acquit: bool, keep: Collection[int] = (), delay: timedelta = timedelta(0)) -> None:
+        """Releases the groups that are still held, but for `keep`. `acquit`: lines that were admitted get their attempt back."""
+        tokens = {group_id: token for group_id, token in self._holdings.tokens.items() if group_id not in keep}
+        running = self._holdings.running
         if not tokens:
             return
         try:
             with self._committer.committing, self._database.begin() as uow:
                 held = uow.groups.lock_held(tokens)
                 if acquit:
-                    uow.lines.acquit([key for key in running if by_group[key] in held])
+                    uow.lines.acquit([(line.batch_id, line.line_no) for line in running if line.group_id in held])
                 uow.groups.release({group_id: tokens[group_id] for group_id in held}, delay=delay)
                 self._holdings.drop(tokens)
         except LongdraftError as error:

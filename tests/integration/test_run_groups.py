@@ -1,5 +1,6 @@
 """The worker's pull on a real database, with the stand-in engine."""
 
+import itertools
 import threading
 from contextlib import contextmanager
 
@@ -158,4 +159,53 @@ def test_a_commit_whose_answer_was_lost_is_settled_by_looking(jobs):
     jobs.database = inner
     assert len(lost) >= 1
     assert jobs.finalize(batch).completed == 30
+    assert check(jobs.database, jobs.blobs) == []
+
+
+def test_a_suspect_waits_until_the_others_are_done_and_then_runs_alone(jobs):
+    jobs.group_lines = 4
+    batch = jobs.run(lines(20))
+    with jobs.database.begin() as uow:
+        for _ in range(2):
+            uow.lines.admit([(batch.id, 6)])
+    runs = []
+
+    class Watching(StandinRunner):
+        capacity = 4
+
+        def run(self, lines):
+            runs.append([])
+            return super().run(self._seen(lines))
+
+        def _seen(self, lines):
+            for line in lines:
+                if line is not None:
+                    runs[-1].append(line.custom_id)
+                yield line
+
+    assert jobs.drain(runner=Watching(jobs.settings)) == 20
+    assert runs[-1] == ["c6"]
+    assert sorted(itertools.chain(*runs[:-1])) == sorted(f"c{n}" for n in range(1, 21) if n != 6)
+    with jobs.database.begin() as uow:
+        assert uow.watch.open_in(batch.id) == 0
+
+
+def test_a_full_disk_delays_and_loses_nothing(jobs):
+    """Row 26 of the fault matrix: segments cannot be stored for a while."""
+    batch = jobs.run(lines(20))
+    refused = []
+
+    class Full(MemoryBlobStore):
+        def put(self, key, data):
+            if key.startswith("segments/") and len(refused) < 2:
+                refused.append(key)
+                raise Unavailable("No space left on device. Free some space.")
+            return super().put(key, data)
+
+    full = Full()
+    full._objects.update(jobs.blobs._objects)
+    jobs.blobs = full
+    assert jobs.drain() == 20
+    assert len(refused) == 2
+    assert jobs.finalize(batch).completed == 20
     assert check(jobs.database, jobs.blobs) == []
