@@ -45,7 +45,10 @@ CASES = {
 
 
 def run(case: Case, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-    """(found, expected); checks on the way that a shared prefix is read as one. Blocks are scattered, never-written ones hold poison, shared blocks are one and the same."""
+    """(found, expected); checks on the way that a shared prefix is read as one.
+
+    Blocks are scattered, never-written ones hold poison, shared blocks are one and the same.
+    """
     generator = np.random.default_rng(7)
     torch.manual_seed(7)
     count, width = len(case.kv_lengths), -(-max(case.kv_lengths) // case.block_size)

@@ -52,7 +52,10 @@ def test_only_what_every_row_sees_in_full_is_shared() -> None:
     assert covered == [3 * LONG, 3 * LONG, LONG]
 
 
-@given(st.lists(st.tuples(st.lists(st.integers(1, 2), min_size=6, max_size=6), st.integers(0, 6)), min_size=1, max_size=8), st.integers(1, 200))
+ROWS = st.tuples(st.lists(st.integers(1, 2), min_size=6, max_size=6), st.integers(0, 6))
+
+
+@given(st.lists(ROWS, min_size=1, max_size=8), st.integers(1, 200))
 def test_segments_cover_a_gapless_start_of_equal_visible_blocks(rows: list[tuple[list[int], int]], queries: int) -> None:
     tables, visible = np.array([row for row, _ in rows]), np.array([seen for _, seen in rows])
     segments, covered = find_segments(tables, visible, np.full(len(rows), queries), BLOCK)
