@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -41,6 +42,8 @@ def submit(
     """Upload a job and start it."""
     if output is not None and not wait:
         raise typer.BadParameter("-o needs --wait: there are no answers before the batch has ended.")
+    if output is not None:
+        require_folder(output)
     request: dict[str, Any] = {
         "endpoint": endpoint or endpoint_of(job),
         "completion_window": window,
@@ -104,6 +107,8 @@ def cancel(batch_id: BatchId, as_json: AsJson = False) -> None:
 
 def retry(batch_id: BatchId, wait: Wait = False, output: Output = None, as_json: AsJson = False) -> None:
     """Run the failed lines of an ended batch again, as a new batch."""
+    if output is not None:
+        require_folder(output)
     with connect() as server:
         batch = server.post(f"/batches/{batch_id}/retry")
         _started(server, batch, wait=wait, output=output, as_json=as_json)
@@ -135,6 +140,12 @@ def endpoint_of(job: Path) -> str:
         raise Failure(f"Cannot read {job}: {error.strerror or error}.") from None
     except (ValueError, KeyError, TypeError):
         raise Failure(f"The first line of {job} is not a batch request with a url; name the endpoint with --endpoint.") from None
+
+
+def require_folder(output: Path) -> None:
+    """Before anything is started: the answers must have somewhere to go. Raises Failure."""
+    if not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
+        raise Failure(f"Cannot write {output}: {output.parent.absolute()} is not a folder that can be written to.")
 
 
 def errors_path(output: Path) -> Path:

@@ -33,9 +33,11 @@ def run(
 ) -> None:
     """Run one job in this process, without any service. Exit code 1 if a line failed."""
     from service.bootstrap import make_runner
+    from service.cli.batch_cmds import require_folder
     from service.cli.local_run import read_job, run_job
     from service.cli.progress import RunBar
 
+    require_folder(output)
     settings, resolve = with_model(model, dtype)
     limits = settings.limits
     plan = read_job(job, resolve, max_line_bytes=limits.max_line_bytes, max_json_depth=limits.max_json_depth)

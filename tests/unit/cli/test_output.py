@@ -8,7 +8,7 @@ import time
 import pytest
 
 from service.cli import bill, main
-from service.cli.batch_cmds import endpoint_of, errors_path, save
+from service.cli.batch_cmds import endpoint_of, errors_path, require_folder, save
 from service.cli.output import Failure, print_table
 from service.cli.progress import speed, states, watch
 
@@ -111,6 +111,12 @@ def test_saving_writes_what_there_is(tmp_path):
     assert (tmp_path / "out.errors.jsonl").read_text() == "content of f2"
     with pytest.raises(Failure, match="Cannot write"):
         save(FakeServer(), batch("completed", output_file_id="f", error_file_id=None), tmp_path / "no" / "out.jsonl")
+
+
+def test_answers_need_a_folder_before_anything_starts(tmp_path):
+    require_folder(tmp_path / "out.jsonl")
+    with pytest.raises(Failure, match="no/out"):
+        require_folder(tmp_path / "no" / "out.jsonl")
 
 
 def test_names_of_error_files(tmp_path):
