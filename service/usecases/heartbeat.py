@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -59,8 +58,7 @@ class Heartbeat:
         self._on_lost = on_lost
         self._closing = threading.Event()
         self._started = time.monotonic_ns()
-        self._drained_ns = 0
-        self._draining_since: int | None = None
+        self._before = runner.stats()
         self._device = runner.device
         self.model: str | None = None
         """What the runner has loaded, for the meters."""
@@ -82,16 +80,6 @@ class Heartbeat:
                 uow.workers.stop(self._identity.id)
         except LongdraftError as error:
             log.warning("worker_row_not_closed", worker=self._identity.id, error=error.message)
-
-    @contextmanager
-    def draining(self) -> Iterator[None]:
-        """Time inside counts as work, time outside as idle."""
-        self._draining_since = time.monotonic_ns()
-        try:
-            yield
-        finally:
-            self._drained_ns += time.monotonic_ns() - self._draining_since
-            self._draining_since = None
 
     def _run(self) -> None:
         due = time.monotonic()
@@ -117,10 +105,10 @@ class Heartbeat:
             self._on_lost(lost)
 
     def _row(self) -> WorkerRow:
-        stats = self._runner.stats()
-        now, wall = datetime.now(UTC), time.monotonic_ns()
-        since = self._draining_since
-        worked = self._drained_ns + (wall - since if since is not None else 0)
+        stats, before = self._runner.stats(), self._before
+        now, wall_ns = datetime.now(UTC), time.monotonic_ns() - self._started
+        busy_ns, load_ns = stats.busy_ns - before.busy_ns, stats.load_ns - before.load_ns
+        profile_ns = stats.profile_ns - before.profile_ns
         return WorkerRow(
             id=self._identity.id,
             host=self._identity.host,
@@ -130,10 +118,11 @@ class Heartbeat:
             seen_at=now,
             stopped_at=None,
             model=self.model,
-            busy_ns=stats.busy_ns,
-            idle_ns=max(0, wall - self._started - worked),
-            load_ns=stats.load_ns,
-            profile_ns=stats.profile_ns,
+            busy_ns=busy_ns,
+            # Idle is the device, with lines waiting or without: what the host does between steps keeps it waiting all the same.
+            idle_ns=max(0, wall_ns - busy_ns - load_ns - profile_ns),
+            load_ns=load_ns,
+            profile_ns=profile_ns,
             tokens_per_second=stats.tokens_per_second,
             acceptance_length=stats.acceptance_length,
         )
