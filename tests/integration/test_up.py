@@ -66,7 +66,11 @@ class Machine:
 
     def workers(self):
         """Process ids of the running workers, from the supervisor's own messages."""
-        started = [line.split() for line in (self.folder / "up.err").read_text().splitlines() if " started (pid " in line]
+        return self.workers_of((self.folder / "up.err").read_text())
+
+    @staticmethod
+    def workers_of(messages):
+        started = [line.split() for line in messages.splitlines() if " started (pid " in line]
         pids = [int(words[-1].rstrip(")")) for words in started]
         return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
@@ -162,6 +166,21 @@ def test_nobody_up_says_how_to_start(folder):
     done = Machine(folder).run("list", check=False)
     assert done.returncode == 1
     assert "longdraft up" in done.stderr
+
+
+def test_the_demo_ends_with_answers_and_a_bill_and_leaves_nothing_running(folder):
+    """With the stand-in engine; its model is a folder that is there already."""
+    (folder / "model").mkdir()
+    (folder / "longdraft.toml").write_text(f'[models.smollm2-135m]\nsource = "{folder / "model"}"\naliases = ["gpt-4o-mini"]\n')
+    machine = Machine(folder, TMPDIR=str(folder))
+    done = subprocess.run([*COMMAND, "demo"], env=machine.environment, cwd=folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert len(custom_ids(folder / "build" / "demo" / "answers.jsonl")) == 68
+    for words in ("68 of 68 lines delivered and charged", "classify-0", "extract-0", "build/demo/answers.jsonl"):
+        assert words in done.stdout
+    assert "All stopped" in done.stderr
+    assert not list(folder.glob("longdraft-demo-*"))
+    assert not machine.workers_of(done.stderr)
 
 
 def test_run_needs_no_service(folder):
