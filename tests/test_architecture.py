@@ -227,6 +227,7 @@ def test_only_the_settings_read_the_environment() -> None:
         "service.config",
         "service.supervisor",  # hands its own environment to its children
         "service.cli.bench.session",  # likewise
+        "engine.threads",  # sets how OpenMP waits, before torch is loaded
         "engine.checkpoints.sources",  # the cache folder, where the engine is used as a library
     }
     wrong = {
