@@ -16,11 +16,11 @@ from types import FrameType
 
 import structlog
 
-from service.adapters.queue_celery import HintListener
 from service.bootstrap import make_runner, open_blobs, open_database
 from service.config import Settings
 from service.errors import LongdraftError, Unavailable
 from service.ports import BlobStore, Database, InferenceRunner
+from service.tasks import HintListener
 from service.usecases.heartbeat import WorkerIdentity
 from service.usecases.run_groups import GroupRunner
 

@@ -60,9 +60,7 @@ EXCEPTIONS = {
     ("service.cli.cost_cmds", "service.adapters.focus_files"): "a file on the user's disk is no port",
     ("service.cli.cost_view", "service.adapters.charts"): "a file on the user's disk is no port",
     ("service.supervisor", "service.adapters.schema"): "`up` brings the schema to its newest revision",
-    ("service.worker", "service.adapters.queue_celery"): "the worker is a Celery consumer",
-    ("service.tasks", "service.adapters.queue_celery"): "the task is registered on this application",
-    ("service.adapters.queue_celery", "service.tasks"): "the consumer registers the task",
+    ("service.tasks", "service.adapters.queue_celery"): "the task, and the thread that consumes it, are parts of this application",
     ("service.adapters.schema", "migrations"): "runs them",
     ("migrations.env", "service.adapters.tables"): "compares with them",
 }

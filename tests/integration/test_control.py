@@ -9,12 +9,13 @@ import pytest
 
 import service.control
 from service.adapters.memory import MemoryBlobStore, MemoryTaskQueue
-from service.adapters.queue_celery import CeleryQueue, HintListener, make_app
+from service.adapters.queue_celery import CeleryQueue, make_app
 from service.bootstrap import Services
 from service.control import Control, run_control
 from service.domain.job import BatchStatus
 from service.errors import Unavailable
 from service.ports import OutboxKind
+from service.tasks import HintListener
 from service.usecases.janitor import clean
 from service.usecases.sweep import sweep
 from tests.integration.jobs import Jobs, lines, settings_for
