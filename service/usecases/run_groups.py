@@ -6,6 +6,7 @@ lines of several groups and batches are in the runner at the same time.
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections import deque
@@ -34,6 +35,8 @@ CLAIM_POLL = 1.0
 """Seconds between looks for more groups while lines are running."""
 FLUSH_SLICE = 0.5
 """Seconds between looks at `stop` while commits are waited for."""
+CLAIM_TRIES, CLAIM_AGAIN = 4, (0.01, 0.05)
+"""A claim never waits for another one that is under way; it is tried again, after so many seconds."""
 OUTAGE_PAUSE = 1.0
 """Seconds until the next try of a claim or an admission that found no database."""
 MODEL_RETRY = timedelta(seconds=30)
@@ -118,35 +121,45 @@ class GroupRunner:
         return self._claim(self._model) or (self._model is not None and self._claim(None))
 
     def _claim(self, model: str | None) -> bool:
-        """Takes due groups of a model (None: of the one with most to do). False where there are none."""
+        """Takes due groups of a model (None: of the one with most to do). False where there are none for this worker."""
         self._hint.clear()
+        for _ in range(CLAIM_TRIES):
+            taken = self._claim_once(model)
+            if taken is not None:
+                return taken
+            self._stop.wait(random.uniform(*CLAIM_AGAIN))
+        return False
+
+    def _claim_once(self, model: str | None) -> bool | None:
+        """None where groups are due, but another worker's claim has its hands on them at this moment."""
         room = self._runner.capacity + self._group_lines - self._holdings.unfinished
         with self._database.begin() as uow:
             most = min(room, self._fair_share(uow, model))
             if most <= 0:
                 return False
             leases = uow.groups.claim(self._identity.id, model=model, lease=self._lease, max_lines=most)
+            if not leases:
+                due = uow.watch.due()
+                return None if (due if model is None else due.get(model)) else False
             ids = [lease.group_id for lease in leases]
             # Here, and not where a dead worker's groups are taken back, so that nobody who does that can forget it.
-            isolated = uow.watch.isolate(ids, attempts=ISOLATE_AT) if ids else 0
-            pending = uow.lines.pending(ids) if ids else []
+            isolated = uow.watch.isolate(ids, attempts=ISOLATE_AT)
+            pending = uow.lines.pending(ids)
         if isolated:
             log.warning("suspects_isolated", lines=isolated, groups=len(ids))
-        if leases:
-            self._hold(leases, pending)
-        return bool(leases)
+        self._hold(leases, pending)
+        return True
 
     def _fair_share(self, uow: UnitOfWork, model: str | None) -> int:
-        """How many more lines leave the other live workers their part: what is due and what is held here, split evenly.
+        """How many more lines leave the other live workers their part of all open ones. A worker with nothing to do may always have one.
 
-        It binds only near the end of the work; before that, what the engine can hold is less. A worker with nothing to do always gets
-        at least a line's worth, which is a group.
+        It binds only near the end of the work; before that, what the engine can hold is less.
         """
-        due = uow.watch.due()
-        groups = due.get(model, 0) if model else max(due.values(), default=0)
+        groups = uow.watch.due_or_leased()
+        lines = (groups.get(model, 0) if model else max(groups.values(), default=0)) * self._group_lines
         others = [row for row in uow.workers.live(self._lease) if row.id != self._identity.id and row.model in (None, model)]
         held = self._holdings.unfinished
-        share = -(-(groups * self._group_lines + held) // (1 + len(others))) - held
+        share = -(-lines // (1 + len(others))) - held
         return share if held else max(share, 1)
 
     def _hold(self, leases: Sequence[GroupLease], pending: Sequence[PendingLine]) -> None:
