@@ -157,4 +157,29 @@ CHECKS: Sequence[Check] = (
         module("tests.acceptance.hf_kernels"),
         own_verdict,
     ),
+    Check(
+        "costs/ledger-sequences",
+        "O1-O7 hold after 2,000 random sequences of submit, run, crash, retry, cancel, expire, reprice, reverse",
+        module("tests.acceptance.ledger_sequences"),
+        own_verdict,
+        seconds=3600,
+    ),
+    Check(
+        "costs/device-time",
+        "attributed device seconds + idle + load + profile = worker wall time within 0.5%",
+        pytest("tests/integration/test_device_time.py"),
+        tests_pass,
+    ),
+    Check(
+        "costs/reports",
+        "three projects over several days: reports, CSV, chart, FOCUS, OpenAI's costs and usage through the stock SDK",
+        pytest("tests/integration/test_cost_reports.py", "tests/integration/test_organization.py", "tests/unit/billing/test_focus.py"),
+        tests_pass,
+    ),
+    Check(
+        "costs/estimate-and-cap",
+        "estimates hold the final cost of three jobs; a batch with max_cost ends under it",
+        pytest("tests/integration/test_estimate.py", "tests/integration/test_max_cost.py"),
+        tests_pass,
+    ),
 )
