@@ -23,7 +23,7 @@ __version__ = "1.0.0"
 
 __all__ = ["attention", "gated_activation", "kv_write", "linear", "pack_linear", "plan_attention", "rms_norm", "rotary"]
 
-TRITON_OPS: dict[str, str] = {}
+TRITON_OPS: dict[str, str] = {"gated_activation": "gated_activation", "rms_norm": "rms_norm"}
 """Op name -> module under `kernels.triton`. An op that is not listed runs its reference on every device."""
 
 _REFERENCE_OPS = {
