@@ -40,6 +40,20 @@ class SpeculationObject(BaseModel):
     pruned: int
     acceptance_length: float | None = Field(description="Tokens per target forward pass; 1 is plain decoding.")
     acceptance_rate: float | None
+    saved_seconds_estimate: float | None = Field(
+        description="Device seconds: plain decoding by the engine's cost model, less what was measured; negative: a loss."
+    )
+    estimate_error: float | None = Field(description="The cost model's error on the steps that were measured: 0.05 is 5% too high.")
+
+
+class TokensObject(BaseModel):
+    """Tokens as the machine worked through them."""
+
+    prompt: int
+    cached: int
+    prefilled: int
+    generated: int
+    wasted: int = Field(description="Drafts thrown away, positions computed again, tokens behind a stop: billed to no one.")
 
 
 class DeviceSeconds(BaseModel):
@@ -64,6 +78,7 @@ class BatchCostObject(BaseModel):
     price_version: int
     lines: CostLines
     meters: list[MeterObject]
+    tokens: TokensObject
     speculation: SpeculationObject
     device_seconds: DeviceSeconds
 

@@ -70,22 +70,6 @@ class CostLine:
         """Femto-dollars per million billed tokens."""
         return Fraction(amount) * MILLION / self.tokens if amount is not None and self.tokens else None
 
-    @property
-    def wasted(self) -> int:
-        """Tokens computed for nothing: drafts that were thrown away, positions computed again, tokens behind a stop."""
-        return self.work.drafted - self.work.accepted + self.work.recomputed + self.work.sampled - self.work.generated
-
-    @property
-    def saved_ns(self) -> int | None:
-        """Device time that speculation saved, estimated: plain decoding by the cost model, less what drafting and decoding took."""
-        work = self.work
-        return work.plain_ns - work.decode_ns - work.draft_ns if work.plain_ns else None
-
-    @property
-    def model_error(self) -> float | None:
-        """How far the cost model was off on the steps that were run: 0.05 means that it said 5% more than was measured."""
-        return self.work.modelled_ns / self.work.decode_ns - 1 if self.work.modelled_ns and self.work.decode_ns else None
-
 
 def total(lines: Sequence[CostLine]) -> CostLine:
     """The sum of all groups; its cost is known if all of theirs are."""

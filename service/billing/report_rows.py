@@ -8,6 +8,7 @@ from typing import Any
 
 from service.billing.operator import CostLine, WorkerLine
 from service.billing.price_book import exact_dollars
+from service.billing.reports import model_error, saved_ns, wasted
 
 NANO = 10**9
 
@@ -35,9 +36,9 @@ def cost_row(line: CostLine, by: Sequence[str]) -> dict[str, Any]:
         "drafted": work.drafted,
         "verified": work.verified,
         "accepted": work.accepted,
-        "wasted": line.wasted,
-        "saved_seconds_estimate": None if line.saved_ns is None else _seconds(line.saved_ns),
-        "estimate_error": None if line.model_error is None else round(line.model_error, 4),
+        "wasted": wasted(work),
+        "saved_seconds_estimate": _seconds(saved) if (saved := saved_ns(work)) is not None else None,
+        "estimate_error": round(error, 4) if (error := model_error(work)) is not None else None,
     }
 
 

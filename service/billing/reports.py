@@ -72,6 +72,7 @@ def cost_json(cost: BatchCost) -> dict[str, Any]:
         "price_version": batch.price_version,
         "lines": {"total": batch.total, "billed": cost.lines, "completed": batch.completed, "failed": batch.failed},
         "meters": [_meter_json(meter) for meter in cost.meters],
+        "tokens": tokens_json(cost.work),
         "speculation": speculation_json(cost.work),
         "device_seconds": device_seconds_json(cost.work),
     }
@@ -97,14 +98,47 @@ def speculation_json(work: Work) -> dict[str, Any]:
         "pruned": work.pruned,
         "acceptance_length": acceptance_length(work),
         "acceptance_rate": round(work.accepted / work.verified, 4) if work.verified else None,
+        "saved_seconds_estimate": _seconds(saved) if (saved := saved_ns(work)) is not None else None,
+        "estimate_error": round(error, 4) if (error := model_error(work)) is not None else None,
+    }
+
+
+def saved_ns(work: Work) -> int | None:
+    """Device time that speculation saved, estimated: plain decoding of the same tokens by the engine's cost model, less what drafting and
+    decoding took. Negative where it lost; None without a cost model."""
+    return work.plain_ns - work.decode_ns - work.draft_ns if work.plain_ns else None
+
+
+def model_error(work: Work) -> float | None:
+    """How far the cost model was off on the steps that were run: 0.05 means that it said 5% more than was measured."""
+    return work.modelled_ns / work.decode_ns - 1 if work.modelled_ns and work.decode_ns else None
+
+
+def wasted(work: Work) -> int:
+    """Tokens computed for nothing: drafts thrown away, positions computed again, tokens behind a stop."""
+    return work.drafted - work.accepted + work.recomputed + work.sampled - work.generated
+
+
+def tokens_json(work: Work) -> dict[str, int]:
+    """What the delivered lines made the machine do, in tokens (billed tokens are in the meters)."""
+    return {
+        "prompt": work.prompt,
+        "cached": work.cached,
+        "prefilled": work.prefilled,
+        "generated": work.generated,
+        "wasted": wasted(work),
     }
 
 
 def device_seconds_json(work: Work) -> dict[str, float]:
     """Device time of the delivered lines by what it was spent on."""
     return {
-        "prefill": round(work.prefill_ns / NANOSECONDS, 6),
-        "draft": round(work.draft_ns / NANOSECONDS, 6),
-        "decode": round(work.decode_ns / NANOSECONDS, 6),
-        "total": round(work.device_ns / NANOSECONDS, 6),
+        "prefill": _seconds(work.prefill_ns),
+        "draft": _seconds(work.draft_ns),
+        "decode": _seconds(work.decode_ns),
+        "total": _seconds(work.device_ns),
     }
+
+
+def _seconds(nanoseconds: int) -> float:
+    return round(nanoseconds / NANOSECONDS, 6)

@@ -73,5 +73,14 @@ def _speculation(speculation: dict[str, Any], device: dict[str, float]) -> list[
         f"Acceptance length {length:.2f}: the target model ran {1 - 1 / length:.0%} fewer steps than plain decoding would have"
         if length
         else "No line has been decoded yet",
+        *_saved(speculation),
         seconds,
     ]
+
+
+def _saved(speculation: dict[str, Any]) -> list[str]:
+    saved, error = speculation["saved_seconds_estimate"], speculation["estimate_error"]
+    if saved is None or error is None:
+        return []
+    verb = "saved" if saved >= 0 else "lost"
+    return [f"It {verb} about {abs(saved):.1f} s of device time (estimate; the cost model is {abs(error):.0%} off where it was measured)"]

@@ -50,3 +50,17 @@ def test_drafted_tokens_end_as_pruned_accepted_or_rejected():
 
 def test_no_steps_means_no_acceptance_length():
     assert acceptance_length(Work()) is None
+
+
+def test_what_speculation_saved_comes_with_its_error():
+    work = Work(drafted=4, verified=4, decode_ns=2 * 10**9, draft_ns=10**9, plain_ns=5 * 10**9, modelled_ns=21 * 10**8)
+    told = cost_json(sum_up(BATCH, 3, [], work))["speculation"]
+    assert (told["saved_seconds_estimate"], told["estimate_error"]) == (2.0, 0.05)
+    unknown = cost_json(sum_up(BATCH, 3, [], Work(decode_ns=1)))["speculation"]
+    assert unknown["saved_seconds_estimate"] is unknown["estimate_error"] is None
+
+
+def test_waste_is_drafts_recomputed_positions_and_tokens_behind_a_stop():
+    work = Work(prompt=50, cached=10, prefilled=40, recomputed=7, generated=20, sampled=22, drafted=30, verified=12, accepted=9)
+    told = cost_json(sum_up(BATCH, 3, [], work))["tokens"]
+    assert told == {"prompt": 50, "cached": 10, "prefilled": 40, "generated": 20, "wasted": 21 + 7 + 2}

@@ -18,7 +18,8 @@ REPORT = {
     "final": True,
     "lines": {"total": 68, "billed": 67},
     "meters": [{"meter": "cached_input", "model": "m", "quantity": 8736, "dollars_per_million": "0.01", "amount": "0.00008736"}],
-    "speculation": {"drafted": 100, "verified": 80, "accepted": 40, "pruned": 20, "acceptance_rate": 0.5, "acceptance_length": 1.25},
+    "speculation": {"drafted": 100, "verified": 80, "accepted": 40, "pruned": 20, "acceptance_rate": 0.5, "acceptance_length": 1.25}
+    | {"saved_seconds_estimate": 1.25, "estimate_error": -0.07},
     "device_seconds": {"prefill": 1.0, "draft": 0.5, "decode": 2.5, "total": 4.0},
 }
 
@@ -26,12 +27,24 @@ REPORT = {
 def test_a_bill_shows_every_digit_and_what_speculation_did(capsys):
     bill.print_report(REPORT)
     shown = capsys.readouterr().out
-    for words in ("cached input", "8,736", "$0.00008736", "$0.00035212", "67 of 68 lines", "40 accepted (50%", "20% fewer steps"):
+    for words in (
+        "cached input",
+        "8,736",
+        "$0.00008736",
+        "$0.00035212",
+        "67 of 68 lines",
+        "40 accepted (50%",
+        "20% fewer steps",
+        "saved about 1.2 s",
+        "7% off",
+    ):
         assert words in shown
 
 
 def test_a_bill_without_drafts_or_steps(capsys):
-    nothing = dict.fromkeys(REPORT["speculation"], 0) | {"acceptance_rate": None, "acceptance_length": None}
+    nothing = dict.fromkeys(REPORT["speculation"], 0) | dict.fromkeys(
+        ("acceptance_rate", "acceptance_length", "saved_seconds_estimate", "estimate_error")
+    )
     bill.print_report({**REPORT, "final": False, "speculation": nothing})
     shown = capsys.readouterr().out
     assert "so far" in shown
