@@ -37,6 +37,8 @@ def submit(
     drafter: Annotated[str, typer.Option(help="auto, off, or a drafter's name.")] = "auto",
     on_invalid_line: Annotated[str, typer.Option(help="fail: one bad line fails the batch. skip: it goes to the error file.")] = "fail",
     metadata: Annotated[list[str] | None, typer.Option("--metadata", metavar="KEY=VALUE", help="Repeatable.")] = None,
+    max_cost: Annotated[str | None, typer.Option(metavar="DOLLARS", help="End under this; what does not fit is not run.")] = None,
+    estimate: Annotated[bool, typer.Option("--estimate", help="Only say what it would cost; the upload is removed again.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Upload a job and start it."""
@@ -51,9 +53,13 @@ def submit(
         "drafter": drafter,
         "on_invalid_line": on_invalid_line,
         "metadata": _pairs(metadata or ()),
+        **({"max_cost": max_cost} if max_cost is not None else {}),
     }
     with connect() as server:
         request["input_file_id"] = _upload(server, job, quiet=as_json)["id"]
+        if estimate:
+            _estimate(server, request, as_json=as_json)
+            return
         batch = server.post("/batches", request, once=True)
         _started(server, batch, wait=wait, output=output, as_json=as_json)
 
@@ -189,6 +195,19 @@ def _upload(server: Server, job: Path, *, quiet: bool) -> dict[str, Any]:
     with Progress(*columns, console=console(stderr=True)) as bar:
         task = bar.add_task("", total=job.stat().st_size)
         return server.upload(job, lambda sent: bar.update(task, completed=sent))
+
+
+def _estimate(server: Server, request: Mapping[str, Any], *, as_json: bool) -> None:
+    """Prints what the request would cost; exit code 1 if it would fail."""
+    from service.cli import bill
+
+    try:
+        found = server.post("/batches/estimate", request)
+    finally:
+        server.delete(f"/files/{request['input_file_id']}")
+    print_json(found) if as_json else bill.print_estimate(found)
+    if found["errors"]["data"]:
+        raise typer.Exit(1)
 
 
 def _started(server: Server, batch: dict[str, Any], *, wait: bool, output: Path | None, as_json: bool) -> None:

@@ -53,6 +53,22 @@ def print_report(report: dict[str, Any]) -> None:
     console().print("\n".join(["", *_speculation(report["speculation"], report["device_seconds"])]))
 
 
+def print_estimate(estimate: dict[str, Any]) -> None:
+    """What a batch would cost: least, expected, most; what that rests on; and why it would fail, if it would."""
+    columns = ("model", "lines", "prompt tokens", "least", "expected", "most")
+    rows = [
+        (row["model"], row["lines"], row["prompt_tokens"], *(dollars(row["amount"][name]) for name in ("min", "expected", "max")))
+        for row in estimate["models"]
+    ]
+    rows.append(("total", estimate["lines"], "", *(dollars(estimate["amount"][name]) for name in ("min", "expected", "max"))))
+    print_table(columns, rows, right=columns[1:])
+    for row in estimate["models"]:
+        print(f"{row['model']}: {row['assumptions']}.")
+    for error in estimate["errors"]["data"][:10]:
+        where = f"line {error['line']}: " if error["line"] else ""
+        print(f"It would fail: {where}{error['code']}: {error['message']}")
+
+
 def _meter(meter: dict[str, Any]) -> tuple[str, ...]:
     name = meter["meter"].replace("_", " ")
     return name, meter["model"], f"{meter['quantity']:,}", meter["dollars_per_million"], dollars(meter["amount"])

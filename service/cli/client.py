@@ -40,6 +40,9 @@ class Server:
         headers = {"idempotency-key": uuid.uuid4().hex} if once else {}
         return self._json("POST", path, json=body, headers=headers)
 
+    def delete(self, path: str) -> dict[str, Any]:
+        return self._json("DELETE", path)
+
     def upload(self, path: Path, progress: Callable[[int], None]) -> dict[str, Any]:
         """Streams a JSONL file; `progress` gets the bytes that were read so far."""
         try:

@@ -43,11 +43,11 @@ CHAT = "/v1/chat/completions"
         ({"on_invalid_line": "maybe"}, 400, "on_invalid_line"),
         ({"drafter": "../x"}, 400, "drafter"),
         ({"output_expires_after": {"anchor": "created_at", "seconds": 1}}, 400, "output_expires_after.seconds"),
-        ({"max_cost": 5}, 400, "max_cost"),
+        ({"max_cost": -5}, 400, "max_cost"),
         ({"webhook": {"url": "https://example.com"}}, 400, "webhook"),
         ({"input_uri": "s3://bucket/key"}, 400, "input_uri"),
         ({"output_uri": "s3://bucket/key"}, 400, "output_uri"),
-        ({"dry_run": True}, 400, "dry_run"),
+        ({"dry_run": "yes"}, 400, "dry_run"),
         ({"unheard_of": 1}, 400, "unheard_of"),
     ],
 )

@@ -94,7 +94,8 @@ def test_a_read_key_reads_and_nothing_else(api: ApiServer, tenant: Tenant) -> No
     ids = {"file_id": tenant.upload(), "batch_id": tenant.create().json()["id"], "model": "smollm2-135m"}
     with api.tenant(tenant.project_id, scopes=("read",)) as reader:
         for method, path in routes(api):
-            answer = reader.http.request(method, filled(path, **ids))
+            asked = {"start_time": 0} if path.startswith("/v1/organization/") else {}
+            answer = reader.http.request(method, filled(path, **ids), params=asked)
             if method == "GET":
                 assert answer.status_code == 200, (method, path, answer.text)
             else:

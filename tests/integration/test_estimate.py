@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from service.adapters.engine_runner import EngineRunner
 from service.adapters.memory import MemoryBlobStore
 from service.adapters.token_counter import LocalTokenizers
+from service.cli.main import app
 from service.config import EngineSettings, Limits, ModelEntry
 from service.domain.job import OnInvalidLine
 from service.usecases.estimate import DryRun, Tokenizers, estimate_batch
@@ -151,3 +154,22 @@ def test_a_cap_over_http(tenant: Tenant) -> None:
     made = sdk.create(input_file_id=tenant.upload(), endpoint=ENDPOINT, completion_window="24h", extra_body={"max_cost": 1.5})
     assert made.model_extra is not None
     assert made.model_extra["max_cost"] == "1.5"
+
+
+def test_from_the_command_line(tenant: Tenant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LONGDRAFT_URL", tenant.url)
+    monkeypatch.setenv("LONGDRAFT_API_KEY", tenant.secret)
+    job = tmp_path / "job.jsonl"
+    job.write_bytes(lines(3))
+    shown = CliRunner().invoke(app, ["submit", str(job), "--estimate"])
+    assert shown.exit_code == 0, shown.output
+    assert "prompt tokens" in shown.output
+    assert tenant.http.get("/v1/files").json()["data"] == [], "the upload is removed again"
+    assert tenant.http.get("/v1/batches").json()["data"] == []
+    job.write_bytes(lines(2) + lines(1))
+    broken = CliRunner().invoke(app, ["submit", str(job), "--estimate"])
+    assert broken.exit_code == 1
+    assert "line 3: duplicate_custom_id" in broken.output
+    made = CliRunner().invoke(app, ["submit", str(job), "--max-cost", "0.5", "--json"])
+    assert json.loads(made.stdout)["max_cost"] == "0.5"

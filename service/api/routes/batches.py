@@ -60,8 +60,8 @@ async def create_batch(
 
 
 @router.post("/estimate", summary="Estimate the price of a batch", openapi_extra=_CREATE_BODY, responses=_NOT_FOUND)
-async def estimate(request: Request, caller: Reader, ctx: Ctx) -> EstimateObject:
-    """Takes the body of a create, checks the input and counts its tokens. Creates nothing, so a key that may only read will do."""
+async def estimate(request: Request, caller: Writer, ctx: Ctx) -> EstimateObject:
+    """Takes the body of a create, checks the input and counts its tokens. Creates nothing."""
     return await run_in_threadpool(_estimate, await read_json(request, ctx.settings.limits), caller, ctx)
 
 
@@ -131,7 +131,7 @@ def _create(body: dict[str, Any], repeat: submit.Repeatability, caller: Writer, 
     return batch_object(ctx.views.of(ctx.database, batch))
 
 
-def _estimate(body: dict[str, Any], caller: Reader, ctx: Context) -> EstimateObject:
+def _estimate(body: dict[str, Any], caller: Writer, ctx: Context) -> EstimateObject:
     run = estimate_batch(
         parse_create(body),
         caller=caller,
