@@ -172,4 +172,4 @@ def test_from_the_command_line(tenant: Tenant, tmp_path: Path, monkeypatch: pyte
     assert broken.exit_code == 1
     assert "line 3: duplicate_custom_id" in broken.output
     made = CliRunner().invoke(app, ["submit", str(job), "--max-cost", "0.5", "--json"])
-    assert json.loads(made.stdout)["max_cost"] == "0.5"
+    assert json.loads(made.stdout.splitlines()[-1])["max_cost"] == "0.5"
