@@ -63,7 +63,12 @@ def plot(lines: Sequence[CostLine], by: Sequence[str], target: str) -> None:
 
     prices = [line.price / 1e15 for line in lines]
     costs = [None if line.cost is None else float(line.cost / 10**15) for line in lines]
-    bar_chart(labels, {"price (charged)": prices, "cost (device time)": costs}, title=f"Price and cost by {', '.join(by)}", path=target)
+    bar_chart(
+        [label.replace(" / ", "\n") for label in labels],
+        {"price (charged)": prices, "cost (device time)": costs},
+        title=f"Price and cost by {', '.join(by)}",
+        path=target,
+    )
 
 
 def _text_bars(labels: Sequence[str], lines: Sequence[CostLine]) -> None:
