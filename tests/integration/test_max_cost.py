@@ -150,3 +150,12 @@ def test_what_a_dead_worker_held_is_free_again(jobs: Jobs, price_of_a_line: int)
         uow.watch.take_back_worker("dead")
     jobs.drain()
     assert jobs.finalize(batch).completed == 4
+
+
+def test_the_audit_sees_a_cap_that_was_passed(jobs: Jobs, price_of_a_line: int) -> None:
+    batch = run_capped(jobs, 3, 100 * price_of_a_line, max_tokens=16)
+    with jobs.database.begin() as uow:
+        assert uow.ledger.violations(batch.id) == []
+        uow.batches.save(uow.batches.load(batch.id).evolve(max_cost=3 * price_of_a_line - 1))
+    with jobs.database.begin() as uow:
+        assert [finding[:2] for finding in uow.ledger.violations(batch.id)] == ["O4"]

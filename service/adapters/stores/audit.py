@@ -48,6 +48,14 @@ _QUERIES: Sequence[str] = (
     GROUP BY t.id HAVING coalesce(sum(e.amount), 0) <> 0 OR count(e.leg) < 2
     LIMIT :limit
     """,
+    # O4: no batch is charged more than its cap.
+    """
+    SELECT format('O4: batch %s is charged %s femto-dollars, more than its max_cost of %s', b.id, sum(e.amount), b.max_cost)
+    FROM batches b JOIN ledger_transactions t ON t.batch_id = b.id JOIN ledger_entries e ON e.transaction_id = t.id
+    WHERE b.max_cost IS NOT NULL AND e.meter IS NOT NULL AND (CAST(:batch AS text) IS NULL OR b.id = :batch)
+    GROUP BY b.id HAVING sum(e.amount) > b.max_cost
+    LIMIT :limit
+    """,
     # O5: counters agree with the rows. `missing` lines are in the error file of an ended batch and nowhere else.
     """
     SELECT format('O5: batch %s (%s) counts %s completed, %s failed, %s total; its rows say %s completed, %s failed, %s lines',
