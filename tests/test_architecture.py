@@ -69,7 +69,13 @@ EXCEPTIONS = {
 HEAVY = {"torch", "transformers", "triton", "safetensors", "numpy", "gguf", "xgrammar"}
 MAY_BE_HEAVY = ("service.adapters.engine_runner", "service.cli.engine_cmds", "service.cli.bench", "service.cli.doctor")
 
-DATABASE = ("service.adapters.unit_of_work", "service.adapters.stores", "service.adapters.tables", "service.adapters.schema")
+DATABASE = (
+    "service.adapters.unit_of_work",
+    "service.adapters.postgres",
+    "service.adapters.stores",
+    "service.adapters.tables",
+    "service.adapters.schema",
+)
 
 VENDORS = {
     "sqlalchemy": (*DATABASE, "migrations"),

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 import sqlalchemy as sa
 from sqlalchemy import exc
 
-from service.adapters.postgres import advisory_key, sqlalchemy_url
+from service.adapters.postgres import advisory_key, closing_streams, sqlalchemy_url
 from service.adapters.stores.accounts import Accounts
 from service.adapters.stores.batches import Batches, Requests
 from service.adapters.stores.costs import Costs
@@ -80,7 +80,7 @@ class PostgresDatabase:
     @contextlib.contextmanager
     def begin(self) -> Iterator[UnitOfWork]:
         try:
-            with self._engine.begin() as connection:
+            with self._engine.begin() as connection, closing_streams(connection):
                 yield Transaction(connection)
         except (exc.OperationalError, exc.InterfaceError, exc.TimeoutError) as error:
             raise Unavailable(f"The database does not answer or asks to try again: {_first_line(error)}") from error

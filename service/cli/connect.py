@@ -56,7 +56,7 @@ def open_deployment() -> Iterator[Services]:
     from service.bootstrap import open_services
     from service.supervisor import deployment, migrate
 
-    if not structlog.is_configured():
+    if not isinstance(structlog.get_config()["logger_factory"], structlog.stdlib.LoggerFactory):  # not a process with its own log
         # What use cases log goes to stderr (looked up each time); stdout holds what was asked for and nothing else.
         structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
     here = settings()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from typing import Any
 from uuid import uuid4
 
 import psycopg
@@ -17,6 +19,7 @@ from service.adapters.unit_of_work import PostgresDatabase
 from service.domain.account import ApiKey, File, FilePurpose
 from service.domain.ids import new_batch_id, new_file_id
 from service.domain.job import Batch, BatchStatus, InputError
+from service.domain.line import StagedLine
 from service.domain.usage import Usage
 from service.errors import Conflict, InvalidRequest, LeaseLost, NotFound, Unavailable
 from service.ports import Database, OutboxKind, WorkerRow
@@ -416,3 +419,28 @@ def together(*parts: Callable[[], None]) -> None:
         thread.join()
     if failed:
         raise failed[0]
+
+
+def test_a_stream_left_half_read_by_an_exception_never_disturbs_a_later_transaction(database_url: str) -> None:
+    """Its cursor is closed with its transaction, not when the generator is collected, on whatever the connection does by then."""
+    one_connection = PostgresDatabase(database_url, pool_size=1)
+    kept = []
+
+    def interrupted(uow: Any) -> None:
+        (project,) = uow.accounts.projects()
+        file = a_file(project.id)
+        batch = a_batch(project.id, file)
+        uow.files.add(file)
+        uow.batches.add(batch)
+        uow.lines.stage(batch.id, [StagedLine(n, 0, 1, f"line-{n}", model="m") for n in range(1, 5001)])
+        kept.append(uow.lines.for_grouping(batch.id))
+        next(kept[0])
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), one_connection.begin() as uow:
+        interrupted(uow)
+    with one_connection.begin() as uow:
+        kept.clear()
+        gc.collect()
+        assert uow.accounts.projects()
+    one_connection.close()

@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy import Connection, and_, any_, func, literal, select
 from sqlalchemy.dialects.postgresql import ARRAY
 
+from service.adapters.postgres import stream
 from service.adapters.stores.charges import charges, key_of, report_key
 from service.adapters.tables import (
     batches,
@@ -27,7 +28,6 @@ from service.domain.money import ChargeDetail, LedgerKind, LedgerTransaction, Le
 from service.domain.usage import Work
 from service.ports import Bucket, ChargeFilter, WorkerRow, WorkRow
 
-READ_ROWS = 2000
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 _WORK = tuple(field.name for field in fields(Work))
@@ -84,12 +84,11 @@ class Costs:
             .group_by(*(key.element if isinstance(key, sa.Label) else key for key in keys), batches.c.metadata)
             .order_by(*(key.element if isinstance(key, sa.Label) else key for key in keys))
         )
-        with self._connection.execute(query, execution_options={"yield_per": READ_ROWS}) as result:
-            for row in result:
-                values = dict(row._mapping)
-                values["kind"], values["meter"] = LedgerKind(values["kind"]), Meter(values["meter"])
-                values["quantity"], values["amount"] = int(values["quantity"]), int(values["amount"])
-                yield ChargeDetail(**values)
+        for row in stream(self._connection, query):
+            values = dict(row._mapping)
+            values["kind"], values["meter"] = LedgerKind(values["kind"]), Meter(values["meter"])
+            values["quantity"], values["amount"] = int(values["quantity"]), int(values["amount"])
+            yield ChargeDetail(**values)
 
     def work(self, which: ChargeFilter, *, by: Sequence[str]) -> Sequence[WorkRow]:
         at = line_results.c.created_at

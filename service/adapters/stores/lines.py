@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 
 import psycopg
-from sqlalchemy import BigInteger, Connection, Integer, Select, Text, and_, any_, bindparam, delete, func, select, update
+from sqlalchemy import BigInteger, Connection, Integer, Text, and_, any_, bindparam, delete, func, select, update
 from sqlalchemy.dialects.postgresql import ARRAY
 
+from service.adapters.postgres import stream
 from service.adapters.tables import groups, line_results, lines, segments, token_ledger
 from service.domain.line import PendingLine, StagedLine
 from service.errors import Unavailable
-
-READ_ROWS = 2000
-"""Rows a server-side cursor fetches at a time."""
 
 _COPY = "COPY lines (batch_id, line_no, custom_id, byte_offset, byte_length, model, prefix_key, expected_tokens) FROM STDIN (FORMAT BINARY)"
 _COPY_TYPES = ("text", "int4", "text", "int8", "int4", "text", "bytea", "int4")
@@ -62,7 +60,7 @@ class Lines:
             .subquery()
         )
         query = select(seen.c.line_no, seen.c.first, seen.c.custom_id).where(seen.c.line_no > seen.c.first).order_by(seen.c.line_no)
-        for row in self._stream(query):
+        for row in stream(self._connection, query):
             yield row.line_no, row.first, row.custom_id
 
     def for_grouping(self, batch_id: str) -> Iterator[StagedLine]:
@@ -71,7 +69,7 @@ class Lines:
             .where(lines.c.batch_id == batch_id, _NO_RESULT)
             .order_by(lines.c.model.collate("C"), lines.c.prefix_key, lines.c.expected_tokens.desc(), lines.c.line_no)
         )
-        for row in self._stream(query):
+        for row in stream(self._connection, query):
             yield StagedLine(
                 line_no=row.line_no,
                 offset=row.byte_offset,
@@ -112,8 +110,3 @@ class Lines:
         attempts = func.greatest(lines.c.attempts + change, 0)
         values = {"batch_ids": [batch_id for batch_id, _ in keys], "line_nos": [line_no for _, line_no in keys]}
         self._connection.execute(update(lines).where(mine).values(attempts=attempts), values)
-
-    def _stream(self, query: Select) -> Iterator:
-        """Rows through a server-side cursor. Other statements may run between reads, COPY may not."""
-        with self._connection.execute(query, execution_options={"yield_per": READ_ROWS}) as result:
-            yield from result

@@ -9,13 +9,11 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Integer, and_, any_, func, insert, literal, or_, select
 from sqlalchemy.dialects.postgresql import ARRAY
 
+from service.adapters.postgres import stream
 from service.adapters.stores.bulk import insert_rows
 from service.adapters.tables import line_results, lines, segments, token_ledger
 from service.domain.line import LineOutcome, Outcome, Segment, StoredResult
 from service.domain.usage import Work
-
-READ_ROWS = 2000
-"""Rows a server-side cursor fetches at a time."""
 
 _WORK = tuple(field.name for field in fields(Work))
 _SAME_LINE = and_(line_results.c.batch_id == lines.c.batch_id, line_results.c.line_no == lines.c.line_no)
@@ -71,9 +69,8 @@ class Results:
             .where(lines.c.batch_id == batch_id)
             .order_by(lines.c.line_no)
         )
-        with self._connection.execute(query, execution_options={"yield_per": READ_ROWS}) as result:
-            for row in result:
-                yield row.input_line, row.custom_id, _stored(row) if row.line_no is not None else None
+        for row in stream(self._connection, query):
+            yield row.input_line, row.custom_id, _stored(row) if row.line_no is not None else None
 
     def segments(self, batch_id: str) -> Sequence[Segment]:
         query = select(segments).where(segments.c.batch_id == batch_id).order_by(segments.c.created_at, segments.c.key)
@@ -92,8 +89,8 @@ class Results:
             .where(lines.c.batch_id == batch_id, not_delivered)
             .order_by(lines.c.line_no)
         )
-        with self._connection.execute(query, execution_options={"yield_per": READ_ROWS}) as result:
-            yield from (tuple(row) for row in result)
+        for row in stream(self._connection, query):
+            yield row.line_no, row.byte_offset, row.byte_length
 
 
 def _work_row(outcome: LineOutcome) -> dict[str, Any]:
