@@ -409,6 +409,90 @@ class WorkerStore(Protocol):
     def live(self, within: timedelta) -> Sequence[WorkerRow]: ...
 
 
+@dataclass(frozen=True, slots=True)
+class ModelLoad:
+    """One attempt of a worker to load a model, for a batch whose groups it had claimed. Nanoseconds.
+
+    `spawn_ns`: from the start of the process until the worker was registered; 0 but for the first load of a process. `error`: why it was
+    refused, None where it was loaded; `lasting`: trying again on the same machine will not help.
+    """
+
+    worker_id: str
+    model: str
+    batch_id: str | None
+    claimed_at: datetime
+    spawn_ns: int = 0
+    load_ns: int = 0
+    profile_ns: int = 0
+    profile_reused: bool = False
+    error: str | None = None
+    lasting: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LoadRow:
+    """A load as it is reported. `due_at`: when the batch's groups became due. `prefill_ns`: from the first step to the first token;
+    `decode_ns`: from there to the commit of the first results."""
+
+    load: ModelLoad
+    device: str
+    submitted_at: datetime | None
+    due_at: datetime | None
+    ended_at: datetime
+    first_result_at: datetime | None
+    prefill_ns: int
+    decode_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refusals:
+    """How often a model was refused, and how many of these refusals were lasting."""
+
+    count: int
+    lasting: int
+
+
+class LoadStore(Protocol):
+    """Loads of models by workers."""
+
+    def note(self, load: ModelLoad) -> int:
+        """Records it and returns its id."""
+        ...
+
+    def answered(self, load_id: int, *, prefill_ns: int, decode_ns: int) -> None:
+        """The first results after this load are committed."""
+        ...
+
+    def between(self, start: datetime, end: datetime) -> Sequence[LoadRow]: ...
+    def refusals(self, model: str, within: timedelta) -> Refusals:
+        """Of that time; none where any worker could load the model in it."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class OutboxLag:
+    """Open items of a kind, and by how many seconds the oldest is late."""
+
+    open: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """What there is to do. `groups`: (model, due | leased | waiting) -> how many; `batches`: status -> how many have not ended."""
+
+    groups: Mapping[tuple[str, str], int]
+    batches: Mapping[str, int]
+    outbox: Mapping[OutboxKind, OutboxLag]
+    workers: int
+
+
+class MonitorStore(Protocol):
+    def backlog(self, live_within: timedelta) -> Backlog:
+        """`live_within`: how recently a live worker must have been heard of."""
+        ...
+
+
 class UnitOfWork(Protocol):
     """One transaction. `now` is its database time, UTC."""
 
@@ -424,6 +508,8 @@ class UnitOfWork(Protocol):
     outbox: Outbox
     ledger: Ledger
     workers: WorkerStore
+    loads: LoadStore
+    monitor: MonitorStore
     costs: CostStore
     spending: SpendingStore
 

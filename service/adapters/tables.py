@@ -293,6 +293,24 @@ workers = Table(
     Column("acceptance_length", Float, nullable=False, server_default=text("0")),
 )
 
+# Every time a worker loaded a model, or could not: how a start was spent, and which models nobody can load.
+model_loads = Table(
+    "model_loads",
+    metadata,
+    Column("id", BigInteger, Identity(), primary_key=True),
+    Column("worker_id", ForeignKey("workers.id"), nullable=False, index=True),
+    Column("model", Text, nullable=False),
+    Column("batch_id", ForeignKey("batches.id")),
+    _at("claimed_at", nullable=False),
+    _at("ended_at", nullable=False, now=True),
+    _at("first_result_at"),
+    Column("profile_reused", Boolean, nullable=False, server_default=text("false")),
+    *(_count(name) for name in ("spawn_ns", "load_ns", "profile_ns", "prefill_ns", "decode_ns")),
+    Column("error", Text),
+    Column("lasting", Boolean, nullable=False, server_default=text("false")),
+    Index("ix_model_loads_model", "model", "ended_at"),
+)
+
 # --- money --------------------------------------------------------------------------------------------------------------------
 
 price_books = Table(

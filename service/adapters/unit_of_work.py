@@ -17,6 +17,8 @@ from service.adapters.stores.files import Files
 from service.adapters.stores.groups import Groups, Watch
 from service.adapters.stores.ledger import LedgerBook
 from service.adapters.stores.lines import Lines
+from service.adapters.stores.loads import Loads
+from service.adapters.stores.monitor import Monitor
 from service.adapters.stores.outbox import OutboxRows
 from service.adapters.stores.results import Results
 from service.adapters.stores.spending import Spending
@@ -31,6 +33,8 @@ from service.ports import (
     GroupWatch,
     Ledger,
     LineStore,
+    LoadStore,
+    MonitorStore,
     Outbox,
     RequestMemory,
     ResultStore,
@@ -57,6 +61,8 @@ class Transaction:
         self.outbox: Outbox = OutboxRows(connection)
         self.ledger: Ledger = LedgerBook(connection)
         self.workers: WorkerStore = Workers(connection)
+        self.loads: LoadStore = Loads(connection)
+        self.monitor: MonitorStore = Monitor(connection)
         self.costs: CostStore = Costs(connection)
         self.spending: SpendingStore = Spending(connection)
 
