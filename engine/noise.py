@@ -1,7 +1,7 @@
 """Counter-based random numbers: every number is a pure function of (seed, sample, position, stream, attempt) and, for noise
 over the vocabulary, of the token. Nothing depends on the order of calls or on who shares a batch.
 
-The mixers are the finalisers of SplitMix64 (Steele, Lea, Flood 2014) on the host and of MurmurHash3 (Appleby) per token.
+Keys are made on the host, with the finaliser of SplitMix64 (Steele, Lea, Flood 2014); noise per token is `kernels.reference.noise`.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ from enum import IntEnum
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+from kernels.reference.noise import exponential
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_GOLDEN = -1640531527  # 0x9E3779B9 as int32
-_MURMUR_1 = -2048144789  # 0x85EBCA6B
-_MURMUR_2 = -1028477387  # 0xC2B2AE35
+__all__ = ["Stream", "exponential", "keys", "mix", "uniform"]
 
 
 class Stream(IntEnum):
@@ -48,22 +47,3 @@ def keys(
 def uniform(row_keys: NDArray[np.uint64]) -> NDArray[np.float64]:
     """float64 [R], uniform in the open interval (0, 1), 53 bits."""
     return ((mix(row_keys) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
-
-
-def exponential(row_keys: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-    """float32 [R, K] standard exponential noise, one number for each (row key, token).
-
-    row_keys: int64 [R]. token_ids: int64 [R, K], or [K] for the same tokens in every row. `-log` of it is Gumbel noise, so
-    the argmin of `exponential / p` is the argmax of `log p + Gumbel`, a sample of p. 31 random bits: tokens down to a
-    probability of about 1e-9 keep their share.
-    """
-    first = (row_keys & 0xFFFFFFFF).to(torch.int64)
-    low = torch.where(first >= 1 << 31, first - (1 << 32), first).to(torch.int32)[:, None]
-    high = (row_keys >> 32).to(torch.int32)[:, None]
-    x = (token_ids.to(torch.int32) * _GOLDEN) ^ low
-    x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(_MURMUR_1)
-    x.bitwise_xor_((x >> 13).bitwise_and_(0x7FFFF)).bitwise_xor_(high).mul_(_MURMUR_2)
-    x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).bitwise_and_(0x7FFFFFFF)
-    # The clamp keeps -log1p finite where float32 rounds the largest values up to 1.
-    uniforms = x.to(torch.float32).add_(0.5).mul_(2.0**-31).clamp_(max=1.0 - 2.0**-24)
-    return uniforms.neg_().log1p_().neg_()
