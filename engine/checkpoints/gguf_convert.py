@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from engine.checkpoints.gguf_file import GGUFFile
-from engine.checkpoints.gguf_layouts import ROPE_FACTORS, layout_of, read_config, restore, transformers_name
+from engine.checkpoints.gguf_config import read_config
+from engine.checkpoints.gguf_layouts import IN_CONFIG, layout_of, restore, transformers_name
 from engine.checkpoints.gguf_tokenizer import read_tokenizer
 from engine.checkpoints.tensors import check_tensors
 
@@ -67,8 +68,8 @@ def _end_tokens(file: GGUFFile) -> list[int]:
 
 def _tensors(file: GGUFFile, layout: Layout, config: dict[str, Any], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     for name, values in file.tensors():
-        if name == ROPE_FACTORS:
-            continue  # already part of the config, see gguf_layouts
+        if name in IN_CONFIG:
+            continue  # already part of the config, see gguf_config
         target = transformers_name(name, layout)
         yield target, torch.tensor(restore(target, values, layout, config), dtype=dtype)  # a copy: the file is mapped read-only
 

@@ -18,7 +18,22 @@ if TYPE_CHECKING:
 _CONTROL, _USER_DEFINED = 3, 4
 
 _QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_O200K_SPLIT = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+_PATTERNS = {
+    "qwen2": _QWEN2_SPLIT,
+    "llama-bpe": _LLAMA3_SPLIT,
+    "smaug-bpe": _LLAMA3_SPLIT,  # SmolLM3
+    "dbrx": _LLAMA3_SPLIT,  # Phi-4, OLMo-2
+    "gpt-4o": _O200K_SPLIT,  # Phi-4-mini
+}
+_GPT2_KINDS = ("gpt-2", "olmo")
+_GPT2_WITH_SINGLE_DIGITS = ("smollm", "refact")  # refact: Granite 3
 
 
 def read_tokenizer(file: GGUFFile, path: Path) -> Any:
@@ -62,15 +77,15 @@ def _byte_level(file: GGUFFile) -> Tokenizer:
 def _pre_tokenizer(kind: str) -> Any:
     from tokenizers import Regex, pre_tokenizers
 
-    if kind == "smollm":
+    if kind in _GPT2_WITH_SINGLE_DIGITS:
         digits = pre_tokenizers.Digits(individual_digits=True)
         return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
-    if kind == "gpt-2":
+    if kind in _GPT2_KINDS:
         return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    patterns = {"qwen2": _QWEN2_SPLIT, "llama-bpe": _LLAMA3_SPLIT}
-    if kind not in patterns:
-        raise ValueError(f"pre-tokenizer {kind!r} of this GGUF file is not supported, only smollm, gpt-2, {', '.join(patterns)}")
-    split = pre_tokenizers.Split(Regex(patterns[kind]), behavior="isolated")
+    if kind not in _PATTERNS:
+        known = ", ".join([*_GPT2_WITH_SINGLE_DIGITS, *_GPT2_KINDS, *_PATTERNS])
+        raise ValueError(f"pre-tokenizer {kind!r} of this GGUF file is not supported, only {known}")
+    split = pre_tokenizers.Split(Regex(_PATTERNS[kind]), behavior="isolated")
     return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 

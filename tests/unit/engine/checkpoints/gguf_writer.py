@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,30 @@ NAMES = {
     "input_layernorm": "attn_norm",
 }
 LLAMA_NORMS = {"post_attention_layernorm": "ffn_norm"}
-GEMMA_NORMS = {
+SANDWICH_NORMS = {
     "post_attention_layernorm": "post_attention_norm",
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
 }
+FUSED = {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"}
+WITH_SANDWICH_NORMS = ("gemma2", "gemma3", "olmo2")
+WITH_OFFSET_NORMS = ("gemma", "gemma2", "gemma3")
+ROTATING_NEIGHBOURS = ("llama", "granite", "smollm3")
+"""llama.cpp rotates neighbouring pairs in these, so that its converter reorders the rows of queries and keys."""
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
-def write_gguf(path: Path, hf: Any, architecture: str, *, pre: str = "smollm", skip: str = "", extra: bool = False) -> Path:
-    """`skip` leaves out tensors whose GGUF name contains it; `extra` adds one that no model has."""
+def write_gguf(
+    path: Path,
+    hf: Any,
+    architecture: str,
+    *,
+    pre: str = "smollm",
+    skip: str = "",
+    extra: bool = False,
+    quantised: gguf.GGMLQuantizationType | None = None,
+) -> Path:
+    """`skip` leaves out tensors whose GGUF name contains it; `extra` adds one that no model has; matrices are stored `quantised`."""
     writer = gguf.GGUFWriter(path, architecture)
     _write_metadata(writer, hf.config, architecture)
     _write_tokenizer(writer, hf.config.vocab_size, pre)
@@ -41,9 +56,16 @@ def write_gguf(path: Path, hf: Any, architecture: str, *, pre: str = "smollm", s
         if hf.config.tie_word_embeddings and name == "lm_head.weight":
             continue
         values = _as_llama_cpp(name, tensor.numpy(), hf.config, architecture)
-        target = _gguf_name(name, GEMMA_NORMS if architecture == "gemma3" else LLAMA_NORMS)
-        if not (skip and skip in target):
-            writer.add_tensor(target, np.ascontiguousarray(values))
+        target = _gguf_name(name, SANDWICH_NORMS if architecture in WITH_SANDWICH_NORMS else LLAMA_NORMS)
+        if skip and skip in target:
+            continue
+        values = np.ascontiguousarray(values)
+        if quantised is not None and values.ndim > 1:
+            writer.add_tensor(target, gguf.quantize(values, quantised), raw_dtype=quantised)
+        else:
+            writer.add_tensor(target, values)
+    for name, factors in _rope_factors(hf.config).items():
+        writer.add_tensor(f"{name}.weight", np.array(factors, np.float32))
     if extra:
         writer.add_tensor("blk.0.attn_mystery.weight", np.zeros(4, np.float32))
     writer.write_header_to_file()
@@ -60,16 +82,40 @@ def _write_metadata(writer: gguf.GGUFWriter, config: Any, architecture: str) -> 
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    if architecture == "gemma3":
-        writer.add_rope_freq_base(config.rope_parameters["full_attention"]["rope_theta"])
-        writer.add_sliding_window(config.sliding_window)
-    else:
-        writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    if architecture == "llama":
-        writer.add_rope_dimension_count(config.head_dim)
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if architecture in ("llama", "phi3"):
+        writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
+    if architecture not in ("phi3", "granite"):
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
+    if rope["rope_type"] in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
+        writer.add_rope_scaling_factor(rope["factor"])
+    if original := rope.get("original_max_position_embeddings"):
+        writer.add_rope_scaling_orig_ctx_len(original)
+    if rope["rope_type"] == "longrope":
+        scale = config.max_position_embeddings / original
+        writer.add_rope_scaling_attn_factors(math.sqrt(1 + math.log(scale) / math.log(original)))
+    if architecture in ("gemma2", "gemma3", "phi3"):
+        writer.add_sliding_window(config.sliding_window or 0)
+    if architecture == "gemma2":
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    if architecture == "granite":
+        writer.add_attention_scale(config.attention_multiplier)
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
+
+
+def _rope_factors(config: Any) -> dict[str, list[float]]:
+    rope = config.rope_parameters
+    if rope.get("rope_type") != "longrope":
+        return {}
+    return {"rope_factors_long": rope["long_factor"], "rope_factors_short": rope["short_factor"]}
 
 
 def _write_tokenizer(writer: gguf.GGUFWriter, vocab_size: int, pre: str) -> None:
@@ -93,14 +139,14 @@ def _gguf_name(name: str, norms: dict[str, str]) -> str:
     stem, _, kind = name.rpartition(".")
     if stem.startswith("model.layers."):
         index, part = stem.removeprefix("model.layers.").split(".", 1)
-        return f"blk.{index}.{(NAMES | norms)[part]}.{kind}"
+        return f"blk.{index}.{(NAMES | FUSED | norms)[part]}.{kind}"
     return f"{NAMES[stem]}.{kind}"
 
 
 def _as_llama_cpp(name: str, values: np.ndarray, config: Any, architecture: str) -> np.ndarray:
-    if architecture == "gemma3" and "norm" in name:
+    if architecture in WITH_OFFSET_NORMS and "norm" in name:
         return values + 1
-    if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
+    if architecture in ROTATING_NEIGHBOURS and ("q_proj" in name or "k_proj" in name):
         heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
         return values.reshape(heads, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
     return values

@@ -12,21 +12,45 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from engine.checkpoints import load_model
+from engine.checkpoints.gguf_config import _llama3_scaling
 from engine.checkpoints.gguf_convert import convert
-from engine.checkpoints.gguf_layouts import LAYOUTS, _llama3_scaling
+from engine.checkpoints.gguf_layouts import LAYOUTS
 from tests.unit.engine.checkpoints.gguf_writer import write_gguf
 from tests.unit.engine.models.tiny import CHUNKED, Texts, make_hf, reference, run_steps, worst_gap
 
 _ROPE = {"rope_type": "default", "rope_theta": 5000.0}
 _GEMMA_ROPE = {"full_attention": _ROPE, "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 5000.0,
+    "partial_rotary_factor": 0.5,
+    "original_max_position_embeddings": 32,
+    "short_factor": [1.0, 1.25],
+    "long_factor": [2.0, 4.5],
+}
+_YARN = {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 2.0, "original_max_position_embeddings": 32}
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"rope_parameters": _ROPE}),
-    "qwen2": ("qwen2", {"rope_parameters": _ROPE, "tie_word_embeddings": True}),
-    "qwen3": ("qwen3", {"rope_parameters": _ROPE}),
+    "qwen2": ("qwen2", {"rope_parameters": _YARN, "tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {"rope_parameters": {**_ROPE, "rope_type": "linear", "factor": 4.0}}),
+    "gemma": ("gemma", {"rope_parameters": _ROPE, "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True}),
+    "gemma2": (
+        "gemma2",
+        {"sliding_window": 8, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
+        | {"rope_parameters": _ROPE, "tie_word_embeddings": True},
+    ),
     "gemma3": (
         "gemma3_text",
         {"sliding_window": 8, "query_pre_attn_scalar": 8, "num_hidden_layers": 7, "rope_parameters": _GEMMA_ROPE, "head_dim": 8},
     ),
+    "phi3": ("phi3", {"sliding_window": 8, "rope_parameters": _LONGROPE, "original_max_position_embeddings": 32, "head_dim": None}),
+    "olmo2": ("olmo2", {"rope_parameters": _ROPE, "head_dim": None}),
+    "granite": (
+        "granite",
+        {"embedding_multiplier": 3.0, "attention_multiplier": 0.25, "residual_multiplier": 0.5, "logits_scaling": 2.0}
+        | {"rope_parameters": _ROPE, "tie_word_embeddings": True, "head_dim": None},
+    ),
+    "smollm3": ("smollm3", {"rope_parameters": _ROPE, "tie_word_embeddings": True}),
 }
 
 
