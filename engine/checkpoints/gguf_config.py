@@ -27,7 +27,8 @@ def read_config(file: GGUFFile, layout: Layout) -> dict[str, Any]:
         raise ValueError(f"this {file.architecture} GGUF file is a mixture of experts; load the original safetensors checkpoint instead")
     hidden, heads = file.need(f"{file.architecture}.embedding_length"), file.need(f"{file.architecture}.attention.head_count")
     if not isinstance(heads, int):
-        raise ValueError(f"this {file.architecture} GGUF file has another number of heads in each layer, which is not supported")
+        message = f"this {file.architecture} GGUF file has another number of heads in each layer, which is not supported"
+        raise ValueError(message)  # noqa: TRY004 - the file is at fault, not the caller's types
     # Phi-3 rotates a part of each head; for all others the rotated width is the head's.
     partial = layout.model_type == "phi3"
     head_dim = own("attention.key_length") or (None if partial else own("rope.dimension_count")) or hidden // heads

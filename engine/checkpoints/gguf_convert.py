@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 
-from engine.checkpoints.gguf_file import GGUFFile
 from engine.checkpoints.gguf_config import read_config
+from engine.checkpoints.gguf_file import GGUFFile
 from engine.checkpoints.gguf_layouts import IN_CONFIG, layout_of, restore, transformers_name
 from engine.checkpoints.gguf_tokenizer import read_tokenizer
 from engine.checkpoints.tensors import check_tensors
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from engine.checkpoints.chat_formats import ChatFormat
     from engine.checkpoints.gguf_layouts import Layout
 
 _SHARD_BYTES = 4 << 30
@@ -25,8 +26,8 @@ _SHARD_BYTES = 4 << 30
 _SAMPLE_TEXT = "I've 12 + 345 = 6789.\n\n  def f(x):\n\treturn x**2  # caf\u00e9 \u4f60\u597d \U0001f600 don't\r\n   END"
 
 
-def convert(gguf: Path, folder: Path) -> None:
-    """Writes config, generation config, weights and tokenizer of `gguf` into `folder`.
+def convert(gguf: Path, folder: Path, chat: ChatFormat | None = None) -> None:
+    """Writes config, generation config, weights and tokenizer of `gguf` into `folder`; `chat` is for a file without a chat template.
 
     Quantised weights become the float32 values they stand for; F16 and BF16 files keep their type. Raises ValueError for an
     architecture, tokenizer or tensor set that would not be converted exactly.
@@ -43,11 +44,14 @@ def convert(gguf: Path, folder: Path) -> None:
         model = AutoModelForCausalLM.from_config(config)
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
-    GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=_end_tokens(file), pad_token_id=config.pad_token_id).save_pretrained(
-        folder
-    )
+    tokenizer = read_tokenizer(file, gguf)
+    ends = _end_tokens(file)
+    if chat is not None and not tokenizer.chat_template:
+        tokenizer.chat_template = chat.template
+        ends.append(tokenizer.convert_tokens_to_ids(chat.end_of_turn))
+    GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=ends, pad_token_id=config.pad_token_id).save_pretrained(folder)
     _write_weights(_tensors(file, layout, values, dtype), folder, model)
-    _write_tokenizer(read_tokenizer(file, gguf), folder)
+    _write_tokenizer(tokenizer, folder)
 
 
 def _write_tokenizer(tokenizer: Any, folder: Path) -> None:

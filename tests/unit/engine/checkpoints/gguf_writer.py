@@ -47,11 +47,12 @@ def write_gguf(
     skip: str = "",
     extra: bool = False,
     quantised: gguf.GGMLQuantizationType | None = None,
+    chat: bool = True,
 ) -> Path:
     """`skip` leaves out tensors whose GGUF name contains it; `extra` adds one that no model has; matrices are stored `quantised`."""
     writer = gguf.GGUFWriter(path, architecture)
     _write_metadata(writer, hf.config, architecture)
-    _write_tokenizer(writer, hf.config.vocab_size, pre)
+    _write_tokenizer(writer, hf.config.vocab_size, pre, chat)
     for name, tensor in hf.state_dict().items():
         if hf.config.tie_word_embeddings and name == "lm_head.weight":
             continue
@@ -118,7 +119,7 @@ def _rope_factors(config: Any) -> dict[str, list[float]]:
     return {"rope_factors_long": rope["long_factor"], "rope_factors_short": rope["short_factor"]}
 
 
-def _write_tokenizer(writer: gguf.GGUFWriter, vocab_size: int, pre: str) -> None:
+def _write_tokenizer(writer: gguf.GGUFWriter, vocab_size: int, pre: str, chat: bool) -> None:
     """All byte symbols that fit after the specials, and one merge."""
     from tokenizers.pre_tokenizers import ByteLevel
 
@@ -132,7 +133,8 @@ def _write_tokenizer(writer: gguf.GGUFWriter, vocab_size: int, pre: str) -> None
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(2)
-    writer.add_chat_template("{% for message in messages %}{{ message.content }}{% endfor %}")
+    if chat:
+        writer.add_chat_template("{% for message in messages %}{{ message.content }}{% endfor %}")
 
 
 def _gguf_name(name: str, norms: dict[str, str]) -> str:
