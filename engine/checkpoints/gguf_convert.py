@@ -29,7 +29,7 @@ _SAMPLE_TEXT = "I've 12 + 345 = 6789.\n\n  def f(x):\n\treturn x**2  # caf\u00e9
 def convert(gguf: Path, folder: Path, chat: ChatFormat | None = None) -> None:
     """Writes config, generation config, weights and tokenizer of `gguf` into `folder`; `chat` is for a file without a chat template.
 
-    Quantised weights become the float32 values they stand for; F16 and BF16 files keep their type. Raises ValueError for an
+    Quantised weights become the float32 values they stand for; F16 and BF16 weights keep their type. Raises ValueError for an
     architecture, tokenizer or tensor set that would not be converted exactly.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
@@ -50,7 +50,7 @@ def convert(gguf: Path, folder: Path, chat: ChatFormat | None = None) -> None:
         tokenizer.chat_template = chat.template
         ends.append(tokenizer.convert_tokens_to_ids(chat.end_of_turn))
     GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=ends, pad_token_id=config.pad_token_id).save_pretrained(folder)
-    _write_weights(_tensors(file, layout, values, dtype), folder, model)
+    _write_weights(_tensors(file, layout, values), folder, model)
     _write_tokenizer(tokenizer, folder)
 
 
@@ -70,12 +70,15 @@ def _end_tokens(file: GGUFFile) -> list[int]:
     return list(dict.fromkeys(index for index in ids if index is not None))
 
 
-def _tensors(file: GGUFFile, layout: Layout, config: dict[str, Any], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, values in file.tensors():
+def _tensors(file: GGUFFile, layout: Layout, config: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, values, dtype in file.tensors():
         if name in IN_CONFIG:
             continue  # already part of the config, see gguf_config
         target = transformers_name(name, layout)
-        yield target, torch.tensor(restore(target, values, layout, config), dtype=dtype)  # a copy: the file is mapped read-only
+        yield (
+            target,
+            torch.tensor(restore(target, values, layout, config), dtype=getattr(torch, dtype)),
+        )  # a copy: the file is mapped read-only
 
 
 def _write_weights(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path, model: Any) -> None:

@@ -49,10 +49,11 @@ class GGUFFile:
     def tensor_names(self) -> set[str]:
         return {tensor.name for tensor in self._reader.tensors}
 
-    def tensors(self) -> Iterator[tuple[str, NDArray[np.float32]]]:
-        """(name, float32 values in row-major [out, in] order), dequantised one at a time."""
+    def tensors(self) -> Iterator[tuple[str, NDArray[np.float32], str]]:
+        """(name, float32 values in row-major [out, in] order, the type that holds them exactly), dequantised one at a time."""
         for tensor in self._reader.tensors:
-            yield tensor.name, self._gguf.dequantize(tensor.data, tensor.tensor_type)
+            kind = _HALF.get(tensor.tensor_type.name, "float32")
+            yield tensor.name, self._gguf.dequantize(tensor.data, tensor.tensor_type), kind
 
     def tensor(self, name: str) -> NDArray[np.float32]:
         """One float32 tensor by name. Raises KeyError."""
@@ -62,6 +63,6 @@ class GGUFFile:
 
     @property
     def storage_dtype(self) -> str:
-        """The type that holds every weight exactly: half precision if all matrices have it, otherwise float32."""
+        """The model's own type: half precision if all matrices have it, otherwise float32. Norms are float32 in either case."""
         kinds = {tensor.tensor_type.name for tensor in self._reader.tensors if len(tensor.shape) > 1}
         return _HALF.get(next(iter(kinds)), "float32") if len(kinds) == 1 else "float32"
