@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from engine.checkpoints import LoadedModel
+    from engine.profile import Profiles
     from engine.sequence import Sequence
 
 _IDLE_SECONDS = 0.005
@@ -53,7 +54,8 @@ class _Live:
 class Engine:
     """Runs one loaded model. `run` is driven by one thread; `abort` and `stats` may be called from any."""
 
-    def __init__(self, loaded: LoadedModel, config: EngineConfig | None = None) -> None:
+    def __init__(self, loaded: LoadedModel, config: EngineConfig | None = None, profiles: Profiles | None = None) -> None:
+        """`profiles`: where the machine's profile is looked for before it is measured, and kept."""
         self.config = config = config or EngineConfig()
         registry.resolve(config.drafter, registry.AUTO)  # an unknown default fails here, not at the first request
         if config.threads is not None:
@@ -79,8 +81,14 @@ class Engine:
             max_positions=spec.max_positions,
         )
         cost = CostModel(self.limits.max_step_tokens)
+        self.profile_reused = False
         if config.drafter != registry.OFF:
-            cost.profile(measure_steps(self._runner, self.limits.max_sequences))
+            points, self.profile_reused = (
+                profiles.steps(self._runner, spec, self.limits.max_sequences)
+                if profiles is not None
+                else (measure_steps(self._runner, self.limits.max_sequences), False)
+            )
+            cost.profile(points)
         self._speculator = Speculator(config.max_draft_tokens, self.limits.max_sequences, cost)
         self._table = RowTable(self.limits.max_sequences, int.from_bytes(os.urandom(8)) if config.seed is None else config.seed)
         self._live: dict[int, _Live] = {}

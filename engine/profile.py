@@ -2,19 +2,90 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
+import platform
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from engine.checkpoints.cache import make_once
 from engine.runner import PackedStep
 from engine.speculation.cost_model import Load
 
 if TYPE_CHECKING:
+    from engine.batch import ModelSpec
+    from engine.checkpoints.cache import SharedFolders
     from engine.runner import Runner
 
+PROFILE = 1
+"""Part of a stored profile's name: raise it when steps take another time than before (new kernels) or are measured otherwise."""
+
 _REPEATS = 2
+_FILE = "steps.json"
+
+_log = logging.getLogger(__name__)
+
+
+class Profiles:
+    """Profiles that were measured before, in `directory`/profiles and in `shared`: one a model, device, number of threads and versions."""
+
+    def __init__(self, directory: Path, shared: SharedFolders | None = None) -> None:
+        self._directory = directory / "profiles"
+        self._shared = shared
+
+    def steps(self, runner: Runner, spec: ModelSpec, max_sequences: int) -> tuple[list[tuple[Load, float]], bool]:
+        """What `measure_steps` returns, and whether it was there already. A cache that cannot be used costs the measurement only."""
+        measured: list[tuple[Load, float]] = []
+
+        def build(folder: Path) -> None:
+            measured.extend(measure_steps(runner, max_sequences))
+            (folder / _FILE).write_text(to_json(measured))
+
+        about = describe(spec, max_sequences)
+        name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+        try:
+            folder = make_once(self._directory / f"{spec.name.replace('/', '--')}-{name}", build, self._shared)
+            if not measured:
+                return from_json((folder / _FILE).read_text()), True
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            _log.warning("the cached profile of %s cannot be used: %s", spec.name, error)
+        return measured or measure_steps(runner, max_sequences), False
+
+
+def describe(spec: ModelSpec, max_sequences: int) -> list[str]:
+    """Everything that a step's time depends on, as far as it can be named."""
+    on_cuda = spec.device.type == "cuda"
+    device = torch.cuda.get_device_name(spec.device) if on_cuda else f"{_processor()}, {torch.get_num_threads()} threads"
+    return [str(PROFILE), spec.name, spec.revision, str(spec.dtype), device, torch.__version__, str(max_sequences)]
+
+
+def to_json(points: list[tuple[Load, float]]) -> str:
+    """[[tokens, rows, KV tokens, seconds], ...]."""
+    return json.dumps([[load.tokens, load.rows, load.kv_tokens, seconds] for load, seconds in points])
+
+
+def from_json(text: str) -> list[tuple[Load, float]]:
+    """Raises ValueError for anything that `to_json` does not write."""
+    points = [(Load(int(tokens), int(rows), int(kv)), float(seconds)) for tokens, rows, kv, seconds in json.loads(text)]
+    if not points or any(seconds <= 0.0 for _, seconds in points):
+        raise ValueError("it has no measurements")
+    return points
+
+
+def _processor() -> str:
+    """The CPU's model name where Linux tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
 
 
 def measure_steps(runner: Runner, max_sequences: int) -> list[tuple[Load, float]]:

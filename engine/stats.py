@@ -32,6 +32,8 @@ class EngineStats:
     accepted: int = 0
     preemptions: int = 0
     busy_ns: int = 0
+    first_token_ns: int = 0
+    """From the start of the first step to the first token that was sampled; 0 until then."""
 
     @property
     def acceptance_length(self) -> float:
@@ -49,10 +51,16 @@ class Meter:
     def __init__(self, kv_blocks: int) -> None:
         self.stats = EngineStats(kv_blocks=kv_blocks)
         self._window: deque[tuple[float, int]] = deque()
+        self._began: float | None = None
 
     def add(self, now: float, *, running: int, waiting: int, kv_blocks_held: int, preemptions: int, finished: int, **counts: int) -> None:
         """Adds one step's `counts` (names of `EngineStats` counters) and sets the gauges. `now`: seconds of a monotonic clock."""
         old = self.stats
+        if self._began is None:
+            self._began = now - counts.get("busy_ns", 0) * 1e-9
+        first_token_ns = old.first_token_ns
+        if not first_token_ns and counts.get("sampled", 0):
+            first_token_ns = int((now - self._began) * 1e9)
         generated = old.generated + counts.get("generated", 0)
         self._window.append((now, generated))
         while len(self._window) > 2 and now - self._window[0][0] > _WINDOW_SECONDS:
@@ -65,6 +73,7 @@ class Meter:
             kv_blocks_held=kv_blocks_held,
             preemptions=preemptions,
             finished=finished,
+            first_token_ns=first_token_ns,
             tokens_per_second=(generated - before) / (now - since) if now > since else 0.0,
             **{name: getattr(old, name) + count for name, count in counts.items()},
         )

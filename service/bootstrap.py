@@ -49,16 +49,22 @@ def open_blobs(settings: Settings) -> BlobStore:
     """The store that `blob_url` names: a directory (default `data_dir/blobs`) or a bucket."""
     from service.adapters.blobs_local import LocalBlobStore
 
-    url = urlsplit(settings.blob_url or "")
     if not settings.blob_url:
         return LocalBlobStore(settings.data_dir / "blobs")
+    return _open_store("blob_url", settings.blob_url, settings)
+
+
+def _open_store(setting: str, address: str, settings: Settings) -> BlobStore:
+    from service.adapters.blobs_local import LocalBlobStore
+
+    url = urlsplit(address)
     if url.scheme == "file" and not url.netloc and url.path:
         return LocalBlobStore(Path(unquote(url.path)))
     if url.scheme == "s3" and url.netloc:
         from service.adapters.blobs_s3 import open_s3
 
         return open_s3(url.netloc, url.path.strip("/"), settings.s3)
-    raise ConfigError(f"blob_url is {settings.blob_url!r}: write file:///folder or s3://bucket/prefix.", param="blob_url")
+    raise ConfigError(f"{setting} is {address!r}: write file:///folder or s3://bucket/prefix.", param=setting)
 
 
 def open_queue(settings: Settings) -> TaskQueue:
@@ -84,4 +90,9 @@ def make_runner(settings: Settings) -> InferenceRunner:
         return StandinRunner(settings)
     from service.adapters.engine_runner import EngineRunner
 
-    return EngineRunner(settings.models, settings.engine, settings.cache_dir)
+    shared = None
+    if settings.cache_url:
+        from service.adapters.shared_cache import BlobFolders
+
+        shared = BlobFolders(_open_store("cache_url", settings.cache_url, settings))
+    return EngineRunner(settings.models, settings.engine, settings.cache_dir, shared)

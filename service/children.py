@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 HEALTHY_SECONDS = 30.0
 """A child that lived this long has recovered: its next failure starts the pauses over."""
@@ -41,12 +42,12 @@ class Backoff:
 
 @dataclass(slots=True)
 class Child:
-    """One process and how to start it. Its output goes to `log`, appended."""
+    """One process and how to start it. Its output goes to `log`, appended; without one, to where this process's goes."""
 
     name: str
     command: Sequence[str]
     environment: Mapping[str, str]
-    log: Path
+    log: Path | None
     pass_fds: tuple[int, ...] = ()
     backoff: Backoff = field(default_factory=Backoff)
     process: subprocess.Popen[bytes] | None = None
@@ -54,20 +55,26 @@ class Child:
 
     def start(self) -> None:
         """A session of its own: a Ctrl-C at the terminal reaches the supervisor alone, which then ends the children in order."""
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        if self.log.exists() and self.log.stat().st_size > _LOG_ROTATE_BYTES:
-            self.log.replace(self.log.with_suffix(".1.log"))
-        with self.log.open("ab") as out:
-            self.process = subprocess.Popen(  # noqa: S603 - our own interpreter and arguments
-                self.command,
-                env=dict(self.environment),
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                pass_fds=self.pass_fds,
-            )
+        if self.log is None:
+            self._start(None)
+        else:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            if self.log.exists() and self.log.stat().st_size > _LOG_ROTATE_BYTES:
+                self.log.replace(self.log.with_suffix(".1.log"))
+            with self.log.open("ab") as out:
+                self._start(out)
         self.started = time.monotonic()
+
+    def _start(self, out: BinaryIO | None) -> None:
+        self.process = subprocess.Popen(  # noqa: S603 - our own interpreter and arguments
+            self.command,
+            env=dict(self.environment),
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT if out else None,
+            start_new_session=True,
+            pass_fds=self.pass_fds,
+        )
 
     @property
     def pid(self) -> int | None:
@@ -90,6 +97,8 @@ class Child:
 
     def last_words(self) -> str:
         """The last line of the log that says something."""
+        if self.log is None:
+            return ""
         with contextlib.suppress(OSError), self.log.open("rb") as file:
             file.seek(max(0, self.log.stat().st_size - 4096))
             lines = file.read().decode("utf-8", "replace").strip().splitlines()
@@ -120,6 +129,16 @@ def describe_exit(status: int) -> str:
         return signal.Signals(-status).name
     except ValueError:
         return f"signal {-status}"
+
+
+def process_age_ns() -> int:
+    """How long this process has been running, by the kernel's count (10 ms steps); 0 where the kernel does not tell."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0
+    started = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # field 22 of the whole line, in ticks since boot
+    return max(0, int((time.clock_gettime(time.CLOCK_BOOTTIME) - started) * 1e9))
 
 
 def die_with(parent_pid: int) -> None:

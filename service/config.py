@@ -41,6 +41,8 @@ class Timing(_Section):
     worker_idle: float = Field(60.0, gt=0)
     """A worker without work leaves after this long."""
     shutdown_grace: float = Field(25.0, gt=0)
+    model_retry: float = Field(30.0, ge=0)
+    """How long groups rest whose model could not be loaded."""
     relay: float = Field(0.2, gt=0)
     """How often the control process looks for outbox rows."""
 
@@ -120,6 +122,15 @@ class Settings(_Section):
     runner: Literal["engine", "standin"] = "engine"
     """`standin` answers from a hash of the prompt, without a model: for load and fault tests."""
     group_lines: int = Field(64, gt=0, le=64)
+    model_refusals: int = Field(3, gt=0)
+    """A model that was refused this often (ten times as often where the reason may pass) and that no worker could load within a day is
+    given up: lines that wait for it fail with `model_unavailable`."""
+    ops_host: str | None = None
+    """Where health, readiness and metrics are served; empty: `host`."""
+    ops_port: int | None = Field(None, gt=0, le=65535)
+    """Empty: nowhere. Of several workers that one command starts, the second has the next port, and so on."""
+    cache_url: str | None = None
+    """`s3://bucket/prefix` or `file:///folder`: converted models and machine profiles are looked for there first, and shared there."""
     log_level: str = "INFO"
     log_format: Literal["text", "json"] = "text"
     default_model: str = "smollm2-135m"

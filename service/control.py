@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 import structlog
 
 from service.errors import LeaseLost, LongdraftError
+from service.metrics import ControlMetrics
+from service.ops import Readiness, ops_server
 from service.ports import OutboxItem, OutboxKind
 from service.usecases.finalize import finalize_batch
 from service.usecases.janitor import clean
@@ -40,7 +42,9 @@ log = structlog.get_logger(__name__)
 
 def run_control(services: Services, stop: threading.Event) -> None:
     """Runs until `stop` is set, then lets running items finish (at most `timing.shutdown_grace` seconds)."""
-    Control(services).run(stop)
+    control = Control(services)
+    with ops_server(services.settings, metrics=control.metrics.text, ready=control.ready):
+        control.run(stop)
 
 
 class Control:
@@ -54,6 +58,8 @@ class Control:
         self._owner = f"control-{socket.gethostname()}-{os.getpid()}"
         self._running: dict[Future[None], OutboxItem] = {}
         self._renewed = 0.0
+        self._last_round: dict[str, float] = {}
+        self.metrics = ControlMetrics(services.database)
         self._handlers: Mapping[OutboxKind, Callable[[OutboxItem], None]] = {
             OutboxKind.VALIDATE: self._validate,
             OutboxKind.FINALIZE: self._finalize,
@@ -65,8 +71,8 @@ class Control:
             threading.Thread(target=self._repeat, args=(name, every, action, stop), name=name, daemon=True)
             for name, every, action in (
                 ("wakes", self._timing.relay, self._relay_wakes),
-                ("sweep", self._timing.sweep, lambda: sweep(self._database)),
-                ("janitor", CLEAN_SECONDS, lambda: clean(self._database, self._services.blobs)),
+                ("sweep", self._timing.sweep, self._sweep),
+                ("janitor", CLEAN_SECONDS, lambda: self.metrics.removed(clean(self._database, self._services.blobs))),
             )
         ]
         for thread in threads:
@@ -87,6 +93,7 @@ class Control:
             pause = every
             try:
                 action()
+                self._last_round[name] = time.monotonic()
             except LongdraftError as error:
                 log.warning("control_waits", part=name, error=error.message)
                 pause = max(every, OUTAGE_SECONDS)
@@ -94,6 +101,21 @@ class Control:
                 log.exception("control_failed", part=name)
                 pause = max(every, OUTAGE_SECONDS)
             stop.wait(pause)
+
+    def ready(self) -> Readiness:
+        """Whether every repeated part came through lately (the janitor has hours). Raises Unavailable."""
+        self._database.ping()
+        now = time.monotonic()
+        patience = {"items": self._timing.lease, "wakes": self._timing.lease, "sweep": 4 * self._timing.sweep + self._timing.lease}
+        late = [name for name, seconds in patience.items() if now - self._last_round.get(name, float("-inf")) > seconds]
+        return Readiness(not late, f"no round lately: {', '.join(late)}" if late else "every part works")
+
+    def _sweep(self) -> None:
+        try:
+            self.metrics.swept(sweep(self._database))
+        except Exception:
+            self.metrics.sweep_failed()
+            raise
 
     # --- wake-ups ---------------------------------------------------------------------------------------------------------------
 
@@ -146,16 +168,22 @@ class Control:
 
     def _carry_out(self, item: OutboxItem, handler: Callable[[OutboxItem], None]) -> None:
         """Runs a handler; a failure puts the item back."""
+        started = time.monotonic()
+        result = "done"
         try:
             handler(item)
         except LeaseLost as error:
+            result = "lost"
             log.warning("item_lost", item=item.id, kind=item.kind.value, batch_id=item.batch_id, error=error.message)
         except LongdraftError as error:
+            result = "retried"
             log.warning("item_waits", item=item.id, kind=item.kind.value, batch_id=item.batch_id, error=error.message)
             self._put_back(item, error.message)
         except Exception as error:
+            result = "failed"
             log.exception("item_failed", item=item.id, kind=item.kind.value, batch_id=item.batch_id)
             self._put_back(item, repr(error))
+        self.metrics.item(item.kind.value, result, time.monotonic() - started)
 
     def _put_back(self, item: OutboxItem, error: str) -> None:
         delay = timedelta(seconds=min(LONGEST_DELAY, FIRST_DELAY * 2.0 ** min(item.attempts - 1, 10)))

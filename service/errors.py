@@ -91,9 +91,13 @@ class BlobDenied(Unavailable):
 
 
 class ModelUnavailable(LongdraftError):
-    """A model cannot be loaded here; the message says why and what to do."""
+    """A model cannot be loaded here; the message says why and what to do. `lasting`: trying again on this machine will not help."""
 
     code, status, type = "model_unavailable", 400, "invalid_request_error"
+
+    def __init__(self, message: str, *, lasting: bool = True) -> None:
+        super().__init__(message, param="model")
+        self.lasting = lasting
 
 
 class ConfigError(LongdraftError):

@@ -468,6 +468,10 @@ class LoadStore(Protocol):
         """Of that time; none where any worker could load the model in it."""
         ...
 
+    def obstacles(self, batch_ids: Collection[str], within: timedelta) -> Mapping[str, Sequence[tuple[str, str]]]:
+        """Batch -> (model, error) of models with open groups whose last load, in that time, was refused."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class OutboxLag:
@@ -485,6 +489,8 @@ class Backlog:
     batches: Mapping[str, int]
     outbox: Mapping[OutboxKind, OutboxLag]
     workers: int
+    refused: Collection[str]
+    """Models whose last load was refused, today."""
 
 
 class MonitorStore(Protocol):
@@ -600,6 +606,13 @@ class RunnerStats:
     busy_ns: int = 0
     load_ns: int = 0
     profile_ns: int = 0
+    profile_reused: bool = False
+    """Whether the last load found this machine's profile instead of measuring it."""
+    first_token_ns: int = 0
+    """From the first step after the last load to the first token that was sampled; 0 until then."""
+    steps: int = 0
+    kv_usage: float = 0.0
+    """Share of the KV cache that running lines hold, 0 to 1."""
     context: int = 0
     """Tokens that the loaded model's prompt and answer may have together; 0 where nothing is loaded."""
 

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING
 
 from service.children import Child, describe_exit, stop_all
 from service.config import Settings
-from service.errors import ConfigError, LongdraftError, Unavailable
+from service.errors import ConfigError, Unavailable
+from service.gpu_workers import pinned, visible_gpus
 from service.running import RunningServer, write_private
-from service.worker_pool import Workers
+from service.worker_pool import Workers, release_worker
 
 if TYPE_CHECKING:
     from service.bootstrap import Services
@@ -201,23 +202,25 @@ def _supervisor(services: Services, server_socket: socket.socket, say: Say) -> S
     environment = child_environment(settings)
     logs = settings.data_dir / "logs"
 
-    def child(name: str, *arguments: str, log: str | None = None, pass_fds: tuple[int, ...] = ()) -> Child:
+    gpus = visible_gpus()
+
+    def child(name: str, *arguments: str, place: int, log: str | None = None, pass_fds: tuple[int, ...] = ()) -> Child:
+        """`place`: which of the ports from `ops_port` on is its own."""
         command = [sys.executable, "-m", "service.cli.main", *arguments, "--parent", str(os.getpid())]
-        return Child(name, command, environment, logs / f"{log or name}.log", pass_fds)
+        ops = {"LONGDRAFT_OPS_PORT": str(settings.ops_port + place)} if settings.ops_port is not None else {}
+        return Child(name, command, {**environment, **ops}, logs / f"{log or name}.log", pass_fds)
+
+    def worker(worker_id: str, slot: int) -> Child:
+        made = child(worker_id, "worker", "--id", worker_id, "--exit-when-idle", log="worker", place=2 + slot)
+        if gpus:
+            made.environment = pinned(made.environment, gpus[slot % len(gpus)])
+        return made
 
     def release(worker_id: str) -> None:
-        try:
-            with services.database.begin() as uow:
-                uow.watch.take_back_worker(worker_id)
-                uow.workers.stop(worker_id)
-        except LongdraftError as error:
-            say(f"the leases of {worker_id} run out by themselves: {error.message}")
-
-    def worker(worker_id: str) -> Child:
-        return child(worker_id, "worker", "--id", worker_id, "--exit-when-idle", log="worker")
+        release_worker(services.database, worker_id, say)
 
     fd = server_socket.fileno()
-    permanent = [child("control", "control"), child("api", "api", "--fd", str(fd), pass_fds=(fd,))]
+    permanent = [child("control", "control", place=1), child("api", "api", "--fd", str(fd), place=0, pass_fds=(fd,))]
     return Supervisor(services, permanent, Workers(settings.max_workers, worker, release, say), say)
 
 

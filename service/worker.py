@@ -17,11 +17,15 @@ from types import FrameType
 import structlog
 
 from service.bootstrap import make_runner, open_blobs, open_database
+from service.children import process_age_ns
 from service.config import Settings
 from service.errors import LongdraftError, Unavailable
+from service.metrics import WorkerMetrics
+from service.ops import Readiness, ops_server
 from service.ports import BlobStore, Database, InferenceRunner
 from service.tasks import HintListener
 from service.usecases.heartbeat import WorkerIdentity
+from service.usecases.readiness import ClaimedLately
 from service.usecases.run_groups import GroupRunner
 
 POLL_SECONDS = 1.0
@@ -74,11 +78,16 @@ def _work(
         runner=runner,
         timing=settings.timing,
         group_lines=settings.group_lines,
+        model_refusals=settings.model_refusals,
+        age_ns=process_age_ns,
         stop=stop,
         hint=hint,
     )
+    metrics = WorkerMetrics(runner, groups)
+    groups.observe = metrics.delivered
+    lately = ClaimedLately(database, groups, stop)
     _wait_for(database, stop)
-    with groups:
+    with ops_server(settings, metrics=metrics.text, ready=lambda: Readiness(*lately())), groups:
         log.info("worker_ready", worker=identity.id, device=runner.device)
         last_work = time.monotonic()
         while not stop.is_set():

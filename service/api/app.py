@@ -12,7 +12,7 @@ from fastapi.responses import HTMLResponse
 from service.api.context import Context
 from service.api.create_body import CreateBatchBody
 from service.api.errors import install_error_handlers
-from service.api.guard import Guard
+from service.api.guard import Guard, Observe
 from service.api.page import render_page
 from service.api.routes import batches, files, health, models, organization
 from service.bootstrap import Services, local_tokenizers
@@ -22,8 +22,8 @@ Batch inference in the shapes of OpenAI's API. The stock `openai` SDKs work with
 `api_key` to a key of a project. Every error is `{"error": {"message", "type", "param", "code"}}`."""
 
 
-def create_app(services: Services) -> FastAPI:
-    """The ASGI application. Starts nothing and owns nothing: closing `services` is up to the caller."""
+def create_app(services: Services, observe: Observe | None = None) -> FastAPI:
+    """The ASGI application. Starts nothing and owns nothing: closing `services` is up to the caller. `observe` is told of every request."""
     app = FastAPI(
         title="Longdraft",
         version=version("longdraft"),
@@ -34,7 +34,7 @@ def create_app(services: Services) -> FastAPI:
     )
     app.openapi = lambda: _described(app)  # type: ignore[method-assign]  # FastAPI's documented way to change the description
     app.state.context = Context(services.settings, services.database, services.blobs, local_tokenizers(services.settings))
-    app.add_middleware(Guard)
+    app.add_middleware(Guard, observe=observe)
     install_error_handlers(app)
     for module in (files, batches, models, organization, health):
         app.include_router(module.router)

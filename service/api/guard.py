@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import structlog
@@ -17,11 +17,18 @@ from service.errors import NotFound
 log = structlog.get_logger(__name__)
 
 
+METHODS = frozenset({"GET", "HEAD", "POST", "DELETE", "PUT", "PATCH", "OPTIONS"})
+
+Observe = Callable[[str, str, int, float], None]
+"""(method, route template, status, seconds), after each request."""
+
+
 class Guard:
     """ASGI middleware (not Starlette's base class, which would buffer streams)."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, observe: Observe | None = None) -> None:
         self._app = app
+        self._observe = observe
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -52,8 +59,11 @@ class Guard:
                 raise  # too late for another answer: the server cuts the connection, so the client sees a broken body
             await response(scope, receive, send_with_id)
         finally:
-            milliseconds = round((time.monotonic() - begun) * 1000, 1)
-            log.debug("request", request_id=request_id, method=scope["method"], path=scope["path"], status=status, ms=milliseconds)
+            seconds = time.monotonic() - begun
+            ms = round(seconds * 1000, 1)
+            log.debug("request", request_id=request_id, method=scope["method"], path=scope["path"], status=status, ms=ms)
+            if self._observe is not None:
+                self._observe(scope["method"] if scope["method"] in METHODS else "other", _route(scope), status, seconds)
 
 
 def _add_headers(message: MutableMapping[str, Any], request_id: str) -> None:
@@ -63,3 +73,8 @@ def _add_headers(message: MutableMapping[str, Any], request_id: str) -> None:
         (b"x-content-type-options", b"nosniff"),
         (b"cache-control", b"no-store"),
     ]
+
+
+def _route(scope: Scope) -> str:
+    """The template of the path (`/v1/files/{file_id}`), which has no ids in it."""
+    return str(getattr(scope.get("route"), "path", "none"))

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from service.cli.output import AsJson, note, print_json
+from service.cli.output import AsJson, Failure, note, print_json
 
 if TYPE_CHECKING:
+    from service.bootstrap import Services
     from service.config import Settings
+    from service.ops import Readiness
 
 DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Folder of everything that is kept (default: ~/.local/share/longdraft).")]
 Parent = Annotated[int | None, typer.Option("--parent", hidden=True, help="End when this process ends.")]
@@ -73,11 +75,14 @@ def api(
 
     from service.api.app import create_app
     from service.bootstrap import open_services
+    from service.metrics import ApiMetrics
+    from service.ops import ops_server
 
     settings = _start(parent, host=host, port=port)
-    with open_services(settings) as services:
+    metrics = ApiMetrics()
+    with open_services(settings) as services, ops_server(settings, metrics=metrics.text, ready=lambda: _reachable(services)):
         config = uvicorn.Config(
-            create_app(services),
+            create_app(services, metrics.request),
             host=settings.host,
             port=settings.port,
             log_config=None,  # structlog is set up by then
@@ -100,13 +105,31 @@ def control(parent: Parent = None) -> None:
 def worker(
     worker_id: Annotated[str | None, typer.Option("--id", help="Name of this worker (default: made up).")] = None,
     exit_when_idle: Annotated[bool, typer.Option("--exit-when-idle", help="Leave after timing.worker_idle seconds without work.")] = False,
+    gpus: Annotated[
+        str | None,
+        typer.Option("--gpus", help="One worker a GPU: `all` (without a GPU: one on the CPU), or some: 0,2."),
+    ] = None,
     parent: Parent = None,
 ) -> None:
-    """Run one worker: it claims groups of lines, runs them, and commits results and charges."""
+    """Run workers: they claim groups of lines, run them, and commit results and charges. Without --gpus it is one, in this process."""
+    from service.gpu_workers import choose_gpus, run_gpu_workers, visible_gpus
     from service.worker import run_worker
 
     settings = _start(parent)
+    if gpus is not None and (chosen := choose_gpus(gpus, visible_gpus())):
+        if worker_id is not None:
+            raise Failure("--id names one worker; with --gpus there may be several, which name themselves.")
+        run_gpu_workers(settings, chosen, stop_on_signals(), exit_when_idle=exit_when_idle)
+        return
     run_worker(settings, worker_id=worker_id, exit_when_idle=exit_when_idle)
+
+
+def _reachable(services: Services) -> Readiness:
+    from service.ops import Readiness
+    from service.usecases.readiness import parts_answer
+
+    parts_answer(services.database, services.blobs)
+    return Readiness(True, "database and object store answer")
 
 
 def stop_on_signals() -> threading.Event:

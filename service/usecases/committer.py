@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 import structlog
 
-from service.domain.line import GroupLease, LineOutcome
+from service.domain.line import GroupLease, LineOutcome, Outcome
 from service.errors import Unavailable
 from service.usecases.deliver import Deliverer
 from service.usecases.holdings import Holdings
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 5.0
 """Seconds between attempts while the database or the object store does not answer."""
+
+LOGGED_LINES = 20
+"""Line numbers that one event of the log names at most."""
 
 log = structlog.get_logger(__name__)
 
@@ -22,17 +25,25 @@ class Committer:
     """Commits what `holdings` has done: every `every` seconds, or `lines` outcomes, whichever comes first.
 
     Outages are waited out; nothing is lost, since outcomes leave the holdings only into a commit that succeeded or was refused.
-    `on_lost` is called with groups that turned out to be someone else's.
+    `on_lost` is called with groups that turned out to be someone else's, `on_delivered` with outcomes that are committed.
     """
 
     def __init__(
-        self, holdings: Holdings, deliverer: Deliverer, *, every: float, lines: int, on_lost: Callable[[Collection[int]], None]
+        self,
+        holdings: Holdings,
+        deliverer: Deliverer,
+        *,
+        every: float,
+        lines: int,
+        on_lost: Callable[[Collection[int]], None],
+        on_delivered: Callable[[Sequence[LineOutcome]], None],
     ) -> None:
         self._holdings = holdings
         self._deliverer = deliverer
         self._every = every
         self._lines = lines
         self._on_lost = on_lost
+        self._on_delivered = on_delivered
         self._changed = threading.Condition()
         self._flushing = False
         self._closing = threading.Event()
@@ -122,6 +133,20 @@ class Committer:
                     return
                 pause = min(2 * pause, LONGEST_PAUSE)
         self.delivered += delivery.delivered
-        log.info("committed", lines=delivery.delivered, segments=len(packed), groups_closed=len(delivery.closed))
+        batch_ids = sorted({outcome.batch_id for outcome in outcomes})
+        log.info("committed", batch_ids=batch_ids, lines=delivery.delivered, segments=len(packed), groups_closed=len(delivery.closed))
+        if delivery.new:
+            _log_failures(delivery.new)
+            self._on_delivered(delivery.new)
         if lost := delivery.lost - delivery.closed:
             self._on_lost(lost)
+
+
+def _log_failures(outcomes: Sequence[LineOutcome]) -> None:
+    """Lines that could not be run, by batch and reason; a 4xx is between the customer and the model."""
+    failed: dict[tuple[str, str | None], list[int]] = {}
+    for outcome in outcomes:
+        if outcome.outcome is Outcome.FAILED:
+            failed.setdefault((outcome.batch_id, outcome.error_code), []).append(outcome.line_no)
+    for (batch_id, code), line_nos in failed.items():
+        log.warning("lines_failed", batch_id=batch_id, code=code, lines=len(line_nos), line_nos=line_nos[:LOGGED_LINES])

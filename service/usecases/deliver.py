@@ -37,11 +37,15 @@ class PackedSegment:
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """What a commit did: lines that were new, groups that are finished, groups that someone else owns by now."""
+    """What a commit did: outcomes that were new, groups that are finished, groups that someone else owns by now."""
 
-    delivered: int
+    new: Sequence[LineOutcome]
     closed: frozenset[int]
     lost: frozenset[int]
+
+    @property
+    def delivered(self) -> int:
+        return len(self.new)
 
 
 @dataclass(slots=True)
@@ -89,20 +93,20 @@ class Deliverer:
             held = uow.groups.lock_held(asked)
             batch_ids = sorted({leases[group_id].batch_id for group_id in held})
             batches = {batch_id: uow.batches.load(batch_id, lock=True) for batch_id in batch_ids}
-            delivered = sum(self._add(uow, part, leases, held) for part in packed)
+            new = [outcome for part in packed for outcome in self._add(uow, part, leases, held)]
             closed = uow.groups.close_finished(held)
             for batch in batches.values():
                 finish_if_done(uow, batch)
-        return Delivery(delivered, frozenset(closed), frozenset(touched - held))
+        return Delivery(new, frozenset(closed), frozenset(touched - held))
 
-    def _add(self, uow: UnitOfWork, part: PackedSegment, leases: Mapping[int, GroupLease], held: Collection[int]) -> int:
-        """The part of a segment that is still wanted: rows, counters and charges. Returns how many lines are new."""
+    def _add(self, uow: UnitOfWork, part: PackedSegment, leases: Mapping[int, GroupLease], held: Collection[int]) -> Sequence[LineOutcome]:
+        """The part of a segment that is still wanted: rows, counters and charges. Returns the outcomes that are new."""
         batch_id = part.segment.batch_id
         ours = [place for place in part.placed if place[0].group_id in held]
         known = uow.results.existing(batch_id, [outcome.line_no for outcome, _, _ in ours])
         new = [place for place in ours if place[0].line_no not in known]
         if not new:
-            return 0
+            return ()
         outcomes = [outcome for outcome, _, _ in new]
         billed = [outcome for outcome in outcomes if outcome.outcome is Outcome.SUCCEEDED]
         usage = sum((outcome.usage for outcome in billed), Usage())
@@ -113,7 +117,7 @@ class Deliverer:
         uow.ledger.post(charges)
         if any(leases[outcome.group_id].capped for outcome in outcomes if outcome.group_id is not None):
             _settle(uow, batch_id, outcomes, charges)
-        return len(new)
+        return outcomes
 
     def _charge(self, uow: UnitOfWork, outcome: LineOutcome, leases: Mapping[int, GroupLease]) -> LedgerTransaction:
         assert outcome.group_id is not None

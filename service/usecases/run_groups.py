@@ -10,13 +10,13 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
-from datetime import timedelta
+from collections.abc import Callable, Collection, Iterator, Sequence
+from datetime import datetime, timedelta
 
 import structlog
 
 from service.config import Timing
-from service.domain.line import GroupLease, LineWork, PendingLine
+from service.domain.line import GroupLease, LineOutcome, LineWork, PendingLine
 from service.errors import LongdraftError, ModelUnavailable, Unavailable
 from service.ports import BlobStore, Database, InferenceRunner, UnitOfWork
 from service.usecases.admission import Admission
@@ -26,6 +26,7 @@ from service.usecases.deliver import Deliverer
 from service.usecases.heartbeat import Heartbeat, WorkerIdentity
 from service.usecases.holdings import Holdings
 from service.usecases.inputs import InputFiles
+from service.usecases.starts import Starts, hopeless, unloadable
 
 ISOLATE_AT = 2
 """A line that was in the engine this often when a worker died runs alone from now on."""
@@ -39,13 +40,15 @@ CLAIM_TRIES, CLAIM_AGAIN = 4, (0.01, 0.05)
 """A claim never waits for another one that is under way; it is tried again, after so many seconds."""
 OUTAGE_PAUSE = 1.0
 """Seconds until the next try of a claim or an admission that found no database."""
-MODEL_RETRY = timedelta(seconds=30)
 
 log = structlog.get_logger(__name__)
 
 
 class GroupRunner:
-    """Drains due groups with one runner, for one worker. Entering the block registers the worker; leaving it ends its threads."""
+    """Drains due groups with one runner, for one worker. Entering the block registers the worker; leaving it ends its threads.
+
+    `model_refusals`: how often a model is refused before lines that wait for it fail. `age_ns`: how long the process has been running.
+    """
 
     def __init__(
         self,
@@ -58,6 +61,8 @@ class GroupRunner:
         group_lines: int,
         stop: threading.Event,
         hint: threading.Event,
+        model_refusals: int = 3,
+        age_ns: Callable[[], int] = lambda: 0,
     ) -> None:
         self._identity = identity
         self._database = database
@@ -71,10 +76,25 @@ class GroupRunner:
         self._waiting_suspect: Sequence[PendingLine] = ()
         self._alone = False
         self._next_claim = 0.0
+        self._model_refusals = model_refusals
+        self._age_ns = age_ns
+        self.observe: Callable[[Sequence[LineOutcome]], None] = lambda _: None
+        """Told of outcomes that were committed, from the committer's thread."""
+        self._starts = Starts(database, identity.id, runner)
+        self._given_up: dict[str, tuple[float, ModelUnavailable]] = {}
+        """Model -> when it was found hopeless: the next groups that wait for it fail without another try, for a while."""
+        self._claimed_at: datetime | None = None
+        self.last_claim = time.monotonic()
+        """Monotonic time of the last claim that took something; at first, of the start."""
         self._holdings = holdings = Holdings()
         self._inputs = InputFiles(blobs)
         self._committer = Committer(
-            holdings, Deliverer(database, blobs, identity.id), every=timing.commit_every, lines=timing.commit_lines, on_lost=self._lose
+            holdings,
+            Deliverer(database, blobs, identity.id),
+            every=timing.commit_every,
+            lines=timing.commit_lines,
+            on_lost=self._lose,
+            on_delivered=self._delivered,
         )
         self._admission = Admission(database, holdings, self._inputs, CapGate(lambda: runner.stats().context))
         self._heartbeat = Heartbeat(
@@ -83,6 +103,7 @@ class GroupRunner:
 
     def __enter__(self) -> GroupRunner:
         self._heartbeat.start()
+        self._starts.spawn_ns = self._age_ns()
         self._committer.start()
         return self
 
@@ -95,6 +116,16 @@ class GroupRunner:
     def delivered(self) -> int:
         """Lines this worker has committed so far."""
         return self._committer.delivered
+
+    @property
+    def held(self) -> int:
+        """Groups that this worker has on lease."""
+        return len(self._holdings.tokens)
+
+    @property
+    def model(self) -> str | None:
+        """The model that is loaded."""
+        return self._model
 
     def drain(self) -> bool:
         """Runs until nothing is due or `stop` is set; returns whether there was anything to run.
@@ -145,6 +176,7 @@ class GroupRunner:
             # Here, and not where a dead worker's groups are taken back, so that nobody who does that can forget it.
             isolated = uow.watch.isolate(ids, attempts=ISOLATE_AT)
             pending = uow.lines.pending(ids)
+            self._claimed_at, self.last_claim = uow.now, time.monotonic()
         if isolated:
             log.warning("suspects_isolated", lines=isolated, groups=len(ids))
         self._hold(leases, pending)
@@ -163,7 +195,8 @@ class GroupRunner:
         return share if held else max(share, 1)
 
     def _hold(self, leases: Sequence[GroupLease], pending: Sequence[PendingLine]) -> None:
-        log.info("claimed", groups=len(leases), lines=len(pending), model=leases[0].model, suspect=leases[0].suspect)
+        batch_ids = sorted({lease.batch_id for lease in leases})
+        log.info("claimed", batch_ids=batch_ids, groups=len(leases), lines=len(pending), model=leases[0].model, suspect=leases[0].suspect)
         with_lines = {line.group_id for line in pending}
         if leases[0].suspect and with_lines:
             busy = self._holdings.unfinished > 0
@@ -186,16 +219,9 @@ class GroupRunner:
 
     def _run_held(self) -> None:
         """Loads the model of what is held and runs until nothing is left, then commits and gives back."""
-        model = next((lease.model for lease in self._holdings.leases.values()), None)
-        if model is None:
+        lease = next(iter(self._holdings.leases.values()), None)
+        if lease is None or not self._load(lease):
             return
-        try:
-            self._runner.load(model)
-        except ModelUnavailable as error:
-            log.error("model_unavailable", model=model, error=error.message)  # noqa: TRY400 - an expected error, no traceback
-            self._give_back(acquit=True, delay=MODEL_RETRY)
-            return
-        self._model = self._heartbeat.model = model
         orderly = False
         try:
             for outcome in self._runner.run(self._feed()):
@@ -209,6 +235,40 @@ class GroupRunner:
             # Lines that the runner swallowed or died of keep their attempt; those that a stop cut off were never at fault.
             self._give_back(acquit=orderly and stopped, keep=keep)
         self._check_committer()
+
+    def _load(self, lease: GroupLease) -> bool:
+        """Makes the model of what is held the loaded one. Where it is refused, the groups are given back, and once it was refused often
+        enough their lines fail: a batch must not wait in silence for a model that nobody can load."""
+        if lease.model == self._model:
+            return True
+        if (known := self._given_up.get(lease.model)) is not None and time.monotonic() - known[0] < self._timing.model_retry:
+            self._fail_held(known[1])
+            return False
+        assert self._claimed_at is not None
+        self._starts.begin(lease, self._claimed_at)
+        self._model = self._heartbeat.model = None
+        try:
+            self._runner.load(lease.model)
+        except ModelUnavailable as error:
+            if hopeless(self._starts.refused(error), self._model_refusals):
+                self._given_up[lease.model] = (time.monotonic(), error)
+                self._fail_held(error)
+            else:
+                self._give_back(acquit=True, delay=timedelta(seconds=self._timing.model_retry))
+            return False
+        self._starts.loaded()
+        self._model = self._heartbeat.model = lease.model
+        return True
+
+    def _fail_held(self, error: ModelUnavailable) -> None:
+        for line in self._holdings.take(self._holdings.unfinished):
+            self._holdings.finish(unloadable(line, error))
+        self._flush(patient=True)
+        self._give_back(acquit=True)
+
+    def _delivered(self, outcomes: Sequence[LineOutcome]) -> None:
+        self._starts.answered()
+        self.observe(outcomes)
 
     def _flush(self, *, patient: bool) -> None:
         """Waits for the commits; through an outage as long as it takes, unless the process has to end."""
@@ -274,12 +334,12 @@ class GroupRunner:
         except LongdraftError as error:
             log.warning("groups_not_given_back", groups=len(tokens), error=error.message)  # their leases run out
             self._holdings.drop(tokens)
-        log.info("gave_back", groups=len(tokens), lines=len(running))
+        log.info("gave_back", group_ids=sorted(tokens), lines=len(running))
 
     def _lose(self, group_ids: Collection[int]) -> None:
         """From any thread: these groups are someone else's by now."""
         keys = self._holdings.drop(group_ids)
-        log.warning("leases_lost", groups=len(group_ids), running_lines=len(keys))
+        log.warning("leases_lost", group_ids=sorted(group_ids), running_lines=len(keys))
         self._runner.abort(keys)
 
     def _check_committer(self) -> None:

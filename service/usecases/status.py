@@ -11,9 +11,10 @@ from datetime import timedelta
 
 from service.billing.price_book import exact_dollars
 from service.billing.reports import acceptance_length
-from service.domain.job import Batch, BatchStatus
+from service.domain.job import Batch, BatchStatus, InputError
 from service.domain.usage import Work
 from service.ports import Database, Page, UnitOfWork
+from service.usecases.starts import LOADED_WITHIN
 from service.usecases.submit import owned_batch
 
 WORKER_ALIVE = timedelta(minutes=1)
@@ -76,11 +77,14 @@ class BatchViews:
             return self._of(uow, [batch])[0]
 
     def _of(self, uow: UnitOfWork, batches: Sequence[Batch]) -> list[BatchView]:
-        running = any(batch.status is BatchStatus.IN_PROGRESS for batch in batches)
+        running = [batch.id for batch in batches if batch.status is BatchStatus.IN_PROGRESS]
         workers = uow.workers.live(WORKER_ALIVE) if running else ()
+        obstacles = uow.loads.obstacles(running, LOADED_WITHIN) if running else {}
         views = []
         for batch in batches:
             totals = self._of_lines(uow, batch)
+            if obstacles.get(batch.id):
+                batch = _hindered(batch, obstacles[batch.id])
             speed = sum(worker.tokens_per_second for worker in workers if worker.model == batch.model)
             views.append(BatchView(batch, progress(batch, totals.work, uow.now.timestamp(), speed), exact_dollars(totals.femto_dollars)))
         return views
@@ -99,6 +103,15 @@ class BatchViews:
                 while len(self._totals) > self._remembered:
                     self._totals.popitem(last=False)
         return totals
+
+
+def _hindered(batch: Batch, obstacles: Sequence[tuple[str, str]]) -> Batch:
+    """The batch with an error for each model that it waits for and that was refused; gone once a worker could load it."""
+    errors = [
+        InputError("model_unavailable", f"The model {model!r} could not be loaded and is tried again: {error}", param="model")
+        for model, error in obstacles
+    ]
+    return batch.evolve(errors=(*batch.errors, *errors))
 
 
 def progress(batch: Batch, work: Work, now: float, tokens_per_second: float) -> Progress:

@@ -10,8 +10,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 from engine.checkpoints import LoadedModel, fetch, load_model
+from engine.checkpoints.cache import SharedFolders
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.profile import Profiles
 from service.adapters.engine_options import kv_budget
 from service.adapters.engine_runner.feed import Feed, Loaded
 from service.adapters.engine_runner.requests import context_of, request_id
@@ -21,29 +23,35 @@ from service.errors import ModelUnavailable
 from service.ports import RunnerStats
 
 
-def checkpoint_folder(entry: ModelEntry, cache_dir: Path, progress: Callable[[str], None] | None = None) -> Path:
+def checkpoint_folder(
+    entry: ModelEntry, cache_dir: Path, progress: Callable[[str], None] | None = None, shared: SharedFolders | None = None
+) -> Path:
     """The local folder of a registered model, in Hugging Face's layout, fetched and converted first if need be.
 
     Raises ModelUnavailable with the reason.
     """
     try:
-        return fetch(entry.source, revision=entry.revision, cache_dir=cache_dir, progress=progress).directory
+        return fetch(entry.source, revision=entry.revision, cache_dir=cache_dir, shared=shared, progress=progress).directory
     except (ValueError, OSError) as error:
-        raise ModelUnavailable(f"The model {entry.source!r} cannot be fetched: {error}") from error
+        raise ModelUnavailable(f"The model {entry.source!r} cannot be fetched: {error}", lasting=isinstance(error, ValueError)) from error
 
 
 class EngineRunner:
     """Runs lines on one model at a time. `run` belongs to one thread; `abort` and `stats` may be called from any."""
 
-    def __init__(self, models: Mapping[str, ModelEntry], settings: EngineSettings, cache_dir: Path) -> None:
+    def __init__(
+        self, models: Mapping[str, ModelEntry], settings: EngineSettings, cache_dir: Path, shared: SharedFolders | None = None
+    ) -> None:
         self._models = models
         self._settings = settings
         self._cache_dir = cache_dir
+        self._shared = shared
         self._loaded: Loaded | None = None
         self._load_ns = 0
         self._profile_ns = 0
         self._busy_ns_before = 0
-        """Of the engines that were unloaded."""
+        self._steps_before = 0
+        """Both of the engines that were unloaded."""
 
     def load(self, model: str) -> None:
         """Makes `model` the loaded one. Raises ModelUnavailable with the reason; nothing is loaded then."""
@@ -55,10 +63,11 @@ class EngineRunner:
         self.close()
         started = time.perf_counter_ns()
         config = self._config(entry)
-        loaded = _load_checkpoint(model, entry, config, self._cache_dir)
+        loaded = _load_checkpoint(model, entry, config, self._cache_dir, self._shared)
         weights_ready = time.perf_counter_ns()
         try:
-            engine = Engine(loaded, config)  # sizes the KV cache and measures how long steps take here
+            # Sizes the KV cache and measures how long steps take here, if that is not known yet.
+            engine = Engine(loaded, config, Profiles(self._cache_dir, self._shared))
         except (ValueError, MemoryError) as error:
             raise ModelUnavailable(f"The model {model!r} does not run here: {error}.") from error
         self._load_ns += weights_ready - started
@@ -84,7 +93,7 @@ class EngineRunner:
     def stats(self) -> RunnerStats:
         loaded = self._loaded
         if loaded is None:
-            return RunnerStats(busy_ns=self._busy_ns_before, load_ns=self._load_ns, profile_ns=self._profile_ns)
+            return RunnerStats(busy_ns=self._busy_ns_before, steps=self._steps_before, load_ns=self._load_ns, profile_ns=self._profile_ns)
         now = loaded.engine.stats()
         return RunnerStats(
             tokens_per_second=now.tokens_per_second if now.running else 0.0,
@@ -94,6 +103,10 @@ class EngineRunner:
             busy_ns=self._busy_ns_before + now.busy_ns,
             load_ns=self._load_ns,
             profile_ns=self._profile_ns,
+            profile_reused=loaded.engine.profile_reused,
+            first_token_ns=now.first_token_ns,
+            steps=self._steps_before + now.steps,
+            kv_usage=now.kv_usage,
             context=context_of(loaded.engine),
         )
 
@@ -118,7 +131,9 @@ class EngineRunner:
             return
         import torch
 
-        self._busy_ns_before += self._loaded.engine.stats().busy_ns
+        stats = self._loaded.engine.stats()
+        self._busy_ns_before += stats.busy_ns
+        self._steps_before += stats.steps
         self._loaded = None
         gc.collect()  # the engine's parts refer to each other
         if torch.cuda.is_available():
@@ -138,11 +153,14 @@ class EngineRunner:
         )
 
 
-def _load_checkpoint(model: str, entry: ModelEntry, config: EngineConfig, cache_dir: Path) -> LoadedModel:
+def _load_checkpoint(model: str, entry: ModelEntry, config: EngineConfig, cache_dir: Path, shared: SharedFolders | None) -> LoadedModel:
     try:
-        return load_model(entry.source, dtype=config.dtype, device=config.device, revision=entry.revision, cache_dir=cache_dir)
+        return load_model(
+            entry.source, dtype=config.dtype, device=config.device, revision=entry.revision, cache_dir=cache_dir, shared=shared
+        )
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        raise ModelUnavailable(f"The model {model!r} ({entry.source}) cannot be loaded: {error}") from error
+        message = f"The model {model!r} ({entry.source}) cannot be loaded: {error}"
+        raise ModelUnavailable(message, lasting=not isinstance(error, OSError)) from error
 
 
 def _fingerprint(engine: Engine) -> str:

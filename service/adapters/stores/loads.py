@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 
 from sqlalchemy import Connection, func, insert, select, update
 
-from service.adapters.tables import batches, model_loads, workers
+from service.adapters.tables import batches, groups, model_loads, workers
 from service.ports import LoadRow, ModelLoad, Refusals
 
 
@@ -62,3 +62,29 @@ class Loads:
         ).where(model_loads.c.model == model, model_loads.c.ended_at > func.now() - within)
         count, lasting, loaded = self._connection.execute(query).one()
         return Refusals(0, 0) if loaded else Refusals(count, lasting)
+
+    def obstacles(self, batch_ids: Collection[str], within: timedelta) -> Mapping[str, Sequence[tuple[str, str]]]:
+        errors = refused_models(self._connection, within)
+        if not errors:
+            return {}  # nearly always
+        waiting = (
+            select(groups.c.batch_id, groups.c.model)
+            .where(groups.c.batch_id.in_(batch_ids), groups.c.model.in_(errors), groups.c.closed_at.is_(None))
+            .distinct()
+            .order_by(groups.c.batch_id, groups.c.model)
+        )
+        found: dict[str, list[tuple[str, str]]] = {}
+        for row in self._connection.execute(waiting):
+            found.setdefault(row.batch_id, []).append((row.model, errors[row.model]))
+        return found
+
+
+def refused_models(connection: Connection, within: timedelta) -> Mapping[str, str]:
+    """Model -> error, of those whose newest load in that time was refused."""
+    newest = (
+        select(model_loads.c.model, model_loads.c.error)
+        .where(model_loads.c.ended_at > func.now() - within)
+        .distinct(model_loads.c.model)
+        .order_by(model_loads.c.model, model_loads.c.id.desc())
+    )
+    return {row.model: row.error for row in connection.execute(newest) if row.error is not None}

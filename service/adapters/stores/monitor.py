@@ -6,9 +6,12 @@ from datetime import timedelta
 
 from sqlalchemy import Connection, case, func, select
 
+from service.adapters.stores.loads import refused_models
 from service.adapters.tables import batches, groups, outbox, workers
 from service.domain.job import BatchStatus
 from service.ports import Backlog, OutboxKind, OutboxLag
+
+TODAY = timedelta(days=1)
 
 _ENDED = tuple(status.value for status in BatchStatus if status.terminal)
 
@@ -26,6 +29,7 @@ class Monitor:
             batches=self._batches(),
             outbox=self._outbox(),
             workers=int(self._connection.execute(live).scalar_one()),
+            refused=sorted(refused_models(self._connection, TODAY)),
         )
 
     def _groups(self) -> dict[tuple[str, str], int]:

@@ -6,7 +6,7 @@ from fastapi import APIRouter
 
 from service.api.context import Ctx
 from service.api.wire import ErrorObject
-from service.errors import LongdraftError, Unavailable
+from service.usecases.readiness import parts_answer
 
 router = APIRouter(tags=["Health"])
 
@@ -20,12 +20,5 @@ def live() -> dict[str, str]:
 @router.get("/readyz", summary="Can requests be served?", responses={503: {"model": ErrorObject}})
 def ready(ctx: Ctx) -> dict[str, str]:
     """Asks the database and the object store; 503 names the one that does not answer."""
-    try:
-        ctx.database.ping()
-    except LongdraftError as error:
-        raise Unavailable(f"The database does not answer: {error.message}") from error
-    try:
-        ctx.blobs.head("readiness")
-    except LongdraftError as error:
-        raise Unavailable(f"The object store does not answer: {error.message}") from error
+    parts_answer(ctx.database, ctx.blobs)
     return {"status": "ready", "database": "ok", "blobs": "ok"}

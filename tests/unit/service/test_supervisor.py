@@ -51,7 +51,7 @@ def released():
 
 @pytest.fixture
 def workers(clock, released, tmp_path):
-    return Workers(2, lambda worker_id: FakeChild(worker_id, tmp_path / "log"), released.append, lambda text: None)
+    return Workers(2, lambda worker_id, slot: FakeChild(worker_id, tmp_path / "log"), released.append, lambda text: None)
 
 
 def test_no_worker_without_work(workers):

@@ -24,7 +24,7 @@ class Deliverer:
     def commit(self, packed, leases, *, also=()):
         self.commits += 1
         self.reached.release()
-        answer = self.answers.pop(0) if self.answers else Delivery(len(packed), frozenset(), frozenset())
+        answer = self.answers.pop(0) if self.answers else Delivery(packed, frozenset(), frozenset())
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -33,12 +33,13 @@ class Deliverer:
 @pytest.fixture
 def committing():
     """Makes a started committer on holdings with four running lines; all are ended after the test."""
-    made = []
+    made, seen = [], []
 
     def make(deliverer, *, every=60.0, lines=2, lost=None):
         holdings = holding()
         holdings.take(4)
-        committer = Committer(holdings, deliverer, every=every, lines=lines, on_lost=(lost if lost is not None else []).extend)
+        on_lost = (lost if lost is not None else []).extend
+        committer = Committer(holdings, deliverer, every=every, lines=lines, on_lost=on_lost, on_delivered=seen.extend)
         committer.start()
         made.append(committer)
         return committer, holdings
@@ -93,7 +94,7 @@ def test_an_outage_is_waited_out_and_the_segment_is_stored_once(committing):
 
 def test_a_group_that_was_lost_is_reported(committing):
     lost = []
-    committer, holdings = committing(Deliverer(Delivery(0, frozenset(), frozenset({1}))), lost=lost)
+    committer, holdings = committing(Deliverer(Delivery((), frozenset(), frozenset({1}))), lost=lost)
     finish(committer, holdings, 1, 2)
     assert committer.flush(10)
     assert lost == [1]
@@ -107,7 +108,7 @@ def test_a_bug_ends_the_thread_and_is_there_to_be_seen(committing):
 
 
 def test_groups_without_lines_are_closed_with_a_commit_of_their_own(committing):
-    deliverer = Deliverer(Delivery(0, frozenset({9}), frozenset()))
+    deliverer = Deliverer(Delivery((), frozenset({9}), frozenset()))
     committer, holdings = committing(deliverer)
     holdings.add([lease(9)], [])
     committer.close_empty([lease(9)])
