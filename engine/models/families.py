@@ -148,11 +148,13 @@ def max_positions(config: Any) -> int:
     `longrope` and `dynamic` scaling change the frequencies of *all* positions once a sequence outgrows the original length, which
     keys already cached cannot follow, so such models stop there.
     """
+    limits = [int(config.max_position_embeddings)]
     rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":
-        original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
-        return int(original or config.max_position_embeddings)
-    return int(config.max_position_embeddings)
+    for part in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        if part.get("rope_type") == "longrope":
+            original = part.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+            limits.append(int(original or config.max_position_embeddings))
+    return min(limits)
 
 
 def _layer_shape(config: Any, family: Family, index: int) -> LayerShape:

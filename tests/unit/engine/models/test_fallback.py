@@ -11,28 +11,21 @@ import torch
 from engine.models import fallback
 from engine.models.fallback import wrap_model
 from engine.models.families import FAMILIES
+from tests.unit.engine.models.cases import FALLBACK
 from tests.unit.engine.models.tiny import CHUNKED, LENGTHS, ONE_SHOT, Texts, make_hf, make_spec, reference, run_steps, worst_gap
 
 TOLERANCE = 1e-4
-
-RUNNABLE: dict[str, dict[str, Any]] = {
-    "gpt2": {"n_embd": 48, "n_layer": 3, "n_head": 6, "head_dim": None},
-    "gpt_neox": {"head_dim": None},
-    "starcoder2": {"sliding_window": 6, "head_dim": None},
-    "cohere2": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"] * 2},
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
-    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 48, "head_dim": None},
-}
 
 
 def wrap(hf: Any) -> fallback.FallbackModel:
     return wrap_model(hf, lambda **shape: make_spec(hf.config, **shape))
 
 
-@pytest.mark.parametrize("model_type", RUNNABLE)
-def test_other_architectures_equal_transformers(model_type: str) -> None:
+@pytest.mark.parametrize("case", FALLBACK)
+def test_other_architectures_equal_transformers(case: str) -> None:
+    model_type, values = FALLBACK[case]
     assert model_type not in FAMILIES
-    hf = make_hf(model_type, **RUNNABLE[model_type])
+    hf = make_hf(model_type, **values)
     texts = Texts.random(hf.config.vocab_size)
     expected = reference(hf, texts)
     model = wrap(hf)

@@ -2,69 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from engine.checkpoints import loader
 from engine.models import families
-from engine.models.decoder import LeanDecoder
-from engine.models.families import FAMILIES
+from engine.models.families import FAMILIES, read_architecture
+from tests.unit.engine.models.cases import GEMMA3_ROPE, LEAN, LONGROPE
 from tests.unit.engine.models.tiny import CHUNKED, LENGTHS, ONE_SHOT, Texts, make_hf, make_lean, reference, run_steps, worst_gap
 
 TOLERANCE = 1e-4
 
-_LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 100.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-_YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16}
-_GEMMA3_ROPE = {
-    "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 4.0},
-    "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
-}
-_SLIDING = ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"]
 
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", {}),
-    "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
-    "llama, llama3 rope": ("llama", {"rope_parameters": _LLAMA3}),
-    "llama, linear rope": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 4.0}}),
-    "llama, yarn rope": ("llama", {"rope_parameters": _YARN}),
-    "llama, dynamic rope": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0}}),
-    "llama, tied": ("llama", {"tie_word_embeddings": True}),
-    "mistral": ("mistral", {"sliding_window": 6}),
-    "qwen2": ("qwen2", {"use_sliding_window": True, "sliding_window": 6, "layer_types": _SLIDING}),
-    "qwen3": ("qwen3", {}),
-    "gemma": ("gemma", {"hidden_activation": "gelu_pytorch_tanh"}),
-    "gemma2": ("gemma2", {"sliding_window": 6, "query_pre_attn_scalar": 20, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
-    "gemma3": ("gemma3_text", {"sliding_window": 6, "query_pre_attn_scalar": 20, "layer_types": _SLIDING, "rope_parameters": _GEMMA3_ROPE}),
-    "olmo2": ("olmo2", {}),
-    "phi3": ("phi3", {"sliding_window": 6, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}}),
-    "granite": (
-        "granite",
-        {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.4, "logits_scaling": 2.0},
-    ),
-    "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1, 0], "use_sliding_window": False}),
-}
-
-
-@pytest.fixture(scope="module", params=CASES, ids=lambda name: name.replace(" ", "-").replace(",", ""))
+@pytest.fixture(scope="module", params=LEAN, ids=lambda name: name.replace(" ", "-").replace(",", ""))
 def pair(request: pytest.FixtureRequest) -> tuple[Any, Any, Texts, list[torch.Tensor]]:
     """(transformers model, lean decoder, texts, transformers' logits)"""
-    model_type, changes = CASES[request.param]
+    model_type, changes = LEAN[request.param]
     hf = make_hf(model_type, **changes)
     texts = Texts.random(hf.config.vocab_size)
     return hf, make_lean(hf), texts, reference(hf, texts)
 
 
 def test_every_family_has_a_case() -> None:
-    assert {model_type for model_type, _ in CASES.values()} == set(FAMILIES)
+    assert {model_type for model_type, _ in LEAN.values()} == set(FAMILIES)
 
 
 def test_packed_prefill_equals_transformers(pair: tuple[Any, Any, Texts, list[torch.Tensor]]) -> None:
@@ -113,6 +77,12 @@ _FEATURES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3's window": ("gemma3", {"window": "none"}),
     "gemma3's norm after attention": ("gemma3", {"attention_norms": ("input_layernorm", None)}),
     "gemma3's norm after the MLP": ("gemma3", {"mlp_norms": ("pre_feedforward_layernorm", None)}),
+    "gemma2's window": ("gemma2", {"window": "none"}),
+    "gemma2's norm after attention": ("gemma2", {"attention_norms": ("input_layernorm", None)}),
+    "gemma3's norm of queries and keys": ("gemma3", {"qk_norm": "none"}),
+    "gemma3's offset norms": ("gemma3", {"unit_offset": False}),
+    "gemma3's embedding scale": ("gemma3", {"scaled_embedding": False}),
+    "phi3's window": ("phi3", {"window": "none"}),
     "olmo2's norm over all heads": ("olmo2", {"qk_norm": "none"}),
     "granite's factors": ("granite", {"multipliers": False}),
 }
@@ -122,7 +92,7 @@ _DROPPED = ("q_norm", "k_norm", "post_attention_layernorm", "post_feedforward_la
 @pytest.mark.parametrize("feature", _FEATURES)
 def test_without_its_feature_a_family_is_wrong(feature: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case, change = _FEATURES[feature]
-    model_type, values = CASES[case]
+    model_type, values = LEAN[case]
     hf = make_hf(model_type, **values)
     texts = Texts.random(hf.config.vocab_size)
     monkeypatch.setitem(families.FAMILIES, model_type, replace(FAMILIES[model_type], **change))
@@ -144,10 +114,27 @@ def _make_lean_ignoring(hf: Any, dropped: tuple[str, ...]) -> Any:
         return make_lean(hf)
 
 
-def _with_angles(hf: Any, change: Any) -> LeanDecoder:
-    lean = make_lean(hf)
-    lean._ropes = change(lean._ropes)
-    return lean
+_VALUES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma2's scale of queries": ("gemma2", {"attention_scale": 8**-0.5}),
+    "gemma2's soft cap of scores": ("gemma2", {"attention_soft_cap": None}),
+    "gemma2's soft cap of logits": ("gemma2", {"logit_soft_cap": None}),
+    "gemma3's scale of queries": ("gemma3", {"attention_scale": 8**-0.5}),
+    "granite's embedding factor": ("granite", {"embedding_scale": 1.0}),
+    "granite's residual factor": ("granite", {"residual_scale": 1.0}),
+    "granite's attention factor": ("granite", {"attention_scale": 8**-0.5}),
+    "granite's logits factor": ("granite", {"logit_scale": 1.0}),
+    "gemma's activation": ("gemma", {"activation": "silu"}),
+}
+
+
+@pytest.mark.parametrize("feature", _VALUES)
+def test_without_its_value_a_family_is_wrong(feature: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, change = _VALUES[feature]
+    model_type, values = LEAN[case]
+    hf = make_hf(model_type, **values)
+    texts = Texts.random(hf.config.vocab_size)
+    monkeypatch.setattr(loader, "read_architecture", lambda config: replace(read_architecture(config), **change))
+    assert worst_gap(run_steps(make_lean(hf), texts, ONE_SHOT), reference(hf, texts)) > 100 * TOLERANCE
 
 
 def _swapped(ropes: dict[str, Any]) -> dict[str, Any]:
@@ -159,19 +146,42 @@ def _plain(ropes: dict[str, Any]) -> dict[str, Any]:
     return {name: replace(rope, inv_freq=default[: len(rope.inv_freq)], scaling=1.0) for name, rope in ropes.items()}
 
 
+def _unscaled(ropes: dict[str, Any]) -> dict[str, Any]:
+    return {name: replace(rope, scaling=1.0) for name, rope in ropes.items()}
+
+
+def _whole_head(ropes: dict[str, Any]) -> dict[str, Any]:
+    return {name: replace(rope, inv_freq=1.0 / (100.0 ** (torch.arange(0, 8, 2) / 8))) for name, rope in ropes.items()}
+
+
+def _narrower(ropes: dict[str, Any]) -> dict[str, Any]:
+    return {name: replace(rope, inv_freq=rope.inv_freq[:1]) for name, rope in ropes.items()}
+
+
 @pytest.mark.parametrize(
     ("case", "change"),
-    [("gemma3", _swapped), ("llama, llama3 rope", _plain), ("llama, linear rope", _plain), ("llama, yarn rope", _plain), ("phi3", _plain)],
+    [
+        ("gemma3", _swapped),
+        ("llama, llama3 rope", _plain),
+        ("llama, linear rope", _plain),
+        ("llama, yarn rope", _plain),
+        ("llama, yarn rope", _unscaled),
+        ("phi3", _whole_head),
+        ("phi3", _narrower),
+        ("phi3, longrope", _plain),
+        ("phi3, longrope", _unscaled),
+    ],
 )
-def test_with_other_angles_a_family_is_wrong(case: str, change: Any) -> None:
-    model_type, values = CASES[case]
+def test_with_other_angles_a_family_is_wrong(case: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    model_type, values = LEAN[case]
     hf = make_hf(model_type, **values)
-    texts = Texts.random(hf.config.vocab_size)
-    assert worst_gap(run_steps(_with_angles(hf, change), texts, ONE_SHOT), reference(hf, texts)) > 100 * TOLERANCE
+    texts, lean = Texts.random(hf.config.vocab_size), make_lean(hf)
+    lean._ropes = change(lean._ropes)
+    assert worst_gap(run_steps(lean, texts, ONE_SHOT), reference(hf, texts)) > 100 * TOLERANCE
 
 
 def test_rotating_a_layer_without_rope_is_wrong() -> None:
-    model_type, values = CASES["smollm3"]
+    model_type, values = LEAN["smollm3"]
     hf = make_hf(model_type, **values)
     lean, texts = make_lean(hf), Texts.random(hf.config.vocab_size)
     lean._arch = replace(lean._arch, layers=tuple(replace(layer, rope="all") for layer in lean._arch.layers))
@@ -179,12 +189,19 @@ def test_rotating_a_layer_without_rope_is_wrong() -> None:
 
 
 def test_context_ends_where_longrope_would_switch() -> None:
-    factors = {"short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [4.0, 5.0, 6.0, 7.0]}
-    rope = {"rope_type": "longrope", "rope_theta": 100.0, "original_max_position_embeddings": 32, **factors}
-    hf = make_hf("phi3", rope_parameters=rope, original_max_position_embeddings=32)
-    lean, texts = make_lean(hf), Texts.random(hf.config.vocab_size)
-    assert lean.spec.max_positions == 32
-    assert worst_gap(run_steps(lean, texts, CHUNKED), reference(hf, texts)) < TOLERANCE
+    """Beyond its original length, transformers turns *all* positions by other angles; keys that are cached cannot follow."""
+    model_type, values = LEAN["phi3, longrope"]
+    hf = make_hf(model_type, **values)
+    assert hf.config.max_position_embeddings == 64
+    assert make_lean(hf).spec.max_positions == 32
+    with torch.inference_mode():
+        short, long = (hf(input_ids=torch.arange(length)[None], use_cache=False).logits[0, :32] for length in (32, 33))
+    assert worst_gap([short], [long]) > 100 * TOLERANCE
+
+
+def test_context_ends_where_a_rope_of_some_layers_would_switch() -> None:
+    config = make_hf("gemma3_text", rope_parameters={**GEMMA3_ROPE, "full_attention": LONGROPE}).config
+    assert families.max_positions(config) == 32
 
 
 def test_unknown_layer_kinds_and_activations_are_refused_by_name() -> None:
