@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from engine.batch import ModelSpec, TargetModel
-from engine.checkpoints.fit import check_fit, requirement
+from engine.checkpoints.fit import GIB, check_fit, requirement
 from engine.checkpoints.sources import LocalCheckpoint, fetch
 from engine.checkpoints.tensors import check_tensors, read_tensors, tied_names
 from engine.memory import free_bytes
@@ -16,7 +17,6 @@ from engine.models.families import FAMILIES, max_positions, read_architecture
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from engine.checkpoints.cache import SharedFolders
 
@@ -66,6 +66,17 @@ def load_model(
 
         model = load_fallback(checkpoint.directory, config, lambda **shape: _spec(checkpoint, config, number, place, **shape))
     return LoadedModel(model, tokenizer, checkpoint.directory)
+
+
+def fit(directory: str, dtype: str, device: str) -> str:
+    """What a local checkpoint needs and what there is, in words, without loading it. Raises NotEnoughMemoryError where it does not fit."""
+    from transformers import AutoConfig
+
+    folder, place = Path(directory), _device(device)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    needed, available = requirement(folder, config, _dtype(dtype, config, place).itemsize), free_bytes(place)
+    check_fit(folder.name, needed, available, str(place))
+    return f"needs {needed.total / GIB:.2f} GiB on {place}, {available / GIB:.2f} GiB are available"
 
 
 def build_lean(tensors: dict[str, torch.Tensor], config: Any, make_spec: Callable[..., ModelSpec]) -> TargetModel:

@@ -9,6 +9,7 @@ from typing import Any
 from service.billing.operator import CostLine, WorkerLine
 from service.billing.price_book import exact_dollars
 from service.billing.reports import model_error, saved_ns, wasted
+from service.billing.starts import StartSplit
 
 NANO = 10**9
 
@@ -56,6 +57,16 @@ def worker_row(line: WorkerLine) -> dict[str, Any]:
         "unaccounted": round(line.unaccounted, 6),
         "cost": _dollars(line.cost),
     }
+
+
+PARTS = ("validate", "wait", "spawn", "load", "profile", "prefill", "decode", "other")
+
+
+def start_row(worker: str, model: str, batch_id: str | None, reused: bool, error: str | None, parts: StartSplit | None) -> dict[str, Any]:
+    """One load of a model: seconds from a job's submission to its first committed results, and their parts, which sum to it."""
+    row = {"worker": worker, "model": model, "batch": batch_id, "profile_reused": reused, "error": error}
+    seconds = {f"{name}_seconds": None if parts is None else _seconds(getattr(parts, name)) for name in ("total", *PARTS)}
+    return {**row, **seconds}
 
 
 def _dollars(femto: Fraction | None) -> str | None:

@@ -37,7 +37,7 @@ def cost(
     until: Annotated[str | None, typer.Option("--to", metavar="DAY", help="The last day of the report (default: today).")] = None,
     by: Annotated[str | None, typer.Option("--by", help="day, model, project, batch, api_key, tag:<key>; several with commas.")] = None,
     project: Annotated[str | None, typer.Option("--project", help="Id or name; default: all projects.")] = None,
-    workers: Annotated[bool, typer.Option("--workers", help="Where the workers' time went, and what it cost.")] = False,
+    workers: Annotated[bool, typer.Option("--workers", help="Where workers' time went, what it cost, and how starts were spent.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
     plot: Annotated[str | None, typer.Option("--plot", metavar="FILE", help="A chart: .png, .svg or .pdf, or `terminal`.")] = None,
     focus: Annotated[Path | None, typer.Option("--focus", metavar="FILE", help="FOCUS 1.2 export: .csv or .parquet.")] = None,
@@ -92,17 +92,22 @@ def _report(
     as_json: bool,
 ) -> None:
     from service.billing.operator import HourlyRates, total
-    from service.billing.report_rows import cost_row, worker_row
+    from service.billing.report_rows import cost_row, start_row, worker_row
     from service.cli import cost_view
-    from service.usecases.cost_report import cost_report, worker_report
+    from service.usecases.cost_report import cost_report, load_report, worker_report
 
     with open_deployment() as services:
         rates = HourlyRates.parse(services.settings.rates)
         if focus is not None:
             _export(services.database, start, end, project, focus, as_json=as_json)
             return
+        starts = []
         if workers:
             rows = [worker_row(line) for line in worker_report(services.database, start, end, rates)]
+            starts = [
+                start_row(row.load.worker_id, row.load.model, row.load.batch_id, row.load.profile_reused, row.load.error, parts)
+                for row, parts in load_report(services.database, start, end)
+            ]
         else:
             lines = cost_report(services.database, start=start, end=end, by=by, rates=rates, project=project)
             rows = [cost_row(line, by) for line in lines]
@@ -115,9 +120,10 @@ def _report(
         cost_view.write_csv(rows, () if workers else by)
     elif as_json:
         summary = None if workers else cost_row(total(lines), ())
-        print_json({"from": start, "to": end, "rows": rows, **({"total": summary} if summary else {})})
+        print_json({"from": start, "to": end, "rows": rows, **({"starts": starts} if workers else {"total": summary})})
     else:
         cost_view.show(rows, [] if workers else [cost_row(total(lines), ())], () if workers else by)
+        cost_view.show_starts(starts)
 
 
 def _export(database: Any, start: datetime, end: datetime, project: str | None, path: Path, *, as_json: bool) -> None:

@@ -43,6 +43,22 @@ def show(rows: Sequence[Mapping[str, Any]], totals: Sequence[Mapping[str, Any]],
     print_table(columns, cells, right=[column for column in columns if column not in texts])
 
 
+def show_starts(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Loads of models under the table of workers: seconds from submission to first result, split; refusals with their reason."""
+    if not rows:
+        return
+    answered = [row for row in rows if row["total_seconds"] is not None]
+    if answered:
+        names = [name for name in answered[0] if name not in ("batch", "error")]
+        print("\nFrom submission to the first result, seconds:")
+        cells = [[_cell(row[name], text=not name.endswith("_seconds")) for name in names] for row in answered]
+        times = [name.removesuffix("_seconds") for name in names if name.endswith("_seconds")]
+        print_table([name.removesuffix("_seconds") for name in names], cells, right=times)
+    for row in rows:
+        if row["error"]:
+            print(f"\n{row['worker']} could not load {row['model']}: {row['error']}")
+
+
 def write_csv(rows: Sequence[Mapping[str, Any]], by: Sequence[str]) -> None:
     """To stdout. Texts that a spreadsheet would run as formulas are defused; numbers, also negative ones, are left as they are."""
     out = csv.writer(sys.stdout, lineterminator="\n")

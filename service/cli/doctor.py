@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from service.errors import LongdraftError
@@ -22,12 +23,20 @@ if TYPE_CHECKING:
 Status = Literal["ok", "warning", "failed", "skipped"]
 _MARKS: dict[Status, str] = {"ok": "✓", "warning": "!", "failed": "✗", "skipped": "-"}
 _LIVE = timedelta(minutes=1)
+_TODAY = timedelta(days=1)
 
 # Asked in a process of its own: loading torch takes seconds, and a broken one may take its process down.
 _TORCH_PROBE = """
 import json, torch
 gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
 print(json.dumps({"version": torch.__version__, "gpus": gpus, "threads": torch.get_num_threads()}))
+"""
+
+
+_FIT_PROBE = """
+import sys
+from engine.checkpoints.loader import fit
+print(fit(*sys.argv[1:]))
 """
 
 
@@ -88,7 +97,21 @@ def _models(settings: Settings) -> Iterator[Finding]:
             detail = f"the default model {row['id']} is not fetched yet; the first job fetches it, or run: longdraft models pull"
             yield Finding("models", "warning", detail)
         elif row["id"] == settings.default_model:
-            yield Finding("models", "ok", f"{row['id']}: {row['state']}")
+            yield _fits(row["id"], row["state"], settings)
+
+
+def _fits(model: str, folder: str, settings: Settings) -> Finding:
+    """Whether the default model fits this machine, where it is here and torch can say so."""
+    entry = settings.models[model]
+    dtype = entry.dtype or settings.engine.dtype
+    if not Path(folder).is_dir() or importlib.util.find_spec("torch") is None:
+        return Finding("models", "ok", f"{model}: {folder}")
+    command = [sys.executable, "-c", _FIT_PROBE, folder, dtype, settings.engine.device]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - ours
+    if done.returncode:
+        reason = done.stderr.strip().splitlines()[-1:] or ["no reason given"]
+        return Finding("models", "failed", f"{model} cannot run here: {reason[0].partition(': ')[2] or reason[0]}")
+    return Finding("models", "ok", f"{model}: {folder}; {done.stdout.strip()}")
 
 
 def _deployment() -> Iterator[Finding]:
@@ -103,6 +126,7 @@ def _deployment() -> Iterator[Finding]:
                 "broker": _broker,
                 "objects": _objects,
                 "workers": _workers,
+                "loads": _loads,
                 "bill": _bill,
             }
             for name, check in checks.items():
@@ -153,6 +177,17 @@ def _workers(services: Services) -> Finding:
     if due and not live:
         return Finding("workers", "warning", f"{detail}: nobody takes them. Is `longdraft up` or `longdraft worker` running?")
     return Finding("workers", "ok", detail)
+
+
+def _loads(services: Services) -> Finding:
+    with services.database.begin() as uow:
+        rows = uow.loads.between(uow.now - _TODAY, uow.now + _LIVE)
+    newest = {row.load.model: row for row in rows}
+    refused = {model: row for model, row in newest.items() if row.load.error is not None}
+    if not refused:
+        return Finding("loads", "ok", f"{len(rows)} load(s) of a model in the last day, none refused at last")
+    texts = [f"{model} on {row.device}: {row.load.error}" for model, row in sorted(refused.items())]
+    return Finding("loads", "failed", "; ".join(texts))
 
 
 def _bill(services: Services) -> Finding:

@@ -7,9 +7,10 @@ from datetime import datetime, timedelta
 from fractions import Fraction
 
 from service.billing.operator import CostLine, HourlyRates, WorkerLine
+from service.billing.starts import StartSplit, StartTimes, split
 from service.domain.money import Meter
 from service.domain.usage import Work
-from service.ports import ChargeFilter, ChargeRow, Database, WorkerRow, WorkRow
+from service.ports import ChargeFilter, ChargeRow, Database, LoadRow, WorkerRow, WorkRow
 from service.usecases.keys import find_project
 
 
@@ -64,4 +65,28 @@ def _worker_line(row: WorkerRow, attributed_ns: int, rates: HourlyRates) -> Work
     wall_ns = ((row.stopped_at or row.seen_at) - row.started_at) // timedelta(microseconds=1) * 1000
     return WorkerLine(
         row.id, row.device, wall_ns, row.busy_ns, attributed_ns, row.load_ns, row.profile_ns, row.idle_ns, rates.cost(row.device, wall_ns)
+    )
+
+
+def load_report(database: Database, start: datetime, end: datetime) -> Sequence[tuple[LoadRow, StartSplit | None]]:
+    """Loads of models in that time, oldest first; split where a job waited for it and got its first results."""
+    with database.begin() as uow:
+        rows = uow.loads.between(start, end)
+    return [(row, split(times) if (times := _times(row)) is not None else None) for row in rows]
+
+
+def _times(row: LoadRow) -> StartTimes | None:
+    if row.submitted_at is None or row.due_at is None or row.first_result_at is None:
+        return None
+    load = row.load
+    return StartTimes(
+        row.submitted_at,
+        row.due_at,
+        load.claimed_at,
+        row.first_result_at,
+        load.spawn_ns,
+        load.load_ns,
+        load.profile_ns,
+        row.prefill_ns,
+        row.decode_ns,
     )

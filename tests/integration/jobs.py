@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -47,7 +47,14 @@ class Jobs(Intake):
 
     settings: Settings | None = None
 
-    def worker(self, name: str = "worker-1", *, runner: InferenceRunner | None = None, stop: threading.Event | None = None) -> GroupRunner:
+    def worker(
+        self,
+        name: str = "worker-1",
+        *,
+        runner: InferenceRunner | None = None,
+        stop: threading.Event | None = None,
+        age_ns: Callable[[], int] = lambda: 0,
+    ) -> GroupRunner:
         assert self.settings is not None
         return GroupRunner(
             WorkerIdentity(name, "host", 1),
@@ -58,11 +65,12 @@ class Jobs(Intake):
             group_lines=self.group_lines,
             stop=stop or threading.Event(),
             hint=threading.Event(),
+            age_ns=age_ns,
         )
 
-    def drain(self, **options: Any) -> int:
+    def drain(self, name: str = "worker-1", **options: Any) -> int:
         """Runs everything that is due; returns how many lines were delivered."""
-        with self.worker(**options) as worker:
+        with self.worker(name, **options) as worker:
             worker.drain()
         return worker.delivered
 

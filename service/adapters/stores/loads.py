@@ -81,10 +81,6 @@ class Loads:
 
 def refused_models(connection: Connection, within: timedelta) -> Mapping[str, str]:
     """Model -> error, of those whose newest load in that time was refused."""
-    newest = (
-        select(model_loads.c.model, model_loads.c.error)
-        .where(model_loads.c.ended_at > func.now() - within)
-        .distinct(model_loads.c.model)
-        .order_by(model_loads.c.model, model_loads.c.id.desc())
-    )
-    return {row.model: row.error for row in connection.execute(newest) if row.error is not None}
+    newest = select(func.max(model_loads.c.id)).where(model_loads.c.ended_at > func.now() - within).group_by(model_loads.c.model)
+    rows = connection.execute(select(model_loads.c.model, model_loads.c.error).where(model_loads.c.id.in_(newest)))
+    return {row.model: row.error for row in rows if row.error is not None}
