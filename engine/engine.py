@@ -17,6 +17,7 @@ from engine.drafters import registry
 from engine.drafters.base import Progress
 from engine.kv_blocks import BlockPool
 from engine.kv_pool import KVPool
+from engine.logit_rules import LogitRules
 from engine.memory import free_bytes
 from engine.profile import measure_steps
 from engine.row_table import RowTable
@@ -91,6 +92,7 @@ class Engine:
             cost.profile(points)
         self._speculator = Speculator(config.max_draft_tokens, self.limits.max_sequences, cost)
         self._table = RowTable(self.limits.max_sequences, int.from_bytes(os.urandom(8)) if config.seed is None else config.seed)
+        self._rules = LogitRules()
         self._live: dict[int, _Live] = {}
         self._meter = Meter(self._pool.capacity)
         self._finished = 0
@@ -162,13 +164,23 @@ class Engine:
                 ledger = TokenLedger(prompt=len(request.prompt_token_ids))
                 rejected.append(Result(request.id, (), "", FinishReason.ERROR, ledger, error=str(error)))
                 continue
-            self._live[sequence.serial] = _Live(sequence, StopWatch(sequence, self.tokenizer, self.spec.eos_token_ids), drafter)
+            watch = StopWatch(sequence, self.tokenizer, self.spec.eos_token_ids)
+            self._rules.enter(sequence, watch.end_tokens)
+            self._live[sequence.serial] = _Live(sequence, watch, drafter)
         return True
 
     def _check_vocabulary(self, request: Request) -> None:
-        low, high = min(request.prompt_token_ids, default=0), max(request.prompt_token_ids, default=0)
-        if low < 0 or high >= self.spec.vocab_size:
-            raise UnfitRequestError(f"prompt token {low if low < 0 else high} is outside the model's vocabulary of {self.spec.vocab_size}")
+        sampling = request.sampling
+        named = {
+            "prompt": request.prompt_token_ids,
+            "logit_bias": tuple(token for token, _ in sampling.logit_bias),
+            "stop_token_ids": sampling.stop_token_ids,
+        }
+        for name, tokens in named.items():
+            low, high = min(tokens, default=0), max(tokens, default=0)
+            if low < 0 or high >= self.spec.vocab_size:
+                wrong = low if low < 0 else high
+                raise UnfitRequestError(f"{name} token {wrong} is outside the model's vocabulary of {self.spec.vocab_size}")
 
     def _take_aborts(self) -> list[Result]:
         if not self._aborts:
@@ -212,6 +224,7 @@ class Engine:
         """The forward and the verdict on its rows: what a device does in a step, timed until the host has the tokens."""
         started = time.perf_counter_ns()
         output = self._runner.run(work.step, self._speculator.taps)
+        self._rules.apply(output.logits, work)
         verdict = verify(output.logits, work.rows(self._table), self._steps, work.row_probabilities(output.logits))
         elapsed = time.perf_counter_ns() - started
         return Outcome.of(work, verdict, output.taps, elapsed)
@@ -274,6 +287,7 @@ class Engine:
     def _remove(self, live: _Live, *, complete: bool) -> None:
         del self._live[live.sequence.serial]
         self._scheduler.finish(live.sequence, complete=complete)
+        self._rules.leave(live.sequence)
         if live.drafter is not None:
             self._speculator.finish(live.drafter, live.sequence, complete=complete)
 

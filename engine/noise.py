@@ -16,7 +16,9 @@ from kernels.reference.noise import exponential
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Stream", "exponential", "keys", "mix", "uniform"]
+__all__ = ["Stream", "exponential", "keys", "mix", "sample_seed", "uniform"]
+
+_MASK = (1 << 64) - 1
 
 
 class Stream(IntEnum):
@@ -36,11 +38,16 @@ def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return np.asarray(z ^ (z >> np.uint64(31)), np.uint64)
 
 
-def keys(
-    seeds: NDArray[np.uint64], positions: NDArray[np.int64], stream: Stream, *, sample: int = 0, attempt: int = 0
-) -> NDArray[np.uint64]:
+def sample_seed(seed: int, sample: int) -> int:
+    """The 64-bit seed of one of several answers under one seed: the seed itself for the first."""
+    if sample == 0:
+        return seed & _MASK
+    return int(mix(mix(np.array([seed & _MASK], np.uint64)) + np.uint64(sample))[0])
+
+
+def keys(seeds: NDArray[np.uint64], positions: NDArray[np.int64], stream: Stream, *, attempt: int = 0) -> NDArray[np.uint64]:
     """uint64 [R]: one key a row. `positions` count generated tokens; `attempt` tells repeated draws at a position apart."""
-    counter = np.uint64(((attempt & 0xFFFFFFFFFFFF) << 16 | (sample & 0xFFF) << 4 | stream) & 0xFFFFFFFFFFFFFFFF)
+    counter = np.uint64(((attempt & 0xFFFFFFFFFFFF) << 16 | stream) & _MASK)
     return mix(mix(mix(seeds) + positions.astype(np.uint64)) ^ counter)
 
 

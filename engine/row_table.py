@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engine.noise import mix
+from engine.noise import mix, sample_seed
 from engine.speculation.verify import NO_DRAFT, Mode, Rows
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class RowTable:
             own = np.array([(self._entropy + sequence.serial) & _MASK], np.uint64)
             self._seeds[slot] = mix(mix(own))[0]
         else:
-            self._seeds[slot] = sampling.seed & _MASK
+            self._seeds[slot] = sample_seed(sampling.seed, sampling.sample)
 
     def rows(self, slots: Ints, first_positions: Ints, counts: Ints, drafts: list[Ints]) -> Rows:
         """Rows of the sequences in `slots` [S]: `counts[s]` of them for the s-th, which decide its generated tokens from

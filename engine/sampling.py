@@ -47,7 +47,7 @@ def truncate(
     values, ids = scaled.topk(width, dim=1)
     limited = top_k > 0
     last = values.gather(1, (top_k.clamp(1, width) - 1)[:, None])
-    keep = (values >= last) | ~limited[:, None]
+    keep = ((values >= last) | ~limited[:, None]) & (values > -torch.inf)  # what a rule forbade is never among the candidates
     enough = ~limited | ~keep[:, -1]
     total = torch.where(limited, values.masked_fill(~keep, -torch.inf).logsumexp(1), scaled.logsumexp(1))
     mass = (values - total[:, None]).exp() * keep

@@ -19,7 +19,9 @@ class FinishReason(StrEnum):
 class SamplingParams:
     """How tokens are chosen. `temperature == 0` is greedy; `top_k == 0` and `top_p == 1` are off.
 
-    `seed` makes the text a function of (prompt, params, model) alone, whatever else shares the batch.
+    `seed` makes the text a function of (prompt, params, model) alone, whatever else shares the batch; `sample` tells several answers to
+    one prompt under one seed apart. Penalties and `logit_bias` (token, added to its logit) change logits before temperature, see
+    `engine.logit_rules`. Before `min_tokens` tokens nothing ends the answer.
     """
 
     max_tokens: int
@@ -30,6 +32,12 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    sample: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -40,10 +48,22 @@ class SamplingParams:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
         if self.top_k < 0:
             raise ValueError(f"top_k must be 0 (off) or more, got {self.top_k}")
+        if not self.repetition_penalty > 0.0:
+            raise ValueError(f"repetition_penalty must be more than 0, got {self.repetition_penalty}")
+        if not 0 <= self.min_tokens <= self.max_tokens:
+            raise ValueError(f"min_tokens must be from 0 to max_tokens ({self.max_tokens}), got {self.min_tokens}")
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
+
+    @property
+    def penalises(self) -> bool:
+        return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
+
+    @property
+    def changes_logits(self) -> bool:
+        return self.penalises or bool(self.logit_bias) or self.min_tokens > 0
 
 
 @dataclass(frozen=True, slots=True)

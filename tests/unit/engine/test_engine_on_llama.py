@@ -109,3 +109,38 @@ def test_seeded_answers_do_not_depend_on_company_or_drafts(loaded: Loaded, sampl
     for request in made[:6]:
         alone, _ = run(loaded, [request], drafter="ngram", max_sequences=1)
         assert alone[request.id] == together[request.id]
+
+
+RULES = {
+    "repetition": ({"repetition_penalty": 1.4}, {"repetition_penalty": 1.4}),
+    "biased": (
+        {"logit_bias": ((3, 4.0), (5, -9.0)), "repetition_penalty": 0.9},
+        {"sequence_bias": {(3,): 4.0, (5,): -9.0}, "repetition_penalty": 0.9},
+    ),
+    "at least": ({"min_tokens": 8, "stop_token_ids": (3, 7, 11)}, {"min_new_tokens": 8, "eos_token_id": [3, 7, 11]}),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_greedy_answers_under_rules_equal_generate_with_its_processors(
+    fixed_costs: None, reference: LlamaForCausalLM, loaded: Loaded, rule: str
+) -> None:
+    ours, theirs = RULES[rule]
+    made = requests(8, temperature=0.0, **ours)
+    want = {}
+    for request in made:
+        prompt = torch.tensor([request.prompt_token_ids])
+        limit = request.sampling.max_tokens
+        out = reference.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=limit, do_sample=False, **theirs)
+        want[request.id] = tuple(out[0, prompt.shape[1] :].tolist())
+    for drafter, max_sequences in (("ngram", 1), ("suffix", 8)):
+        got, engine = run(loaded, made, drafter=drafter, max_sequences=max_sequences)
+        assert got == want
+        assert engine.stats().verified > 0
+
+
+def test_samples_of_one_seed_differ_and_repeat(loaded: Loaded) -> None:
+    made = [requests(1, seed=11, sample=sample)[0] for sample in range(4)]
+    answers = [run(loaded, [request], drafter=drafter)[0]["0"] for request in made for drafter in ("off", "suffix")]
+    assert answers[::2] == answers[1::2]
+    assert len(set(answers)) == 4

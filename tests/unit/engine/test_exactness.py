@@ -11,18 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from engine import engine as engine_module
 from engine.batch import ForwardBatch, ForwardOutput, ModelSpec
 from engine.config import EngineConfig
 from engine.drafters import registry
 from engine.drafters.base import DraftBatch, Drafts, Progress
 from engine.engine import Engine
+from engine.logit_rules import Edits, SequenceRules
 from engine.noise import Stream, keys
 from engine.sampling import draw
 from engine.sequence import Sequence
 from engine.speculation import planner, verify
-from engine.speculation.cost_model import CostModel, Load
-from engine.speculation.speculator import Speculator
+from engine.speculation.cost_model import CostModel
 from engine.types import Request, SamplingParams
 from tests.unit.engine.hash_model import Letters
 
@@ -77,11 +76,7 @@ class Guesser:
 
 
 @pytest.fixture(autouse=True)
-def _fixed_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A staircase: tokens come in packs of eight."""
-    monkeypatch.setattr(CostModel, "curve", lambda self, tokens: 1.0 + 0.005 * (np.asarray(tokens) // 8))
-    monkeypatch.setattr(Speculator, "learn_cost", lambda self, load, seconds: None)
-    monkeypatch.setattr(engine_module, "measure_steps", lambda runner, count: [(Load(1, 1, 1), 1.0)])
+def _guesser(fixed_costs: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(registry._DRAFTERS, "guesser", Guesser)
 
 
@@ -123,6 +118,72 @@ def test_truncated_sampling_has_the_truncated_distribution(drafter: str) -> None
     assert chi_square(counts, kept / kept.sum(1, keepdim=True)) < CRITICAL
 
 
+UNEVEN = torch.tensor([[0.46, 0.25, 0.19, 0.1], [0.11, 0.59, 0.06, 0.24], [0.29, 0.31, 0.27, 0.13], [0.14, 0.16, 0.3, 0.4]])
+"""No two alike, so that what is cut off never depends on the order of equals."""
+PENALTIES = {"presence_penalty": 0.8, "frequency_penalty": 0.1, "repetition_penalty": 1.3, "logit_bias": ((2, 0.5),)}
+CUT = {**PENALTIES, "temperature": 0.8, "top_k": 3, "top_p": 0.9}
+
+
+def penalised(last: int, output: list[int], prompt: set[int], sampling: SamplingParams) -> np.ndarray:
+    """The next token's distribution, written out: rules, temperature, top-k, top-p."""
+    logits = UNEVEN[last].double().log().numpy().copy()
+    for token, bias in sampling.logit_bias:
+        logits[token] += bias
+    for token in prompt | set(output):
+        logits[token] *= sampling.repetition_penalty if logits[token] < 0 else 1 / sampling.repetition_penalty
+    for token in set(output):
+        logits[token] -= sampling.frequency_penalty * output.count(token) + sampling.presence_penalty
+    p = np.exp(logits / sampling.temperature)
+    order = np.argsort(-p)
+    p[order[sampling.top_k or len(p) :]] = 0.0
+    p /= p.sum()
+    above = np.concatenate(([0.0], np.cumsum(p[order])[:-1]))
+    p[order[above >= sampling.top_p]] = 0.0
+    return p / p.sum()
+
+
+def penalised_chi_square(drafter: str, **fields: object) -> tuple[float, Engine]:
+    """Sums of (token drawn - its distribution) by the token before, in their own covariance: chi-square, 12 degrees of freedom.
+
+    The distribution moves with every answer's own history, so each draw is held against its own. 1,500 answers of 12 tokens.
+    """
+    sampling = SamplingParams(max_tokens=12, **fields)
+    config = EngineConfig(kv_bytes=4 << 20, max_sequences=256, max_step_tokens=1024, drafter=drafter, max_draft_tokens=4, seed=5)
+    made = Engine(TableModel(UNEVEN), config)
+    prompts = np.random.default_rng(0).integers(0, 4, (1500, 3))
+    apart, spread = np.zeros((4, 4)), np.zeros((4, 4, 4))
+    known: dict[tuple, np.ndarray] = {}
+    for result in made.run(Request(str(n), tuple(prompt.tolist()), sampling) for n, prompt in enumerate(prompts)):
+        prompt = prompts[int(result.id)].tolist()
+        for place, token in enumerate(result.token_ids):
+            output = list(result.token_ids[:place])
+            last = output[-1] if output else prompt[-1]
+            key = (last, tuple(np.bincount(output, minlength=4)), frozenset(prompt))
+            p = known.get(key)
+            if p is None:
+                p = known[key] = penalised(last, output, set(prompt), sampling)
+            assert p[token] > 0.0
+            apart[last] += np.eye(4)[token] - p
+            spread[last] += np.diag(p) - np.outer(p, p)
+    return sum(float(apart[last] @ np.linalg.pinv(spread[last]) @ apart[last]) for last in range(4)), made
+
+
+@pytest.mark.parametrize(("drafter", "fields"), [("ngram", CUT), ("guesser", CUT), ("guesser", PENALTIES)])
+def test_sampling_under_penalties_has_the_penalised_distribution(drafter: str, fields: dict) -> None:
+    found, made = penalised_chi_square(drafter, **fields)
+    assert found < CRITICAL
+    assert made.stats().accepted > 500
+
+
+COUNTED = SequenceRules.edits
+
+
+def ignore_drafts(self: SequenceRules, output: np.ndarray, drafts: np.ndarray, first_row: int) -> Edits:
+    """Every row as if nothing had been drafted."""
+    rows = [COUNTED(self, output, drafts[:0], first_row + row) for row in range(len(drafts) + 1)]
+    return Edits(*(np.concatenate(parts) for parts in zip(*rows, strict=True)))
+
+
 def skip_residual(distribution, drafts, q, uniforms, row_keys):
     _, stands = EXACT(distribution, drafts, q, uniforms, row_keys)
     return draw(distribution.probabilities, distribution.ids, row_keys), stands
@@ -140,6 +201,22 @@ def test_wrong_verification_is_caught(monkeypatch: pytest.MonkeyPatch, drafter: 
     monkeypatch.setattr(verify, "stochastic", mutant)
     counts, _ = transitions(drafter)
     assert chi_square(counts, TABLE) > CRITICAL
+
+
+@pytest.mark.parametrize(
+    ("drafter", "where", "what", "mutant"),
+    [
+        ("guesser", SequenceRules, "edits", ignore_drafts),
+        ("ngram", verify, "stochastic", skip_residual),
+        ("guesser", verify, "stochastic", wrong_q),
+    ],
+)
+def test_wrong_verification_under_penalties_is_caught(
+    monkeypatch: pytest.MonkeyPatch, drafter: str, where: object, what: str, mutant: Callable
+) -> None:
+    monkeypatch.setattr(where, what, mutant)
+    found, _ = penalised_chi_square(drafter, **PENALTIES)
+    assert found > CRITICAL
 
 
 def test_a_total_variation_of_two_percent_is_caught() -> None:

@@ -105,3 +105,8 @@ def test_a_model_without_chat_template_says_so() -> None:
     bare = PreTrainedTokenizerFast(tokenizer_object=FastTokenizer(models.BPE(vocab={"a": 0}, merges=[])))
     with pytest.raises(ValueError, match="no chat template"):
         Tokenizer(bare).render_chat([{"role": "user", "content": "hi"}])
+
+
+def test_nothing_ends_an_answer_that_is_too_short(tokenizer: Tokenizer) -> None:
+    text = list(tokenizer.encode("ab ab ab"))
+    assert run(tokenizer, text, step=8, stop=("ab", "never here"), min_tokens=3) == ("ab ", FinishReason.STOP, 5)

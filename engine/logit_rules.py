@@ -1,0 +1,169 @@
+"""What requests ask of the logits before anything is chosen: biases, penalties, a least length, allowed tokens.
+
+It stands between the forward and `verify`, and works row by row: row j of a verification block is changed as if drafts 0..j-1 had been
+accepted, which is what plain decoding would have done at that place. So whatever is verified, the target's side of every rule of acceptance
+is the distribution that plain decoding samples from.
+
+Order: bias, repetition (Keskar et al. 2019, section 4.1, on prompt and answer), frequency and presence (OpenAI's, on the answer), least
+length, allowed tokens. The first two stand in transformers' order.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from engine.sequence import Sequence
+    from engine.types import SamplingParams
+    from engine.work import Work
+
+    Ints = NDArray[np.int64]
+    Floats = NDArray[np.float32]
+
+
+class Constraint(Protocol):
+    """What may come next, by the text so far (a grammar, say). One a sequence."""
+
+    def masks(self, output: Ints, drafts: Ints) -> NDArray[np.int32]:
+        """int32 [D + 1, ceil(vocab / 32)], bit t % 32 of word t // 32 set where token t may come next: row j after `output` (all that is
+        confirmed, growing from call to call) and `drafts[:j]`. Rows past a draft that may not come are never read.
+        """
+        ...
+
+
+class Edits(NamedTuple):
+    """Single logits to change: of row `rows[e]`, token `tokens[e]`; every pair once. int64 and float32 [E]."""
+
+    rows: Ints
+    tokens: Ints
+    bias: Floats
+    repetition: Floats
+    subtract: Floats
+
+
+class SequenceRules:
+    """The rules of one sequence, with the counts that its penalties need. Work per step goes with the tokens that changed.
+
+    Tokens that are treated differently from the rest have a column each: those biased, those that end an answer, those seen so far.
+    """
+
+    def __init__(self, sampling: SamplingParams, prompt: Ints, end_tokens: tuple[int, ...], constraint: Constraint | None) -> None:
+        self._sampling = sampling
+        self.constraint = constraint
+        self._columns: dict[int, int] = {}
+        self._tokens = np.empty(64, np.int64)
+        self._bias = np.zeros(64, np.float32)
+        self._in_prompt = np.zeros(64, np.bool_)
+        self._counts = np.zeros(64, np.int64)
+        self._seen = 0
+        self._ends = self._place(np.array(end_tokens if sampling.min_tokens else (), np.int64))
+        biases = dict(sampling.logit_bias)
+        biased = self._place(np.array(list(biases), np.int64))
+        self._bias[biased] = np.array(list(biases.values()), np.float32)
+        self._counting = sampling.penalises
+        if sampling.repetition_penalty != 1.0:
+            prompted = self._place(np.unique(prompt))
+            self._in_prompt[prompted] = True
+
+    def edits(self, output: Ints, drafts: Ints, first_row: int) -> Edits:
+        """The changes of rows `first_row` .. `first_row + len(drafts)`. output: the confirmed answer, longer from call to call."""
+        height = len(drafts) + 1
+        if self._counting:
+            fresh = self._place(output[self._seen :])
+            np.add.at(self._counts, fresh, 1)
+            self._seen = len(output)
+            drafted = self._place(drafts)
+        width = len(self._columns)
+        counts = np.tile(self._counts[:width], (height, 1))
+        if self._counting:
+            for row, column in enumerate(drafted.tolist(), start=1):
+                counts[row:, column] += 1
+        bias = np.tile(self._bias[:width], (height, 1))
+        too_short = np.arange(len(output), len(output) + height) < self._sampling.min_tokens
+        bias[np.ix_(too_short, self._ends)] = -np.inf
+        seen = counts > 0
+        repetition = np.where(seen | self._in_prompt[:width], np.float32(self._sampling.repetition_penalty), np.float32(1.0))
+        frequency, presence = np.float32(self._sampling.frequency_penalty), np.float32(self._sampling.presence_penalty)
+        subtract = frequency * counts.astype(np.float32) + presence * seen.astype(np.float32)
+        rows = np.repeat(np.arange(first_row, first_row + height), width)
+        return Edits(rows, np.tile(self._tokens[:width], height), bias.ravel(), repetition.ravel(), subtract.ravel())
+
+    def _place(self, tokens: Ints) -> Ints:
+        """Columns of `tokens`, new ones where they have none. int64 [N]. May put longer arrays in place of those that hold the columns."""
+        columns = self._columns
+        found = np.array([columns.setdefault(token, len(columns)) for token in tokens.tolist()], np.int64)
+        if len(columns) > len(self._tokens):
+            room = 2 * len(columns)
+            self._tokens, self._counts = np.resize(self._tokens, room), _grown(self._counts, room)
+            self._bias, self._in_prompt = _grown(self._bias, room), _grown(self._in_prompt, room)
+        self._tokens[found] = tokens
+        return found
+
+
+class LogitRules:
+    """The rules of all requests in the engine that have any. Costs nothing in a step without them."""
+
+    def __init__(self) -> None:
+        self._of: dict[int, SequenceRules] = {}
+
+    def enter(self, sequence: Sequence, end_tokens: tuple[int, ...], constraint: Constraint | None = None) -> None:
+        """Takes down what a sequence asks for. end_tokens: what ends its answer."""
+        sampling = sequence.request.sampling
+        if sampling.changes_logits or constraint is not None:
+            prompt = sequence.tokens[: sequence.prompt_length]
+            self._of[sequence.serial] = SequenceRules(sampling, prompt, end_tokens, constraint)
+
+    def leave(self, sequence: Sequence) -> None:
+        self._of.pop(sequence.serial, None)
+
+    def constraint(self, sequence: Sequence) -> Constraint | None:
+        rules = self._of.get(sequence.serial)
+        return None if rules is None else rules.constraint
+
+    @torch.inference_mode()
+    def apply(self, logits: torch.Tensor, work: Work) -> None:
+        """Changes the step's `logits` [R, vocab] in place."""
+        if not self._of:
+            return
+        edits, masks = [], []
+        for chunk, drafts, row in zip(work.chunks, work.drafts, work.step.row_starts.tolist(), strict=True):
+            rules = self._of.get(chunk.sequence.serial) if chunk.samples else None
+            if rules is None:
+                continue
+            output = chunk.sequence.output
+            edits.append(rules.edits(output, drafts, row))
+            if rules.constraint is not None:
+                masks.append((row, rules.constraint.masks(output, drafts)))
+        if edits:
+            edit(logits, Edits(*(np.concatenate(parts) for parts in zip(*edits, strict=True))))
+        if masks:
+            rows = np.concatenate([np.arange(row, row + len(mask)) for row, mask in masks])
+            allow(logits, rows, np.concatenate([mask for _, mask in masks]))
+
+
+def edit(logits: torch.Tensor, edits: Edits) -> None:
+    """Applies single changes in place. logits: float32 [R, vocab]."""
+    rows, tokens, bias, repetition, subtract = (torch.from_numpy(part).to(logits.device) for part in edits)
+    values = logits[rows, tokens] + bias
+    logits[rows, tokens] = torch.where(values < 0, values * repetition, values / repetition) - subtract
+
+
+def allow(logits: torch.Tensor, rows: Ints, masks: NDArray[np.int32]) -> None:
+    """Sets what the `masks` [N, ceil(vocab / 32)] of `rows` [N] leave out to -inf, in place."""
+    device = logits.device
+    octets = torch.from_numpy(np.ascontiguousarray(masks, "<i4").view(np.uint8)).to(device)
+    bits = octets[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=device) & 1
+    refused = bits.view(len(rows), -1)[:, : logits.shape[1]] == 0
+    at = torch.from_numpy(rows).to(device)
+    logits[at] = logits[at].masked_fill_(refused, -torch.inf)
+
+
+def _grown(array: NDArray[Any], room: int) -> NDArray[Any]:
+    grown = np.zeros(room, array.dtype)
+    grown[: len(array)] = array
+    return grown
