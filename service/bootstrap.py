@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlsplit
 
 from service.config import Settings
 from service.errors import ConfigError
-from service.ports import BlobStore, Database, InferenceRunner, TaskQueue
+from service.ports import BlobStore, Database, InferenceRunner, TaskQueue, UserBuckets
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +21,11 @@ class Services:
     database: Database
     blobs: BlobStore
     queue: TaskQueue
+
+    @property
+    def buckets(self) -> UserBuckets:
+        """Users' own buckets. Nothing is connected by asking for it."""
+        return open_buckets(self.settings)
 
 
 @contextlib.contextmanager
@@ -65,6 +70,16 @@ def _open_store(setting: str, address: str, settings: Settings) -> BlobStore:
 
         return open_s3(url.netloc, url.path.strip("/"), settings.s3)
     raise ConfigError(f"{setting} is {address!r}: write file:///folder or s3://bucket/prefix.", param=setting)
+
+
+def open_buckets(settings: Settings) -> UserBuckets:
+    """The way to users' buckets; `blob_url`'s own bucket and prefix are kept apart from them."""
+    from service.adapters.buckets_s3 import S3Buckets
+    from service.adapters.vault import Vault
+
+    url = urlsplit(settings.blob_url or "")
+    own = (url.netloc, url.path.strip("/")) if url.scheme == "s3" else None
+    return S3Buckets(settings.s3, Vault(settings.credentials_key, settings.data_dir / "credentials_key"), own=own)
 
 
 def open_queue(settings: Settings) -> TaskQueue:

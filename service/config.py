@@ -58,6 +58,17 @@ class S3(_Section):
     checksums: Literal["when_supported", "when_required"] = "when_required"
     """boto3's own default (`when_supported`) breaks some stores; our SHA-256 is checked either way."""
     multipart_bytes: int = Field(16 * MIB, ge=5 * MIB)
+    public_endpoint_url: str | None = None
+    """Where clients reach the store, for presigned URLs; empty: where we do."""
+    role_buckets: tuple[str, ...] = ("*",)
+    """Buckets (patterns such as `acme-*`) that projects without credentials of their own may name; reached with the credentials here."""
+    allow_private_endpoints: bool = False
+    """Whether endpoints that projects name may be http or lead to private addresses."""
+
+    @field_validator("role_buckets", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return tuple(filter(None, value.split(","))) if isinstance(value, str) else value
 
 
 class ModelEntry(_Section):
@@ -110,6 +121,8 @@ class Settings(_Section):
     api_key: str | None = Field(None, repr=False)
     key_pepper: str = Field("", repr=False)
     """Keys the digests of API keys (see usecases/keys.py): the same on every host of one database; changing it voids every key."""
+    credentials_key: str = Field("", repr=False)
+    """Encrypts the bucket credentials of projects: the same on every host of one database. Empty: made once and kept in `data_dir`."""
     database_url: str | None = None
     """Empty: the embedded PostgreSQL in `data_dir`."""
     migration_database_url: str | None = None

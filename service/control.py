@@ -67,6 +67,7 @@ class Control:
 
     def run(self, stop: threading.Event) -> None:
         log.info("control_ready", owner=self._owner)
+        threading.Thread(target=self._look_at_store, name="store", daemon=True).start()
         threads = [
             threading.Thread(target=self._repeat, args=(name, every, action, stop), name=name, daemon=True)
             for name, every, action in (
@@ -116,6 +117,13 @@ class Control:
         except Exception:
             self.metrics.sweep_failed()
             raise
+
+    def _look_at_store(self) -> None:
+        """Once: what it can do goes into the log, and into the adapter's memory."""
+        try:
+            log.info("object_store", **{name.replace(" ", "_"): value for name, value in self._services.blobs.probe().items()})
+        except LongdraftError as error:
+            log.warning("object_store_fails", error=error.message)
 
     # --- wake-ups ---------------------------------------------------------------------------------------------------------------
 
@@ -199,6 +207,7 @@ class Control:
             item,
             database=self._database,
             blobs=self._services.blobs,
+            buckets=self._services.buckets,
             limits=settings.limits,
             resolve_model=settings.resolve_model,
             lease=self._lease,
@@ -206,4 +215,4 @@ class Control:
         )
 
     def _finalize(self, item: OutboxItem) -> None:
-        finalize_batch(item, database=self._database, blobs=self._services.blobs)
+        finalize_batch(item, database=self._database, blobs=self._services.blobs, buckets=self._services.buckets)

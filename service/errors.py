@@ -90,6 +90,18 @@ class BlobDenied(Unavailable):
     code = "storage_denied"
 
 
+class BucketMissing(BlobDenied):
+    """The object store has no such bucket (or hides it from us)."""
+
+    code = "bucket_not_found"
+
+
+class BucketRefused(LongdraftError):
+    """We do not go there ourselves: not an address, a bucket or credentials that this deployment lets projects use."""
+
+    code, status, type = "bucket_not_allowed", 400, "invalid_request_error"
+
+
 class ModelUnavailable(LongdraftError):
     """A model cannot be loaded here; the message says why and what to do. `lasting`: trying again on this machine will not help."""
 

@@ -11,9 +11,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import Any, BinaryIO, Generic, Protocol, TypeVar
+from typing import Any, BinaryIO, Generic, Protocol, TypeVar, runtime_checkable
 
-from service.domain.account import ApiKey, File, FilePurpose, Project
+from service.domain.account import ApiKey, BucketAccess, File, FilePurpose, PendingUpload, Project
 from service.domain.job import Batch
 from service.domain.line import GroupLease, LineOutcome, LineWork, PendingLine, PlannedGroup, Segment, StagedLine, StoredResult
 from service.domain.money import ChargeDetail, LedgerTransaction, PriceBook, Rates, Reservation, Reserved
@@ -73,6 +73,28 @@ class FileStore(Protocol):
     def forget_keys(self, keys: Collection[str]) -> None: ...
 
 
+class BucketAccessStore(Protocol):
+    """How projects reach their own buckets: at most one row each."""
+
+    def get(self, project_id: str) -> BucketAccess | None: ...
+    def put(self, access: BucketAccess) -> None:
+        """Replaces what was there."""
+        ...
+
+    def delete(self, project_id: str) -> bool: ...
+
+
+class UploadStore(Protocol):
+    """Files that clients were given a URL to put."""
+
+    def add(self, upload: PendingUpload) -> None: ...
+    def get(self, project_id: str, upload_id: str) -> PendingUpload | None: ...
+    def remove(self, upload_id: str) -> None: ...
+    def stale(self, older_than: timedelta, limit: int) -> Sequence[PendingUpload]:
+        """Those whose URL ran out longer ago than this, oldest first."""
+        ...
+
+
 class BatchStore(Protocol):
     """Batches. `save` writes what `evolve` and `to` changed; counters move only through `count`."""
 
@@ -107,6 +129,10 @@ class RequestMemory(Protocol):
     def remember(self, project_id: str, idempotency_key: str, digest: bytes, batch_id: str) -> None: ...
     def recent_twin(self, project_id: str, api_key_id: str | None, digest: bytes, within: timedelta) -> str | None:
         """The newest batch created from the same body with the same API key."""
+        ...
+
+    def writer_of(self, output_uri: str) -> str | None:
+        """The open batch, of any project, that will write there."""
         ...
 
 
@@ -518,6 +544,8 @@ class UnitOfWork(Protocol):
     monitor: MonitorStore
     costs: CostStore
     spending: SpendingStore
+    bucket_access: BucketAccessStore
+    uploads: UploadStore
 
     def try_lock(self, name: str) -> bool:
         """A transaction-scoped advisory lock; False where another holds it."""
@@ -541,6 +569,8 @@ class BlobInfo:
     key: str
     bytes: int
     sha256: str | None
+    etag: str | None = None
+    """The store's own name of this version of the object; None where it has none."""
 
 
 class BlobWriter(Protocol):
@@ -580,6 +610,57 @@ class BlobStore(Protocol):
     def probe(self) -> Mapping[str, str]:
         """Writes, reads back and deletes a small object; what the store is and can do. Raises Unavailable."""
         ...
+
+
+class UserBucket(Protocol):
+    """A user's own bucket. Raises BlobDenied, BucketMissing, BlobNotFound, Unavailable."""
+
+    def head(self, key: str) -> BlobInfo | None: ...
+    def open(self, key: str, *, start: int = 0, length: int | None = None, etag: str | None = None) -> BinaryIO:
+        """A stream of one version of the object: BlobCorrupt where it is no longer (or never was) `etag`."""
+        ...
+
+    def writer(self, key: str) -> BlobWriter: ...
+    def create(self, key: str, data: bytes) -> bool:
+        """Puts a small object where there is none; False, and nothing changed, where there is one."""
+        ...
+
+    def check_writable(self, key: str) -> None:
+        """Finds out, without leaving an object, whether `writer` would be let in."""
+        ...
+
+
+class UserBuckets(Protocol):
+    """The way to users' buckets, with a project's own credentials or (None) the deployment's."""
+
+    def open(self, bucket: str, access: BucketAccess | None) -> UserBucket:
+        """Nothing is sent yet. Raises BucketRefused where this deployment does not go there, or cannot open the secret."""
+        ...
+
+    def seal(self, project_id: str, secret: str) -> bytes:
+        """The secret as it may be stored: only for this project, and only with the deployment's key."""
+        ...
+
+    def check_endpoint(self, url: str) -> None:
+        """Raises BucketRefused for an address that a project may not name."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PresignedRequest:
+    """What a client may do once or more until the URL runs out. `headers` are part of what is signed: send them as they are."""
+
+    method: str
+    url: str
+    headers: Mapping[str, str]
+
+
+@runtime_checkable
+class Presigner(Protocol):
+    """What a store can do whose clients reach it themselves."""
+
+    def presigned_put(self, key: str, *, size: int, lifetime: timedelta) -> PresignedRequest: ...
+    def presigned_get(self, key: str, *, filename: str, lifetime: timedelta) -> PresignedRequest: ...
 
 
 # --- wake-ups and inference -----------------------------------------------------------------------------------------------------

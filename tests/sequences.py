@@ -16,7 +16,7 @@ from typing import Any
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from service.adapters.memory import MemoryBlobStore
+from service.adapters.memory import MemoryBlobStore, MemoryBuckets
 from service.adapters.standin import StandinRunner
 from service.config import Settings
 from service.domain.job import BatchStatus, OnInvalidLine
@@ -224,7 +224,7 @@ class Sequences(RuleBasedStateMachine):
         with self.database.begin() as uow:
             items = uow.outbox.claim("control", kinds=[OutboxKind.FINALIZE], lease=LEASE, limit=100)
         for item in items:
-            finalize_batch(item, database=self.database, blobs=self.blobs)
+            finalize_batch(item, database=self.database, blobs=self.blobs, buckets=MemoryBuckets())
 
     # --- the end ----------------------------------------------------------------------------------------------------------------
 

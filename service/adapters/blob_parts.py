@@ -8,21 +8,14 @@ import uuid
 from collections.abc import Mapping
 from typing import BinaryIO
 
+from service.domain.object_uri import MAX_KEY_BYTES, is_portable_key
 from service.errors import BlobCorrupt, BlobNotFound, InvalidRequest, Unavailable
 from service.ports import BlobInfo, BlobStore
-
-MAX_KEY_BYTES = 1024  # S3's own limit
-MAX_SEGMENT_BYTES = 255  # what a file name may have
 
 
 def check_key(key: str) -> str:
     """The key itself, where every store can hold it and a folder cannot be left with it. Raises InvalidRequest."""
-    segments = key.split("/")
-    if (
-        len(key.encode(errors="surrogatepass")) > MAX_KEY_BYTES
-        or any(segment in ("", ".", "..") or len(segment.encode(errors="surrogatepass")) > MAX_SEGMENT_BYTES for segment in segments)
-        or any(not character.isprintable() or character == "\\" for character in key)
-    ):
+    if not is_portable_key(key):
         raise InvalidRequest(f"{key[:200]!r} is not a storage key: a/b/c, without empty, '.' or '..' parts, at most {MAX_KEY_BYTES} bytes.")
     return key
 

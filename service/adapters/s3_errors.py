@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import urllib3
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
 
-from service.errors import BlobCorrupt, BlobDenied, BlobNotFound, Conflict, LongdraftError, Unavailable
+from service.errors import BlobCorrupt, BlobDenied, BlobNotFound, BucketMissing, Conflict, LongdraftError, Unavailable
 
 VENDOR_ERRORS = (ClientError, BotoCoreError, urllib3.exceptions.HTTPError, OSError)
 
@@ -16,6 +16,13 @@ _MISSING = frozenset({"NoSuchKey", "NoSuchUpload", "NotFound", "404"})
 _REFUSED = frozenset(
     {"AccessDenied", "AllAccessDisabled", "ExpiredToken", "Forbidden", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch"}
 )
+
+
+_UNKNOWN = frozenset({"NotImplemented", "MethodNotAllowed", "XNotImplemented"})
+
+
+class NotOffered(Unavailable):
+    """This store does not know what was asked of it."""
 
 
 class BeyondTheEnd(LongdraftError):
@@ -40,11 +47,13 @@ def _translated(error: ClientError, doing: str) -> LongdraftError:
     status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     said = f"{doing}: {code} {error.response.get('Error', {}).get('Message', '')}".strip()
     if code == "NoSuchBucket":
-        return BlobDenied(f"The bucket does not exist ({said}): create it, or correct blob_url.")
+        return BucketMissing(f"The bucket does not exist ({said}): create it, or correct its name.")
     if code in _MISSING:
         return BlobNotFound(f"Not in the object store ({said}).")
     if code in _REFUSED or status in (401, 403):
         return BlobDenied(f"The object store refuses these credentials ({said}): check the key, its policy and the bucket.")
+    if code in _UNKNOWN or status in (405, 501):
+        return NotOffered(f"The object store cannot do this ({said}).")
     if code == "InvalidRange" or status == 416:
         return BeyondTheEnd(said)
     if code in ("PreconditionFailed", "ConditionalRequestConflict") or status == 412:

@@ -86,6 +86,36 @@ files = Table(
     Index("ix_files_listing", "project_id", "seq"),
 )
 
+# How a project reaches its own buckets; the secret is encrypted with a key that the database does not have.
+bucket_access = Table(
+    "bucket_access",
+    metadata,
+    Column("project_id", ForeignKey("projects.id"), primary_key=True),
+    Column("access_key_id", Text, nullable=False),
+    Column("sealed_secret", LargeBinary, nullable=False),
+    Column("endpoint_url", Text),
+    Column("region", Text),
+    Column("path_style", Boolean, nullable=False, server_default=text("false")),
+    Column("checksums", Text, nullable=False),
+    _at("updated_at", nullable=False, now=True),
+)
+
+# Files on their way into the object store by a presigned URL.
+pending_uploads = Table(
+    "pending_uploads",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("project_id", ForeignKey("projects.id"), nullable=False),
+    Column("filename", Text, nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("sha256", Text),
+    Column("storage_key", Text, nullable=False),
+    Column("file_expires_after", Integer),
+    _at("created_at", nullable=False, now=True),
+    _at("expires_at", nullable=False),
+    Index("ix_pending_uploads_expires_at", "expires_at"),
+)
+
 # --- jobs ---------------------------------------------------------------------------------------------------------------------
 
 batches = Table(
@@ -100,6 +130,8 @@ batches = Table(
     Column("completion_window", Text, nullable=False),
     Column("input_file_id", ForeignKey("files.id")),
     Column("input_uri", Text),
+    Column("input_etag", Text),
+    Column("input_changed", Boolean),
     Column("output_uri", Text),
     Column("metadata", JSONB, nullable=False, server_default=text("'{}'")),
     Column("priority", SmallInteger, nullable=False, server_default=text("0")),
@@ -137,6 +169,7 @@ batches = Table(
     Index("ix_batches_listing", "project_id", "seq"),
     Index("ix_batches_open", "expires_at", postgresql_where=text("status IN ('validating', 'in_progress')")),
     Index("ix_batches_digest", "project_id", "request_digest", "seq"),
+    Index("ix_batches_output", "output_uri", postgresql_where=text("output_uri IS NOT NULL")),
 )
 
 idempotency_keys = Table(

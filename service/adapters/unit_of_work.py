@@ -12,6 +12,7 @@ from sqlalchemy import exc
 from service.adapters.postgres import advisory_key, closing_streams, sqlalchemy_url
 from service.adapters.stores.accounts import Accounts
 from service.adapters.stores.batches import Batches, Requests
+from service.adapters.stores.buckets import BucketAccesses, Uploads
 from service.adapters.stores.costs import Costs
 from service.adapters.stores.files import Files
 from service.adapters.stores.groups import Groups, Watch
@@ -27,6 +28,7 @@ from service.errors import Unavailable
 from service.ports import (
     AccountStore,
     BatchStore,
+    BucketAccessStore,
     CostStore,
     FileStore,
     GroupStore,
@@ -40,6 +42,7 @@ from service.ports import (
     ResultStore,
     SpendingStore,
     UnitOfWork,
+    UploadStore,
     WorkerStore,
 )
 
@@ -65,6 +68,8 @@ class Transaction:
         self.monitor: MonitorStore = Monitor(connection)
         self.costs: CostStore = Costs(connection)
         self.spending: SpendingStore = Spending(connection)
+        self.bucket_access: BucketAccessStore = BucketAccesses(connection)
+        self.uploads: UploadStore = Uploads(connection)
 
     def try_lock(self, name: str) -> bool:
         return bool(self._connection.execute(sa.select(sa.func.pg_try_advisory_xact_lock(advisory_key(name)))).scalar_one())

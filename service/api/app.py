@@ -14,7 +14,7 @@ from service.api.create_body import CreateBatchBody
 from service.api.errors import install_error_handlers
 from service.api.guard import Guard, Observe
 from service.api.page import render_page
-from service.api.routes import batches, files, health, models, organization
+from service.api.routes import batches, files, health, models, organization, presigned
 from service.bootstrap import Services, local_tokenizers
 
 DESCRIPTION = """\
@@ -33,10 +33,10 @@ def create_app(services: Services, observe: Observe | None = None) -> FastAPI:
         redirect_slashes=False,
     )
     app.openapi = lambda: _described(app)  # type: ignore[method-assign]  # FastAPI's documented way to change the description
-    app.state.context = Context(services.settings, services.database, services.blobs, local_tokenizers(services.settings))
+    app.state.context = Context(services.settings, services.database, services.blobs, services.buckets, local_tokenizers(services.settings))
     app.add_middleware(Guard, observe=observe)
     install_error_handlers(app)
-    for module in (files, batches, models, organization, health):
+    for module in (presigned, files, batches, models, organization, health):
         app.include_router(module.router)
 
     @app.get("/docs", include_in_schema=False)
@@ -57,7 +57,9 @@ def _described(app: FastAPI) -> dict[str, Any]:
         schemas.pop("HTTPValidationError", None)
         schemas.pop("ValidationError", None)
         body = CreateBatchBody.model_json_schema(ref_template="#/components/schemas/{model}")
-        schemas |= body.pop("$defs") | {"CreateBatchBody": body}  # read by hand (size and depth first), so FastAPI does not know it
+        upload = presigned.UploadUrlBody.model_json_schema(ref_template="#/components/schemas/{model}")
+        # Read by hand (size and depth first), so FastAPI does not know them.
+        schemas |= body.pop("$defs") | upload.pop("$defs") | {"CreateBatchBody": body, "UploadUrlBody": upload}
         refusal = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorObject"}}}}
         for path, operations in spec["paths"].items():
             for operation in operations.values():

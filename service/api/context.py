@@ -8,7 +8,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from service.config import Settings
-from service.ports import BlobStore, Database
+from service.ports import BlobStore, Database, UserBuckets
 from service.usecases.estimate import Tokenizers
 from service.usecases.status import BatchViews
 
@@ -20,6 +20,7 @@ class Context:
     settings: Settings
     database: Database
     blobs: BlobStore
+    buckets: UserBuckets
     tokenizers: Tokenizers
     views: BatchViews = field(default_factory=BatchViews)
 

@@ -13,7 +13,7 @@ from service.domain.job import OnInvalidLine
 from service.errors import InvalidRequest
 from service.usecases.submit import BatchRequest
 
-NOT_YET = ("webhook", "input_uri", "output_uri", "deadline")
+NOT_YET = ("webhook", "deadline")
 """Asking for one of these is refused by name: to ignore them would be worse than not to offer them."""
 
 Key = Annotated[str, StringConstraints(min_length=1, max_length=64)]
@@ -29,10 +29,10 @@ class OutputExpiresAfter(BaseModel):
 
 
 class CreateBatchBody(BaseModel):
-    """What a batch is made of; those from `priority` on are Longdraft's own (with the SDK: `extra_body`)."""
+    """What a batch is made of; `input_uri` and those from `priority` on are Longdraft's own (with the SDK: `extra_body`)."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    input_file_id: str = Field(description="A file uploaded with the purpose 'batch'.")
+    input_file_id: str | None = Field(None, description="A file uploaded with the purpose 'batch'; or `input_uri`.")
     endpoint: str = Field(description="'/v1/chat/completions' or '/v1/completions': what every line's `url` must say.")
     completion_window: str = Field(description="How long the batch may take: '24h', or any of 1m ... 30d.")
     metadata: Annotated[dict[Key, Value], Field(max_length=16)] | None = None
@@ -40,6 +40,10 @@ class CreateBatchBody(BaseModel):
     priority: Annotated[int, Field(ge=0, le=9)] = Field(0, description="Higher runs first.")
     on_invalid_line: Literal["fail", "skip"] = Field("fail", description="'skip' sends bad lines to the error file and runs the rest.")
     drafter: str = Field("auto", description="'auto', 'off', or the name of a drafter.")
+    input_uri: str | None = Field(None, description="'s3://bucket/key' instead of `input_file_id`: an object in the project's bucket.")
+    output_uri: str | None = Field(
+        None, description="'s3://bucket/folder/': gets output.jsonl, errors.jsonl, cost.json and, last, manifest.json."
+    )
     max_cost: Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "number"}, {"type": "null"}]})] = Field(
         None, description="Dollars ('2.50') that the batch may cost at most; lines beyond go to the error file and are not billed."
     )
@@ -61,6 +65,11 @@ def parse_create(body: dict[str, Any]) -> BatchRequest:
         parsed = CreateBatchBody.model_validate(known)
     except ValidationError as error:
         raise invalid_fields(error.errors(include_url=False)) from None
+    if parsed.input_file_id is None and parsed.input_uri is None:
+        message = "Missing required parameter: 'input_file_id' (or 'input_uri', an object in your bucket)."
+        raise InvalidRequest(message, param="input_file_id", code="missing_required_parameter")
+    if parsed.input_file_id is not None and parsed.input_uri is not None:
+        raise InvalidRequest("Give 'input_file_id' or 'input_uri', not both.", param="input_uri", code="invalid_value")
     return BatchRequest(
         input_file_id=parsed.input_file_id,
         endpoint=parsed.endpoint,
@@ -70,6 +79,8 @@ def parse_create(body: dict[str, Any]) -> BatchRequest:
         priority=parsed.priority,
         on_invalid_line=OnInvalidLine(parsed.on_invalid_line),
         drafter=parsed.drafter,
+        input_uri=parsed.input_uri,
+        output_uri=parsed.output_uri,
         max_cost=_max_cost(parsed.max_cost),
     )
 

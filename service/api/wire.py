@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field
 
 from service.billing.price_book import exact_dollars
 from service.domain.account import File
+from service.domain.ids import copied_input_id
 from service.domain.job import Batch
 from service.domain.usage import Usage
 from service.usecases.status import BatchView
@@ -148,6 +149,10 @@ class BatchObject(BaseModel):
     drafter: str
     on_invalid_line: Literal["fail", "skip"]
     parent_batch_id: str | None
+    input_uri: str | None = Field(description="The object that was read; `input_file_id` is the service's copy of it.")
+    input_etag: str | None = Field(description="The version of it that was read.")
+    input_changed: bool | None = Field(description="Whether there was another version of it when the batch ended; null: not known.")
+    output_uri: str | None = Field(description="The folder that gets the results, besides the output and error file.")
     max_cost: str | None = Field(description="Dollars that the batch may cost at most, as a decimal string.")
     progress: ProgressObject
     cost: CostObject
@@ -222,7 +227,7 @@ def batch_object(view: BatchView) -> BatchObject:
         endpoint=batch.endpoint,
         model=batch.model,
         errors=_errors(batch),
-        input_file_id=batch.input_file_id,
+        input_file_id=batch.input_file_id or copied_input_id(batch.id),
         completion_window=batch.completion_window,
         status=batch.status.value,
         output_file_id=batch.output_file_id,
@@ -243,6 +248,10 @@ def batch_object(view: BatchView) -> BatchObject:
         drafter=batch.drafter,
         on_invalid_line=batch.on_invalid_line.value,
         parent_batch_id=batch.parent_batch_id,
+        input_uri=batch.input_uri,
+        input_etag=batch.input_etag,
+        input_changed=batch.input_changed,
+        output_uri=batch.output_uri,
         max_cost=None if batch.max_cost is None else exact_dollars(batch.max_cost),
         progress=ProgressObject(
             lines_done=progress.lines_done,

@@ -16,6 +16,7 @@ from service.cli.output import AsJson, Failure, note, print_json, print_table
 if TYPE_CHECKING:
     from service.cli.client import Server
 
+CHAT = "/v1/chat/completions"
 BatchId = Annotated[str, typer.Argument(metavar="BATCH", help="A batch id (batch_...).")]
 Wait = Annotated[bool, typer.Option("--wait", help="Stay until the batch has ended; exit code 1 if a line failed.")]
 Output = Annotated[Path | None, typer.Option("-o", "--output", help="Where the answers go; failed lines go to OUT.errors.jsonl.")]
@@ -28,10 +29,13 @@ def register(app: typer.Typer) -> None:
 
 
 def submit(
-    job: Annotated[Path, typer.Argument(metavar="JOB.jsonl", help="Requests, one a line, in OpenAI's batch format.")],
+    job: Annotated[str, typer.Argument(metavar="JOB.jsonl", help="Requests, one a line, in OpenAI's batch format; or s3://bucket/key.")],
     wait: Wait = False,
     output: Output = None,
-    endpoint: Annotated[str | None, typer.Option(help="Default: the url of the first line.")] = None,
+    output_uri: Annotated[
+        str | None, typer.Option("--output-uri", metavar="S3-FOLDER", help="Results go there as well: s3://bucket/folder/.")
+    ] = None,
+    endpoint: Annotated[str | None, typer.Option(help="Default: the url of the first line; for s3:// chat completions.")] = None,
     window: Annotated[str, typer.Option(help="The batch expires after this long: 30m, 24h, 7d.")] = "24h",
     priority: Annotated[int, typer.Option(min=0, max=9, help="Higher runs first.")] = 0,
     drafter: Annotated[str, typer.Option(help="auto, off, or a drafter's name.")] = "auto",
@@ -41,22 +45,26 @@ def submit(
     estimate: Annotated[bool, typer.Option("--estimate", help="Only say what it would cost; the upload is removed again.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Upload a job and start it."""
+    """Upload a job, or name one in a bucket, and start it."""
     if output is not None and not wait:
         raise typer.BadParameter("-o needs --wait: there are no answers before the batch has ended.")
     if output is not None:
         require_folder(output)
+    in_bucket = job.startswith("s3://")
     request: dict[str, Any] = {
-        "endpoint": endpoint or endpoint_of(job),
+        "endpoint": endpoint or (CHAT if in_bucket else endpoint_of(Path(job))),
         "completion_window": window,
         "priority": priority,
         "drafter": drafter,
         "on_invalid_line": on_invalid_line,
         "metadata": _pairs(metadata or ()),
         **({"max_cost": max_cost} if max_cost is not None else {}),
+        **({"output_uri": output_uri} if output_uri is not None else {}),
+        **({"input_uri": job} if in_bucket else {}),
     }
     with connect() as server:
-        request["input_file_id"] = _upload(server, job, quiet=as_json)["id"]
+        if not in_bucket:
+            request["input_file_id"] = _upload(server, Path(job), quiet=as_json)["id"]
         if estimate:
             _estimate(server, request, as_json=as_json)
             return
@@ -204,7 +212,8 @@ def _estimate(server: Server, request: Mapping[str, Any], *, as_json: bool) -> N
     try:
         found = server.post("/batches/estimate", request)
     finally:
-        server.delete(f"/files/{request['input_file_id']}")
+        if "input_file_id" in request:
+            server.delete(f"/files/{request['input_file_id']}")
     print_json(found) if as_json else bill.print_estimate(found)
     if found["errors"]["data"]:
         raise typer.Exit(1)
@@ -237,6 +246,8 @@ def _report(batch: Mapping[str, Any], *, quiet: bool) -> None:
     """Says how the batch ended; exit code 1 unless every line has an answer."""
     counts = batch["request_counts"]
     if not quiet:
+        if batch.get("output_uri") and batch["status"] in ("completed", "expired", "cancelled"):
+            note(f"results: {batch['output_uri']}")
         note(f"{batch['id']} {batch['status']}: {counts['completed']} of {counts['total']} lines answered, {counts['failed']} failed")
         for error in (batch.get("errors") or {}).get("data", ())[:10]:
             where = f"line {error['line']}: " if error.get("line") else ""

@@ -22,6 +22,11 @@ def new_key_id() -> str:
     return f"key_{secrets.token_hex(16)}"
 
 
+def copied_input_id(batch_id: str) -> str:
+    """The file that a batch's `input_uri` is copied into: known before it exists."""
+    return f"file-{_derived(batch_id, 0, 'input')}"
+
+
 def batch_request_id(batch_id: str, line_no: int) -> str:
     """The `id` of an output line: the same however often the line is run."""
     return f"batch_req_{_derived(batch_id, line_no, 'line')}"

@@ -34,7 +34,8 @@ TRANSITIONS: Mapping[BatchStatus, frozenset[BatchStatus]] = MappingProxyType(
         _S.VALIDATING: frozenset({_S.IN_PROGRESS, _S.FINALIZING, _S.FAILED, _S.CANCELLING}),
         _S.IN_PROGRESS: frozenset({_S.FINALIZING, _S.CANCELLING}),
         # What a finalizing batch becomes was decided when it entered: Batch.outcome.
-        _S.FINALIZING: frozenset({_S.COMPLETED, _S.EXPIRED}),
+        # It fails only where its results cannot be written to its output_uri; they are still to be had as files.
+        _S.FINALIZING: frozenset({_S.COMPLETED, _S.EXPIRED, _S.FAILED}),
         _S.CANCELLING: frozenset({_S.CANCELLED}),
         _S.FAILED: frozenset(),
         _S.COMPLETED: frozenset(),
@@ -76,7 +77,13 @@ class Batch:
     api_key_id: str | None = None
     input_file_id: str | None = None
     input_uri: str | None = None
+    """`s3://bucket/key`; `input_file_id` is then our copy of it, once validated."""
+    input_etag: str | None = None
+    """The version of the object that was read and copied."""
+    input_changed: bool | None = None
+    """Whether the object is another one by the end of the batch; None: not looked at yet, or not known."""
     output_uri: str | None = None
+    """`s3://bucket/folder`, no slash at its end."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     priority: int = 0
     on_invalid_line: OnInvalidLine = OnInvalidLine.FAIL

@@ -13,12 +13,14 @@ from service.config import Limits
 from service.domain.account import File
 from service.domain.job import InputError, OnInvalidLine
 from service.domain.money import Meter, PriceBook
+from service.domain.object_uri import ObjectUri
 from service.domain.request_body import GenerationRequest, LineRejected, parse_body
 from service.planning.estimate import BYTES_PER_TOKEN
 from service.planning.validate import CheckedLine, ErrorList, InputRefused, LineRules, ResolveModel, check_lines, duplicate_error
-from service.ports import BlobStore, ChargeFilter, Database, UnitOfWork
+from service.ports import BlobStore, ChargeFilter, Database, UnitOfWork, UserBuckets
 from service.usecases.keys import Caller
 from service.usecases.submit import BatchRequest, check_request, input_file
+from service.usecases.user_buckets import BucketProblem, explained, find_input, open_bucket
 
 READ_BYTES = 1 << 20
 HISTORY = timedelta(days=30)
@@ -50,6 +52,7 @@ def estimate_batch(
     caller: Caller,
     database: Database,
     blobs: BlobStore,
+    buckets: UserBuckets,
     limits: Limits,
     resolve_model: ResolveModel,
     tokenizers: Tokenizers,
@@ -62,15 +65,16 @@ def estimate_batch(
     """
     check_request(request)
     with database.begin() as uow:
-        file = input_file(uow, request, caller)
+        file = input_file(uow, request, caller) if request.input_file_id is not None else None
         book = uow.ledger.price_book()
     rules = LineRules(request.endpoint, resolve_model, limits.max_lines, limits.max_line_bytes, limits.max_json_depth)
     count = _Count(request.endpoint, tokenizers)
     refused: tuple[InputError, ...] = ()
     try:
-        for line in check_lines(_read(blobs, file), rules):
+        portions = _read(blobs, file) if file else _read_uri(request, caller, database, buckets, limits)
+        for line in check_lines(portions, rules):
             count.add(line)
-    except InputRefused as problem:
+    except (InputRefused, BucketProblem) as problem:
         refused = (problem.error,)
     if not refused and request.on_invalid_line is OnInvalidLine.FAIL:
         refused = count.errors.as_tuple() if count.errors else ()
@@ -138,6 +142,16 @@ def _read(blobs: BlobStore, file: File) -> Iterator[bytes]:
     with blobs.open(file.storage_key) as stream:
         while portion := stream.read(READ_BYTES):
             yield portion
+
+
+def _read_uri(request: BatchRequest, caller: Caller, database: Database, buckets: UserBuckets, limits: Limits) -> Iterator[bytes]:
+    uri = ObjectUri.of_object(request.input_uri or "", param="input_uri")
+    with explained(uri, "input_uri", patient=True):
+        bucket = open_bucket(database, buckets, caller.project_id, uri)
+        version = find_input(bucket, uri, max_bytes=limits.max_file_bytes)
+        with bucket.open(uri.key, etag=version.etag) as stream:
+            while portion := stream.read(READ_BYTES):
+                yield portion
 
 
 def _answer_lengths(uow: UnitOfWork, project_id: str, models: list[str]) -> dict[str, Fraction]:

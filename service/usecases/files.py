@@ -68,11 +68,11 @@ class FileIntake:
     Nothing but the chunk at hand is held in memory. Not thread-safe, but the calls may come from different threads.
     """
 
-    def __init__(self, blobs: BlobStore, project_id: str, *, max_bytes: int) -> None:
+    def __init__(self, blobs: BlobStore, project_id: str, *, max_bytes: int, file_id: str | None = None) -> None:
         self._blobs = blobs
         self._project_id = project_id
         self._max_bytes = max_bytes
-        self._id = new_file_id()
+        self._id = file_id or new_file_id()
         self._cleanup = ExitStack()
         self._writer: BlobWriter | None = None
         self._filename = ""

@@ -18,19 +18,24 @@ import structlog
 
 from service.domain.account import File, FilePurpose
 from service.domain.ids import new_file_id
-from service.domain.job import Batch, BatchStatus
+from service.domain.job import Batch, BatchStatus, InputError
 from service.domain.line import LineOutcome, Outcome, Segment, StoredResult
+from service.domain.object_uri import ObjectUri
 from service.domain.result_lines import encode_result
 from service.domain.usage import Usage
-from service.errors import BlobCorrupt, LeaseLost, Unavailable
-from service.ports import BlobInfo, BlobStore, BlobWriter, Database, OutboxItem, UnitOfWork
+from service.errors import BlobCorrupt, LeaseLost, LongdraftError, Unavailable
+from service.ports import BlobInfo, BlobStore, BlobWriter, Database, OutboxItem, UnitOfWork, UserBuckets
+from service.usecases.deliver_to_bucket import Delivery, Finished
+from service.usecases.user_buckets import BucketProblem, explained, has_changed, open_bucket
 
 READ_BYTES = 1 << 20
+UNREACHABLE_ATTEMPTS = 30
+"""A user's store that does not answer is waited for (some 25 minutes); then the batch fails, with its results among our files."""
 
 log = structlog.get_logger(__name__)
 
 
-def finalize_batch(item: OutboxItem, *, database: Database, blobs: BlobStore) -> None:
+def finalize_batch(item: OutboxItem, *, database: Database, blobs: BlobStore, buckets: UserBuckets) -> None:
     """Carries out a `finalize` item and marks it done. Safe to repeat from the start at any point; the caller renews the item's lease.
 
     Raises:
@@ -55,10 +60,16 @@ def finalize_batch(item: OutboxItem, *, database: Database, blobs: BlobStore) ->
         with database.begin() as reading:
             _write_lines(batch, reading.results.in_order(batch.id), spool, files)
         files.commit()
+    problem, changed = None, has_changed(database, buckets, batch)
+    try:
+        problem = _deliver(item, batch, files, changed, database, blobs, buckets)
+    except LongdraftError:
+        files.discard()  # the next attempt writes its own
+        raise
     try:
         with database.begin() as uow:
             uow.outbox.hold(item)
-            _expose(uow, item, files)
+            _expose(uow, item, files, problem, changed)
     except LeaseLost:
         files.discard()
         raise
@@ -148,11 +159,43 @@ def _never_run(batch: Batch) -> tuple[str | None, str]:
     return None, ""
 
 
+# --- the user's bucket ----------------------------------------------------------------------------------------------------------
+
+
+def _deliver(
+    item: OutboxItem, batch: Batch, files: _Files, changed: bool | None, database: Database, blobs: BlobStore, buckets: UserBuckets
+) -> InputError | None:
+    """Writes the batch to its `output_uri`, if it has one; what the bucket had against it."""
+    if batch.output_uri is None:
+        return None
+    folder = ObjectUri.of_folder(batch.output_uri, param="output_uri")
+    patient = item.attempts < UNREACHABLE_ATTEMPTS
+    finished = Finished(
+        batch, _end(batch).value, files.output.info, files.errors.info, files.completed, files.failed + files.missing, changed
+    )
+    try:
+        with explained(folder, "output_uri", patient=patient):
+            bucket = open_bucket(database, buckets, batch.project_id, folder)
+        Delivery(item, database, blobs, bucket, folder, patient).run(finished)
+    except BucketProblem as problem:
+        log.warning("output_not_delivered", batch_id=batch.id, code=problem.error.code)
+        return problem.error
+    return None
+
+
 # --- exposure -------------------------------------------------------------------------------------------------------------------
 
 
-def _expose(uow: UnitOfWork, item: OutboxItem, files: _Files) -> None:
-    """File rows, counters and the final status, all or nothing."""
+def _end(batch: Batch) -> BatchStatus:
+    """What the batch will become."""
+    return BatchStatus.CANCELLED if batch.status is BatchStatus.CANCELLING else batch.outcome or BatchStatus.COMPLETED
+
+
+def _expose(uow: UnitOfWork, item: OutboxItem, files: _Files, problem: InputError | None, changed: bool | None) -> None:
+    """File rows, counters and the final status, all or nothing.
+
+    A batch whose `output_uri` refused its results fails, and says why; the results are paid for, so its files are there all the same.
+    """
     assert item.batch_id is not None
     batch = uow.batches.load(item.batch_id, lock=True)
     if batch.status not in (BatchStatus.FINALIZING, BatchStatus.CANCELLING):
@@ -163,10 +206,11 @@ def _expose(uow: UnitOfWork, item: OutboxItem, files: _Files) -> None:
         raise BlobCorrupt(f"Batch {batch.id} counts (completed, failed, total) {counted}; its lines say {found}.")
     if files.missing:
         uow.batches.count(batch.id, completed=0, failed=files.missing, usage=Usage())
-    status = BatchStatus.CANCELLED if batch.status is BatchStatus.CANCELLING else batch.outcome or BatchStatus.COMPLETED
+    status = BatchStatus.FAILED if problem and _end(batch) is BatchStatus.COMPLETED else _end(batch)
     output = _add_file(uow, batch, files.output, f"{batch.id}_output.jsonl")
     errors = _add_file(uow, batch, files.errors, f"{batch.id}_error.jsonl")
-    uow.batches.save(batch.to(status, uow.now, output_file_id=output, error_file_id=errors))
+    problems = (*batch.errors, problem) if problem else batch.errors
+    uow.batches.save(batch.to(status, uow.now, output_file_id=output, error_file_id=errors, errors=problems, input_changed=changed))
     uow.outbox.done(item)
 
 

@@ -24,7 +24,8 @@ log = structlog.get_logger(__name__)
 def clean(database: Database, blobs: BlobStore, *, orphans_after: timedelta = ORPHANS_AFTER) -> int:
     """One pass over deleted files and over all segments and outputs; returns how many objects were removed. Raises Unavailable."""
     removed = remove_deleted_files(database, blobs) + blobs.discard_abandoned(ABANDONED_AFTER)
-    for prefix in ("segments/", "outputs/"):
+    removed += remove_stale_uploads(database, blobs)
+    for prefix in ("segments/", "outputs/", "inputs/"):
         for batch_id, keys in _by_batch(blobs, prefix):
             for key in _unnamed(database, batch_id, keys, orphans_after):
                 blobs.delete(key)
@@ -50,6 +51,17 @@ def remove_deleted_files(database: Database, blobs: BlobStore) -> int:
             return removed
 
 
+def remove_stale_uploads(database: Database, blobs: BlobStore) -> int:
+    """What was put by a presigned URL that ran out a day ago, and never registered."""
+    with database.begin() as uow:
+        stale = uow.uploads.stale(ABANDONED_AFTER, FILES)
+    for upload in stale:
+        blobs.delete(upload.storage_key)
+        with database.begin() as uow:
+            uow.uploads.remove(upload.id)
+    return len(stale)
+
+
 def _by_batch(blobs: BlobStore, prefix: str) -> Iterator[tuple[str, list[str]]]:
     """Keys under `<prefix><batch id>/`, a batch at a time; stores list in key order."""
     keys = (info.key for info in blobs.list(prefix))
@@ -67,7 +79,7 @@ def _unnamed(database: Database, batch_id: str, keys: list[str], orphans_after: 
         if not batch.status.terminal or uow.now - _ended_at(batch) < orphans_after:
             return []
         named = {segment.key for segment in uow.results.segments(batch_id)}
-        for file_id in (batch.output_file_id, batch.error_file_id):
+        for file_id in (batch.input_file_id, batch.output_file_id, batch.error_file_id):
             if file_id is not None and (file := uow.files.get(batch.project_id, file_id)) is not None:
                 named.add(file.storage_key)
         return [key for key in keys if key not in named]

@@ -49,7 +49,7 @@ def check(database: Database, blobs: BlobStore, batch_id: str | None = None) -> 
         chosen = [uow.batches.load(batch_id)] if batch_id else []
     for batch in chosen or _all_batches(database):
         found.extend(_check_segments(database, blobs, batch))
-        if batch.status in _ENDED:
+        if batch.status in _ENDED or batch.output_file_id or batch.error_file_id:
             found.extend(_check_files(database, blobs, batch))
     return found
 

@@ -70,7 +70,7 @@ def retry_failed(batch_id: str, *, caller: Caller, database: Database, blobs: Bl
 def _refuse_unless_ended(batch: Batch) -> None:
     if not batch.status.terminal:
         raise Conflict(f"Batch {batch.id} is {batch.status.value}; its lines can be retried once it has ended.", param="batch_id")
-    if batch.status is BatchStatus.FAILED:
+    if batch.status is BatchStatus.FAILED and batch.finalizing_at is None:
         raise Conflict(f"Batch {batch.id} failed validation; correct the input and create a new batch.", param="batch_id")
 
 

@@ -11,6 +11,7 @@ from datetime import timedelta
 from service.domain.account import File, FilePurpose
 from service.domain.ids import new_batch_id
 from service.domain.job import Batch, OnInvalidLine
+from service.domain.object_uri import ObjectUri
 from service.errors import Conflict, InvalidRequest, NotFound
 from service.ports import Database, OutboxKind, UnitOfWork
 from service.usecases.files import file_lock, live_file
@@ -31,7 +32,7 @@ _IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,255}")
 class BatchRequest:
     """A create as asked for, types already checked."""
 
-    input_file_id: str
+    input_file_id: str | None
     endpoint: str
     completion_window: str
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -39,6 +40,8 @@ class BatchRequest:
     priority: int = 0
     on_invalid_line: OnInvalidLine = OnInvalidLine.FAIL
     drafter: str = "auto"
+    input_uri: str | None = None
+    output_uri: str | None = None
     max_cost: int | None = None
     """Femto-dollars that the batch may cost at most."""
 
@@ -72,10 +75,13 @@ def create_batch(request: BatchRequest, *, repeat: Repeatability, caller: Caller
         earlier = _earlier(uow, repeat, caller)
         if earlier is not None:
             return earlier
-        # The same lock as in delete_file: a batch never starts on a file that is being deleted.
-        uow.requests.lock(caller.project_id, file_lock(request.input_file_id))
-        file = input_file(uow, request, caller)
-        batch = _new_batch(request, file, repeat, caller, uow, window)
+        if request.input_file_id is not None:
+            # The same lock as in delete_file: a batch never starts on a file that is being deleted.
+            uow.requests.lock(caller.project_id, file_lock(request.input_file_id))
+            input_file(uow, request, caller)
+        batch = _new_batch(request, repeat, caller, uow, window)
+        if batch.output_uri is not None:
+            _claim_output(uow, batch.output_uri)
         uow.batches.add(batch)
         uow.outbox.add(OutboxKind.VALIDATE, batch_id=batch.id)
         if repeat.idempotency_key is not None:
@@ -111,6 +117,17 @@ def check_request(request: BatchRequest) -> None:
         raise InvalidRequest(f"'endpoint' must be one of {', '.join(ENDPOINTS)}; got {request.endpoint[:64]!r}.", param="endpoint")
     if not _DRAFTER.fullmatch(request.drafter):
         raise InvalidRequest(f"'drafter' must be 'auto', 'off' or a drafter's name, got {request.drafter[:64]!r}.", param="drafter")
+    if request.input_uri is not None:
+        ObjectUri.of_object(request.input_uri, param="input_uri")
+    if request.output_uri is not None:
+        ObjectUri.of_folder(request.output_uri, param="output_uri")
+
+
+def _claim_output(uow: UnitOfWork, output_uri: str) -> None:
+    """Two batches never write to one folder at the same time. Raises Conflict."""
+    uow.requests.lock("", hashlib.sha256(b"output:" + output_uri.encode()).digest())
+    if uow.requests.writer_of(output_uri) is not None:
+        raise Conflict(f"Another batch is about to write to {output_uri}: use a folder for each batch.", param="output_uri")
 
 
 def _earlier(uow: UnitOfWork, repeat: Repeatability, caller: Caller) -> Batch | None:
@@ -132,6 +149,7 @@ def _earlier(uow: UnitOfWork, repeat: Repeatability, caller: Caller) -> Batch | 
 
 def input_file(uow: UnitOfWork, request: BatchRequest, caller: Caller) -> File:
     """Raises NotFound, or InvalidRequest where the file has another purpose."""
+    assert request.input_file_id is not None
     try:
         file = live_file(uow, caller.project_id, request.input_file_id)
     except NotFound:
@@ -143,14 +161,16 @@ def input_file(uow: UnitOfWork, request: BatchRequest, caller: Caller) -> File:
     return file
 
 
-def _new_batch(request: BatchRequest, file: File, repeat: Repeatability, caller: Caller, uow: UnitOfWork, window: timedelta) -> Batch:
+def _new_batch(request: BatchRequest, repeat: Repeatability, caller: Caller, uow: UnitOfWork, window: timedelta) -> Batch:
     return Batch(
         id=new_batch_id(),
         project_id=caller.project_id,
         api_key_id=caller.key_id,
         endpoint=request.endpoint,
         completion_window=request.completion_window,
-        input_file_id=file.id,
+        input_file_id=request.input_file_id,
+        input_uri=request.input_uri,
+        output_uri=str(ObjectUri.of_folder(request.output_uri, param="output_uri")) if request.output_uri is not None else None,
         created_at=uow.now,
         expires_at=uow.now + window,
         price_version=uow.ledger.price_book().version,

@@ -23,17 +23,21 @@ from service.config import Limits
 from service.domain.account import File
 from service.domain.job import Batch, BatchStatus, InputError, OnInvalidLine
 from service.domain.line import LineOutcome, Outcome, PlannedGroup, Segment, StagedLine
+from service.domain.object_uri import ObjectUri
 from service.domain.request_body import error_body
 from service.domain.result_lines import pack_results
 from service.domain.usage import Usage
 from service.errors import BlobCorrupt, BlobNotFound, LeaseLost
 from service.planning.grouping import plan_groups
 from service.planning.validate import ErrorList, InputRefused, LineRules, ResolveModel, check_lines, duplicate_error
-from service.ports import BlobStore, Database, OutboxItem, OutboxKind, UnitOfWork
+from service.ports import BlobStore, Database, OutboxItem, OutboxKind, UnitOfWork, UserBuckets
+from service.usecases.user_buckets import BucketProblem, CopiedInput, check_output, explained, find_input, open_bucket
 
 READ_BYTES = 1 << 20
 CHUNK_LINES = 2000
 """Lines a staging transaction carries: tens of milliseconds of COPY, and a few hundred kilobytes of memory."""
+UNREACHABLE_ATTEMPTS = 12
+"""A user's store that does not answer is waited for (some six minutes, with the control process's growing delays), not for ever."""
 UNREADABLE_ATTEMPTS = 5
 """An input object that is missing or differs from its recorded hash may be a store's bad moment: only this attempt fails the batch."""
 
@@ -46,6 +50,7 @@ def validate_batch(
     database: Database,
     blobs: BlobStore,
     limits: Limits,
+    buckets: UserBuckets,
     resolve_model: ResolveModel,
     lease: timedelta,
     group_lines: int = 64,
@@ -61,7 +66,7 @@ def validate_batch(
     """
     if item.batch_id is None:
         raise ValueError(f"outbox item {item.id} names no batch")
-    validation = _Validation(item, item.batch_id, database, blobs, limits, lru_cache(256)(resolve_model), lease, group_lines)
+    validation = _Validation(item, item.batch_id, database, blobs, buckets, limits, lru_cache(256)(resolve_model), lease, group_lines)
     try:
         validation.run()
     except _NoLongerValidating as stopped:
@@ -91,6 +96,7 @@ class _Validation:
     batch_id: str
     database: Database
     blobs: BlobStore
+    buckets: UserBuckets
     limits: Limits
     resolve_model: ResolveModel
     lease: timedelta
@@ -101,28 +107,66 @@ class _Validation:
         with self._fenced() as (uow, batch):
             uow.lines.clear(batch.id)
             file = uow.files.get(batch.project_id, batch.input_file_id) if batch.input_file_id else None
-        if file is None:
-            self._fail((InputError("input_file_not_found", f"The input file {batch.input_file_id} does not exist any more."),))
-            return
         try:
-            scan = self._scan(batch, file)
-        except InputRefused as refused:
+            if batch.output_uri is not None:
+                self._check_output(batch, batch.output_uri)
+            if batch.input_uri is not None:
+                self._copy_and_conclude(batch, batch.input_uri)
+            else:
+                self._conclude(batch, self._scan(batch, self._read(batch, file)))
+        except (InputRefused, BucketProblem) as refused:
             self._fail((refused.error,))
-            return
         except (BlobNotFound, BlobCorrupt) as error:
             if self.item.attempts < UNREADABLE_ATTEMPTS:
                 raise
-            self._fail((InputError("input_file_unreadable", f"The input file {file.id} cannot be read: {error.message}"),))
-            return
+            name = batch.input_uri or f"file {batch.input_file_id}"
+            self._fail((InputError("input_file_unreadable", f"The input {name} cannot be read: {error.message}"),))
+
+    def _conclude(self, batch: Batch, scan: _Scan, copied: CopiedInput | None = None) -> None:
+        """After the pass: the batch fails, or what there is to run becomes visible."""
         self._refuse_duplicates(batch, scan)
         if scan.errors:
             self._fail(scan.errors.as_tuple())
-        else:
-            self._finish(scan)
+            return
+        if copied is not None:
+            copied.keep()
+        try:
+            self._finish(scan, copied)
+        except (LeaseLost, _NoLongerValidating):
+            if copied is not None:
+                copied.discard()
+            raise
+
+    # --- users' buckets ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def _patient(self) -> bool:
+        return self.item.attempts < UNREACHABLE_ATTEMPTS
+
+    def _check_output(self, batch: Batch, output_uri: str) -> None:
+        """What would go wrong after hours of work goes wrong now."""
+        folder = ObjectUri.of_folder(output_uri, param="output_uri")
+        with explained(folder, "output_uri", patient=self._patient):
+            check_output(open_bucket(self.database, self.buckets, batch.project_id, folder), folder)
+
+    def _copy_and_conclude(self, batch: Batch, input_uri: str) -> None:
+        uri = ObjectUri.of_object(input_uri, param="input_uri")
+        with explained(uri, "input_uri", patient=self._patient):
+            bucket = open_bucket(self.database, self.buckets, batch.project_id, uri)
+            version = find_input(bucket, uri, max_bytes=self.limits.max_file_bytes)
+        key = f"inputs/{batch.id}/{self.item.token}.jsonl"
+        with CopiedInput(uri, bucket, version, self.blobs, key, self._patient) as copied:
+            self._conclude(batch, self._scan(batch, self._alive(copied.portions())), copied)
+
+    def _alive(self, portions: Iterator[bytes]) -> Iterator[bytes]:
+        """The same; keeps the lease alive."""
+        for portion in portions:
+            self._keep_lease()
+            yield portion
 
     # --- the pass ---------------------------------------------------------------------------------------------------------------
 
-    def _scan(self, batch: Batch, file: File) -> _Scan:
+    def _scan(self, batch: Batch, portions: Iterator[bytes]) -> _Scan:
         """Checks every line and stages it. A refused line is recorded as a result (skip) or an error (fail)."""
         rules = LineRules(
             endpoint=batch.endpoint,
@@ -134,7 +178,7 @@ class _Validation:
         scan = _Scan()
         skip = batch.on_invalid_line is OnInvalidLine.SKIP
         # Verdicts without the parsed bodies: a chunk of long lines would otherwise be the whole file in memory.
-        verdicts = ((line.staged, line.error) for line in check_lines(self._read(file), rules))
+        verdicts = ((line.staged, line.error) for line in check_lines(portions, rules))
         while chunk := list(islice(verdicts, CHUNK_LINES)):
             good = [line for line, error in chunk if error is None]
             refused = [(line, error) for line, error in chunk if error is not None]
@@ -148,8 +192,10 @@ class _Validation:
                 self._write(good, [])
         return scan
 
-    def _read(self, file: File) -> Iterator[bytes]:
+    def _read(self, batch: Batch, file: File | None) -> Iterator[bytes]:
         """The input in portions, compared with the file's recorded size and hash at its end; keeps the lease alive."""
+        if file is None:
+            raise InputRefused(InputError("input_file_not_found", f"The input file {batch.input_file_id} does not exist any more."))
         digest, size = hashlib.sha256(), 0
         with self.blobs.open(file.storage_key) as stream:
             while portion := stream.read(READ_BYTES):
@@ -226,7 +272,7 @@ class _Validation:
             uow.outbox.done(self.item)
         log.info("batch_failed", batch_id=self.batch_id, code=errors[0].code, line=errors[0].line, errors=len(errors))
 
-    def _finish(self, scan: _Scan) -> None:
+    def _finish(self, scan: _Scan, copied: CopiedInput | None) -> None:
         """Groups, status and wake-ups in one transaction: before it workers see nothing, after it everything.
 
         Planning a million lines takes minutes, so the item is held at the end instead of the beginning: until then its lease can be renewed
@@ -237,6 +283,9 @@ class _Validation:
             plan = plan_groups(uow.lines.for_grouping(self.batch_id), max_lines=self.group_lines)
             groups = uow.groups.plan(self.batch_id, self._watched(plan, models))
             batch = self._hold(uow)
+            if copied is not None:
+                uow.files.add(file := copied.file(batch, uow.now))
+                batch = batch.evolve(input_file_id=file.id, input_etag=copied.version.etag)
             if groups:
                 batch = batch.to(BatchStatus.IN_PROGRESS, uow.now, model=scan.model, total=scan.total)
             else:

@@ -23,6 +23,7 @@ import orjson
 import structlog
 
 from service.adapters.blobs_local import LocalBlobStore
+from service.adapters.memory import MemoryBuckets
 from service.adapters.schema import upgrade
 from service.adapters.unit_of_work import PostgresDatabase
 from service.config import Limits
@@ -102,7 +103,9 @@ def measure(folder: Path, lines: int, total_bytes: int) -> dict[str, Any]:
         limits = Limits(max_lines=max(lines, 50_000), max_file_bytes=max(size, 200_000_000))
         before = peak_rss()
         start = time.perf_counter()
-        validate_batch(item, database=database, blobs=blobs, limits=limits, resolve_model={MODEL: MODEL}.get, lease=LEASE)
+        validate_batch(
+            item, database=database, blobs=blobs, buckets=MemoryBuckets(), limits=limits, resolve_model={MODEL: MODEL}.get, lease=LEASE
+        )
         seconds = time.perf_counter() - start
         assert item.batch_id is not None
         with database.begin() as uow:

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
+from service.adapters.memory import MemoryBuckets
 from service.config import Limits
 from service.domain.account import File, FilePurpose, Project
 from service.domain.ids import new_batch_id, new_file_id
 from service.domain.job import Batch, OnInvalidLine
 from service.domain.result_lines import ResultLine, decode_result
-from service.ports import BlobStore, Database, OutboxItem, OutboxKind
+from service.ports import BlobStore, Database, OutboxItem, OutboxKind, UserBuckets
 from service.usecases.validate import validate_batch
 from tests.bad_input import ENDPOINT, MODEL
 
@@ -29,6 +30,7 @@ class Intake:
     limits: Limits = field(default_factory=Limits)
     group_lines: int = 64
     lease: timedelta = LEASE
+    buckets: UserBuckets = field(default_factory=MemoryBuckets)
 
     def __post_init__(self) -> None:
         with self.database.begin() as uow:
@@ -69,6 +71,7 @@ class Intake:
             item,
             database=self.database,
             blobs=blobs or self.blobs,
+            buckets=self.buckets,
             limits=self.limits,
             resolve_model={MODEL: MODEL, "gpt-4o-mini": MODEL, "other": "other"}.get,
             lease=self.lease,

@@ -78,7 +78,7 @@ class Jobs(Intake):
         with self.database.begin() as uow:
             items = uow.outbox.claim("test", kinds=[OutboxKind.FINALIZE], lease=LEASE, limit=1000)
         for item in items:
-            finalize_batch(item, database=self.database, blobs=self.blobs)
+            finalize_batch(item, database=self.database, blobs=self.blobs, buckets=self.buckets)
         return self.load(batch)
 
     def complete(self, data: bytes, **options: Any) -> Batch:

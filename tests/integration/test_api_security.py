@@ -97,7 +97,9 @@ def test_a_read_key_reads_and_nothing_else(api: ApiServer, tenant: Tenant) -> No
             asked = {"start_time": 0} if path.startswith("/v1/organization/") else {}
             answer = reader.http.request(method, filled(path, **ids), params=asked)
             if method == "GET":
-                assert answer.status_code == 200, (method, path, answer.text)
+                # This server's store is a folder, to which there are no URLs.
+                allowed = {"presigned_urls_unavailable"} if path.endswith("/download_url") else set()
+                assert answer.status_code == 200 or answer.json()["error"]["code"] in allowed, (method, path, answer.text)
             else:
                 refused(answer, 403, code="insufficient_scope")
 

@@ -47,6 +47,7 @@ def estimate(jobs: Jobs, data: bytes, tokenizers: Tokenizers = lambda _: None, *
         caller=caller,
         database=jobs.database,
         blobs=jobs.blobs,
+        buckets=jobs.buckets,
         limits=Limits(),
         resolve_model={MODEL: MODEL, "other": "other"}.get,
         tokenizers=tokenizers,

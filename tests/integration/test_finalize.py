@@ -96,7 +96,7 @@ def test_killed_at_each_transaction_another_finaliser_redoes_it(jobs, at):
     batch = ready(jobs)
     item = claim(jobs)
     with pytest.raises(Interruption):
-        finalize_batch(item, database=Dying(jobs.database, "begin", at), blobs=jobs.blobs)
+        finalize_batch(item, database=Dying(jobs.database, "begin", at), blobs=jobs.blobs, buckets=jobs.buckets)
     assert jobs.load(batch).status is BatchStatus.FINALIZING
     assert jobs.load(batch).output_file_id is None
     give_up(jobs, item)
@@ -111,7 +111,7 @@ def test_killed_while_it_reads_segments(jobs):
     batch = ready(jobs)
     item = claim(jobs)
     with pytest.raises(Interruption):
-        finalize_batch(item, database=jobs.database, blobs=Dying(jobs.blobs, "open", 1))
+        finalize_batch(item, database=jobs.database, blobs=Dying(jobs.blobs, "open", 1), buckets=jobs.buckets)
     give_up(jobs, item)
     assert jobs.finalize(batch).status is BatchStatus.COMPLETED
 
@@ -121,9 +121,9 @@ def test_of_two_finalisers_one_exposes(jobs):
     batch = ready(jobs)
     first = claim(jobs, lease=timedelta(0))
     second = claim(jobs)
-    finalize_batch(second, database=jobs.database, blobs=jobs.blobs)
+    finalize_batch(second, database=jobs.database, blobs=jobs.blobs, buckets=jobs.buckets)
     with pytest.raises(LeaseLost):
-        finalize_batch(first, database=jobs.database, blobs=jobs.blobs)
+        finalize_batch(first, database=jobs.database, blobs=jobs.blobs, buckets=jobs.buckets)
     assert jobs.load(batch).status is BatchStatus.COMPLETED
     assert check(jobs.database, jobs.blobs) == []
 
@@ -141,12 +141,12 @@ def test_a_finaliser_that_was_overtaken_at_the_end_leaves_nothing(jobs):
         def begin(self):
             Overtaken.begun += 1
             if Overtaken.begun == 3:
-                finalize_batch(claim(jobs), database=jobs.database, blobs=jobs.blobs)
+                finalize_batch(claim(jobs), database=jobs.database, blobs=jobs.blobs, buckets=jobs.buckets)
             with jobs.database.begin() as uow:
                 yield uow
 
     with pytest.raises(LeaseLost):
-        finalize_batch(first, database=Overtaken(), blobs=jobs.blobs)
+        finalize_batch(first, database=Overtaken(), blobs=jobs.blobs, buckets=jobs.buckets)
     assert check(jobs.database, jobs.blobs) == []
     assert [info.key.split("/")[2] for info in jobs.blobs.list("outputs/")] == ["2"]
     assert jobs.load(batch).completed == 30
@@ -159,7 +159,7 @@ def test_two_finalisers_at_the_same_time(jobs):
 
     def run(item):
         try:
-            finalize_batch(item, database=jobs.database, blobs=jobs.blobs)
+            finalize_batch(item, database=jobs.database, blobs=jobs.blobs, buckets=jobs.buckets)
         except LeaseLost as error:
             refused.append(error)
 
@@ -177,7 +177,7 @@ def test_a_finished_item_is_a_finished_item(jobs):
     """The answer of the last commit was lost: the next finaliser finds the batch ended and closes the item."""
     batch = ready(jobs)
     item = claim(jobs, lease=timedelta(0))
-    finalize_batch(item, database=jobs.database, blobs=jobs.blobs)
+    finalize_batch(item, database=jobs.database, blobs=jobs.blobs, buckets=jobs.buckets)
     with jobs.database.begin() as uow:
         uow.outbox.add(OutboxKind.FINALIZE, batch_id=batch.id)
     before = jobs.load(batch)

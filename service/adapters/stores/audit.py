@@ -67,10 +67,11 @@ _QUERIES: Sequence[str] = (
         FROM lines l LEFT JOIN line_results r ON r.batch_id = l.batch_id AND r.line_no = l.line_no
         WHERE l.batch_id = b.id
     ) c
-    WHERE b.status NOT IN ('validating', 'failed') AND (CAST(:batch AS text) IS NULL OR b.id = :batch)
+    WHERE b.status <> 'validating' AND (b.status <> 'failed' OR b.finalizing_at IS NOT NULL)
+      AND (CAST(:batch AS text) IS NULL OR b.id = :batch)
       AND (b.status NOT IN ('cancelling', 'cancelled') OR b.total > 0)
       AND (b.total <> c.lines OR b.completed <> c.completed
-           OR (b.status IN ('completed', 'expired', 'cancelled') AND b.failed <> c.lines - c.completed)
+           OR (b.status IN ('completed', 'expired', 'cancelled', 'failed') AND b.failed <> c.lines - c.completed)
            OR (b.status IN ('in_progress', 'finalizing', 'cancelling') AND b.failed <> c.failed))
     LIMIT :limit
     """,

@@ -103,6 +103,11 @@ class Requests:
         query = select(batches.c.id).where(*same).order_by(batches.c.seq.desc()).limit(1)
         return self._connection.execute(query).scalar_one_or_none()
 
+    def writer_of(self, output_uri: str) -> str | None:
+        ended = [status.value for status in BatchStatus if status.terminal]
+        query = select(batches.c.id).where(batches.c.output_uri == output_uri, batches.c.status.not_in(ended)).limit(1)
+        return self._connection.execute(query).scalar_one_or_none()
+
 
 def _values(batch: Batch) -> dict[str, Any]:
     values = {field.name: getattr(batch, field.name) for field in fields(batch)}

@@ -137,6 +137,7 @@ def _estimate(body: dict[str, Any], caller: Writer, ctx: Context) -> EstimateObj
         caller=caller,
         database=ctx.database,
         blobs=ctx.blobs,
+        buckets=ctx.buckets,
         limits=ctx.settings.limits,
         resolve_model=ctx.settings.resolve_model,
         tokenizers=ctx.tokenizers,
