@@ -6,9 +6,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
     from engine.kv_pool import KVPool
+
+
+NORMALISED = -1
+"""Tap index of the hidden states after the final norm, as the output head sees them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +27,7 @@ class ForwardBatch:
     logit_rows: int64 [R], the rows whose next-token logits are wanted, ascending.
     max_query, max_kv: Python ints, so that nobody has to ask the device.
     shared_prefix_blocks: leading blocks that are the same for *all* S sequences (0 = none); a kernel may read them once.
-    taps: hidden-state indices wanted beside the output (0 = embeddings, i = after layer i), for drafters.
+    taps: hidden-state indices wanted beside the output (0 = embeddings, i = after layer i, or `NORMALISED`), for drafters.
     """
 
     token_ids: torch.Tensor
@@ -63,6 +69,18 @@ class ModelSpec:
     parameter_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class FrozenParts:
+    """What drafters share with their target. embedding: [vocab, hidden], unscaled.
+
+    norm: the final norm, [T, hidden] -> [T, hidden]. head: the output head alone, normalised [T, hidden] -> float32 [T, vocab].
+    """
+
+    embedding: torch.Tensor
+    norm: Callable[[torch.Tensor], torch.Tensor]
+    head: Callable[[torch.Tensor], torch.Tensor]
+
+
 class TargetModel(Protocol):
     """A decoder that runs packed rows over a paged KV cache (the lean decoder, or any transformers model through the fallback)."""
 
@@ -74,4 +92,8 @@ class TargetModel(Protocol):
         A layer writes all of them before it reads any: a sequence's table may list blocks that another sequence of the same
         step fills (siblings that start together share their prefix in one step).
         """
+        ...
+
+    def frozen(self) -> FrozenParts:
+        """Embedding, final norm and output head, for drafters."""
         ...

@@ -14,8 +14,9 @@ class EngineConfig:
     """`dtype` and `device` choose how the model is loaded (see `load_model`).
 
     The KV cache gets `kv_bytes`, or else `kv_fraction` of the memory that is free once the model is loaded. `drafter` is what
-    a request's `auto` means: `auto`, `off` or a registered name. `seed` makes unseeded sampling repeatable for the same requests in the
-    same order on an otherwise equal run; None draws fresh entropy. `threads` bounds the CPU threads of the model.
+    a request's `auto` means: `auto`, `off`, a drafter's name, or the folder or id of one. `seed` makes unseeded sampling repeatable
+    for the same requests in the same order on an otherwise equal run; None draws fresh entropy. `threads` bounds the CPU threads of the
+    model.
     """
 
     dtype: str = "auto"
@@ -54,17 +55,19 @@ class Limits:
     block_bytes: int
 
 
-def derive_limits(config: EngineConfig, spec: ModelSpec, free_bytes: int) -> Limits:
+def derive_limits(config: EngineConfig, spec: ModelSpec, free_bytes: int, drafter_bytes_per_token: int = 0) -> Limits:
     """Sizes the batch and the KV cache. Raises ValueError where not even one sequence would fit the budget.
 
     Defaults: on two CPU cores throughput is level from 64 sequences on (140 ms a step at 64 rows, 259 at 128), so 64 there and 256
     on a GPU, where a wider batch still pays. The CPU shares its memory with everything else: a quarter of what is free, at
-    most 4 GiB; a GPU gives 85%. Never more blocks than `max_sequences` full contexts can use.
+    most 4 GiB; a GPU gives 85%. Never more blocks than `max_sequences` full contexts can use. What drafters keep for each token of the KV
+    cache (`drafter_bytes_per_token`) comes out of the same budget.
     """
     on_cpu = spec.device.type == "cpu"
     max_sequences = config.max_sequences or (64 if on_cpu else 256)
     max_step_tokens = max(config.max_step_tokens or (512 if on_cpu else 8192), max_sequences)
-    block_bytes = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * spec.dtype.itemsize * config.block_size
+    token_bytes = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * spec.dtype.itemsize + drafter_bytes_per_token
+    block_bytes = token_bytes * config.block_size
     budget = config.kv_bytes
     if budget is None:
         budget = int(free_bytes * (config.kv_fraction or (0.25 if on_cpu else 0.85)))

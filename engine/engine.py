@@ -13,8 +13,8 @@ import torch
 
 from engine.accounting import charge, estimate
 from engine.config import EngineConfig, derive_limits
-from engine.drafters import registry
-from engine.drafters.base import Progress
+from engine.drafters.base import Host, Progress
+from engine.drafters.registry import OFF, Catalogue, UnknownDrafterError
 from engine.kv_blocks import BlockPool
 from engine.kv_pool import KVPool
 from engine.logit_rules import LogitRules
@@ -58,12 +58,13 @@ class Engine:
     def __init__(self, loaded: LoadedModel, config: EngineConfig | None = None, profiles: Profiles | None = None) -> None:
         """`profiles`: where the machine's profile is looked for before it is measured, and kept."""
         self.config = config = config or EngineConfig()
-        registry.resolve(config.drafter, registry.AUTO)  # an unknown default fails here, not at the first request
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.spec = spec = loaded.model.spec
         self.tokenizer = Tokenizer(loaded.tokenizer)
-        self.limits = derive_limits(config, spec, free_bytes(spec.device))
+        directory = getattr(loaded, "directory", None)
+        self.drafters = Catalogue(config.drafter, directory, spec)  # an unknown default fails here, not at the first request
+        self.limits = derive_limits(config, spec, free_bytes(spec.device), self.drafters.bytes_per_token)
         kv = KVPool(
             num_layers=spec.num_layers,
             num_blocks=self.limits.num_blocks,
@@ -83,15 +84,27 @@ class Engine:
         )
         cost = CostModel(self.limits.max_step_tokens)
         self.profile_reused = False
-        if config.drafter != registry.OFF:
+        if config.drafter != OFF:
             points, self.profile_reused = (
                 profiles.steps(self._runner, spec, self.limits.max_sequences)
                 if profiles is not None
                 else (measure_steps(self._runner, self.limits.max_sequences), False)
             )
             cost.profile(points)
-        self._speculator = Speculator(config.max_draft_tokens, self.limits.max_sequences, cost)
-        self._table = RowTable(self.limits.max_sequences, int.from_bytes(os.urandom(8)) if config.seed is None else config.seed)
+        entropy = int.from_bytes(os.urandom(8)) if config.seed is None else config.seed
+        self.drafters.prepare(
+            Host(
+                target=loaded.model,
+                tokenizer=self.tokenizer,
+                directory=directory,
+                num_blocks=self.limits.num_blocks,
+                block_size=config.block_size,
+                max_sequences=self.limits.max_sequences,
+                entropy=entropy,
+            )
+        )
+        self._speculator = Speculator(config.max_draft_tokens, self.limits.max_sequences, cost, self.drafters)
+        self._table = RowTable(self.limits.max_sequences, entropy)
         self._rules = LogitRules()
         self._live: dict[int, _Live] = {}
         self._meter = Meter(self._pool.capacity)
@@ -156,10 +169,10 @@ class Engine:
             if request is None:
                 return True
             try:
-                drafter = registry.resolve(request.drafter, self.config.drafter)
+                drafter = self.drafters.resolve(request.drafter)
                 self._check_vocabulary(request)
                 sequence = self._scheduler.add(request)
-            except (UnfitRequestError, registry.UnknownDrafterError) as error:
+            except (UnfitRequestError, UnknownDrafterError) as error:
                 self._finished += 1
                 ledger = TokenLedger(prompt=len(request.prompt_token_ids))
                 rejected.append(Result(request.id, (), "", FinishReason.ERROR, ledger, error=str(error)))
@@ -237,7 +250,7 @@ class Engine:
         self._speculator.learn_cost(Load(step.num_tokens, len(step.logit_rows), int(step.kv_lengths.sum())), outcome.nanoseconds * 1e-9)
         self._speculator.settle(work.proposal, decoding, accepted[: work.num_decoding], outcome.following[: work.num_decoding])
         if outcome.taps:
-            self._speculator.observe(Progress(chunks, step.query_start, work.counts + accepted, outcome.taps))
+            self._speculator.observe(Progress(chunks, step.query_start, work.counts + accepted, step.positions, step.slots, outcome.taps))
         charge(work, outcome)
         results = []
         generated = 0

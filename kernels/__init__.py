@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
     from kernels.reference.attention_plan import AttentionPlan
     from kernels.reference.linear import PackedLinear
+    from kernels.reference.sequential_head import DraftBlock, SequentialHead
 
 __version__ = "1.0.0"
 
-__all__ = ["attention", "gated_activation", "kv_write", "linear", "pack_linear", "plan_attention", "rms_norm", "rotary"]
+__all__ = ["attention", "gated_activation", "kv_write", "linear", "pack_linear", "plan_attention", "rms_norm", "rotary", "sequential_head"]
 
 TRITON_OPS: dict[str, str] = {"gated_activation": "gated_activation", "rms_norm": "rms_norm"}
 """Op name -> module under `kernels.triton`. An op that is not listed runs its reference on every device."""
@@ -35,6 +36,7 @@ _REFERENCE_OPS = {
     "plan_attention": "attention_plan",
     "rms_norm": "rms_norm",
     "rotary": "rotary",
+    "sequential_head": "sequential_head",
 }
 
 
@@ -96,3 +98,19 @@ def attention(
 ) -> torch.Tensor:
     """Paged, causal, variable-length attention of [T, heads, head_dim] queries. See `kernels.reference.attention`."""
     return _implementation("attention", q.device.type)(q, k_cache, v_cache, plan, scale, soft_cap)
+
+
+def sequential_head(
+    logits: torch.Tensor,
+    hidden: torch.Tensor | None,
+    anchors: torch.Tensor,
+    head: SequentialHead,
+    *,
+    temperatures: torch.Tensor | None = None,
+    keys: torch.Tensor | None = None,
+    keep_weights: bool = False,
+) -> DraftBlock:
+    """Drafts the tokens of a block one after the other. See `kernels.reference.sequential_head`."""
+    return _implementation("sequential_head", logits.device.type)(
+        logits, hidden, anchors, head, temperatures=temperatures, keys=keys, keep_weights=keep_weights
+    )

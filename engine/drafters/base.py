@@ -8,11 +8,31 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from numpy.typing import NDArray
 
+    from engine.batch import TargetModel
     from engine.scheduler import Chunk
     from engine.sequence import Sequence
+    from engine.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """The engine that a drafter works in. directory: the target's checkpoint, None where there is none.
+
+    num_blocks, block_size: of the target's KV pool; a sequence's `blocks` are numbers below num_blocks. entropy: 64 bits for noise.
+    """
+
+    target: TargetModel
+    tokenizer: Tokenizer
+    directory: Path | None
+    num_blocks: int
+    block_size: int
+    max_sequences: int
+    entropy: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +80,21 @@ class Progress:
 
     Chunk s put rows `query_start[s] : query_start[s] + valid[s]` of each tap (tensor [T, hidden], by hidden-state index) on
     confirmed text, at positions from `chunks[s].start` on; the rows after them belong to rejected drafts.
+    positions, slots: int64 [T], where each row stands in its text and where its KV lies (block * block_size + offset).
     """
 
     chunks: list[Chunk]
     query_start: NDArray[np.int32]
     valid: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    slots: NDArray[np.int64]
     taps: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def rows(self) -> NDArray[np.int64]:
+        """int64 [N], the rows on confirmed text."""
+        owner = np.repeat(np.arange(len(self.valid)), self.valid)
+        ends = np.cumsum(self.valid)
+        return np.arange(len(owner)) - np.repeat(ends - self.valid, self.valid) + self.query_start[owner]
 
 
 class Drafter(Protocol):

@@ -1,49 +1,117 @@
-"""Drafters by name. A new one is a file and a line here."""
+"""Drafters by name, for one engine. A built-in that needs nothing but text is a file and a line here; others are found by `sources`."""
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
+from engine.checkpoints.drafters.errors import DrafterError
 from engine.drafters.ngram import NgramDrafter
+from engine.drafters.sources import Source, find_automatic, named, third_party
 from engine.drafters.suffix import SuffixDrafter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
-    from engine.drafters.base import Drafter
+    from engine.batch import ModelSpec
+    from engine.drafters.base import Drafter, Host
+
+_log = logging.getLogger(__name__)
 
 OFF = "off"
 AUTO = "auto"
+PORTFOLIO = "portfolio"
 _DRAFTERS: dict[str, Callable[[], Drafter]] = {
     "ngram": NgramDrafter,
     "suffix": SuffixDrafter,
 }
-_AUTOMATIC = "suffix"
+TEXT = "suffix"
+"""The lookup that `auto` always has: it finds what `ngram` finds in a request's own text, and siblings' answers besides."""
 
 
 class UnknownDrafterError(ValueError):
     """A request or configuration names a drafter that is not there."""
 
 
-def drafter_names() -> list[str]:
-    """What a request may ask for."""
-    return [AUTO, OFF, *sorted(_DRAFTERS)]
+class Catalogue:
+    """What one engine can draft with. `default` is what a request's `auto` means.
 
-
-def resolve(name: str, default: str) -> str | None:
-    """The drafter that a request's `name` comes to, None for no drafting. `auto` means `default`, and that one's `auto` the best known.
-
-    Raises UnknownDrafterError with the names there are.
+    With `auto`, whatever `find_automatic` knows takes part, and every request is drafted for by what has earned it (`portfolio`). Any
+    other name than a built-in's is looked up at once. Raises UnknownDrafterError or DrafterError where it is not there or does not fit.
     """
-    name = default if name == AUTO else name
-    name = _AUTOMATIC if name == AUTO else name
-    if name == OFF:
-        return None
-    if name not in _DRAFTERS:
-        raise UnknownDrafterError(f"there is no drafter {name!r}; known are {', '.join(drafter_names())}")
-    return name
 
+    def __init__(self, default: str, directory: Path | None, spec: ModelSpec) -> None:
+        self._default = default
+        self._sources = {source.name: source for source in third_party()}
+        self._host: Host | None = None
+        if default in (AUTO, PORTFOLIO):
+            self._sources |= {source.name: source for source in find_automatic(directory, spec)}
+        elif default not in (OFF, *_DRAFTERS, *self._sources):
+            source = self._look_up(default, spec)
+            self._default = source.name
+            self._sources[source.name] = source
+        self._made: dict[str, Drafter] = {}
 
-def create(name: str) -> Drafter:
-    """A new drafter of a name that `resolve` returned."""
-    return _DRAFTERS[name]()
+    @property
+    def bytes_per_token(self) -> int:
+        """What the drafters that `auto` and the default use keep for each token of the target's KV cache."""
+        return sum(source.bytes_per_token for source in self._sources.values() if self._eager(source))
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """The drafters that take part in the portfolio, the text lookup first."""
+        return (TEXT, *(source.name for source in self._sources.values() if source.automatic))
+
+    def prepare(self, host: Host) -> None:
+        """Makes the drafters that will be used in any case. An automatic one that does not fit is dropped with a warning."""
+        self._host = host
+        for source in [source for source in self._sources.values() if self._eager(source)]:
+            try:
+                self._made[source.name] = source.make(host)
+            except (DrafterError, ValueError, OSError) as error:
+                if source.name == self._default:
+                    raise DrafterError(f"the drafter {source.name} ({source.origin}) cannot be used: {error}") from error
+                _log.warning("the drafter %s (%s) is not used: %s", source.name, source.origin, error)
+                del self._sources[source.name]
+
+    def names(self) -> list[str]:
+        """What a request may ask for."""
+        several = [PORTFOLIO] if len(self.members) > 1 else []
+        return [AUTO, OFF, *several, *sorted({*_DRAFTERS, *self._sources})]
+
+    def resolve(self, name: str) -> str | None:
+        """The drafter that a request's `name` comes to, None for no drafting. Raises UnknownDrafterError with the names there are."""
+        name = self._default if name == AUTO else name
+        if name in (AUTO, PORTFOLIO):
+            name = PORTFOLIO if len(self.members) > 1 else TEXT
+        if name == OFF:
+            return None
+        if name not in self.names():
+            raise UnknownDrafterError(f"there is no drafter {name!r}; known are {', '.join(self.names())}")
+        return name
+
+    def create(self, name: str) -> Drafter:
+        """The drafter of a name that `resolve` returned or that is a member. Raises DrafterError where it does not fit the target."""
+        if name in _DRAFTERS:
+            return _DRAFTERS[name]()
+        made = self._made.pop(name, None)
+        if made is not None:
+            return made
+        if self._host is None:
+            raise RuntimeError("prepare() comes before create()")
+        return self._sources[name].make(self._host)
+
+    def retire(self, name: str) -> int:
+        """Takes a drafter out of the portfolio; returns the bytes per token of KV cache that it no longer needs."""
+        return self._sources.pop(name).bytes_per_token
+
+    def _eager(self, source: Source) -> bool:
+        """Made with the engine: hidden states of the first tokens already count."""
+        return source.name == self._default or (self._default in (AUTO, PORTFOLIO) and source.automatic)
+
+    def _look_up(self, name: str, spec: ModelSpec) -> Source:
+        try:
+            return named(name, spec)
+        except DrafterError as error:
+            raise UnknownDrafterError(f"{error}; known are {', '.join(self.names())}") from error

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 import kernels
-from engine.batch import ForwardBatch, ForwardOutput, ModelSpec
+from engine.batch import NORMALISED, ForwardBatch, ForwardOutput, FrozenParts, ModelSpec
 
 if TYPE_CHECKING:
     from engine.kv_pool import KVPool
@@ -46,17 +46,29 @@ class LeanDecoder:
             hidden = hidden * self._embedding_scale
         taps = {0: hidden} if 0 in batch.taps else {}
         last = len(self._arch.layers)
+        whole = last in batch.taps or NORMALISED in batch.taps
         for index, (layer, shape) in enumerate(zip(self._weights.layers, self._arch.layers, strict=True), start=1):
             attended = self._attend(layer, shape, hidden, tables, kv.keys[index - 1], kv.values[index - 1])
-            if index == last and index not in batch.taps:
+            if index == last and not whole:
                 # Nobody reads the other rows: the last layer's output projection and MLP run on these alone.
                 attended, hidden = attended.index_select(0, batch.logit_rows), hidden.index_select(0, batch.logit_rows)
             hidden = self._finish_layer(layer, attended, hidden)
             if index in batch.taps:
                 taps[index] = hidden
-        if last in batch.taps:
+        if NORMALISED in batch.taps:
+            taps[NORMALISED] = kernels.rms_norm(hidden, self._weights.norm, self._arch.norm_eps)
+        if whole:
             hidden = hidden.index_select(0, batch.logit_rows)
         return ForwardOutput(self._logits(hidden), taps)
+
+    def frozen(self) -> FrozenParts:
+        """See `TargetModel.frozen`."""
+        weights = self._weights
+        return FrozenParts(
+            embedding=weights.embedding,
+            norm=lambda hidden: kernels.rms_norm(hidden, weights.norm, self._arch.norm_eps),
+            head=lambda hidden: kernels.linear(hidden, weights.head).float(),
+        )
 
     def _tables(self, batch: ForwardBatch, kv: KVPool) -> _StepTables:
         plans: dict[int | None, AttentionPlan] = {}

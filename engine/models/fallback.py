@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import kernels
-from engine.batch import ForwardBatch, ForwardOutput, ModelSpec
+from engine.batch import NORMALISED, ForwardBatch, ForwardOutput, FrozenParts, ModelSpec
 from engine.checkpoints.tensors import weight_files
 from engine.kv_pool import KVPool
 
@@ -121,7 +121,17 @@ class FallbackModel:
         if any(tap >= self.spec.num_layers for tap in batch.taps):
             raise ValueError(f"this model gives taps 0 to {self.spec.num_layers - 1}, asked for {max(batch.taps)}")
         out, _ = self.run(batch, kv)
+        # transformers hands out the last layer's states normalised, so its -1 is ours.
+        assert NORMALISED == -1
         return ForwardOutput(out.logits[0].float(), {tap: out.hidden_states[tap][0] for tap in batch.taps})
+
+    def frozen(self) -> FrozenParts:
+        """See `TargetModel.frozen`. Raises ValueError where the final norm is not where transformers usually has it."""
+        norm = getattr(self._hf.base_model, "norm", None)
+        if norm is None:
+            raise ValueError(f"{self._hf.config.model_type} has no final norm by that name, so drafters that need it cannot run on it")
+        head = self._hf.get_output_embeddings()
+        return FrozenParts(self._hf.get_input_embeddings().weight, norm, lambda hidden: head(hidden).float())
 
     def run(self, batch: ForwardBatch, kv: KVPool) -> tuple[Any, _Step]:
         """One transformers forward with the paged attention in place: its output, and what the attention saw."""
@@ -160,10 +170,63 @@ def load_fallback(directory: Path, config: Any, make_spec: Callable[..., ModelSp
         output_loading_info=True,
         attn_implementation="eager",
     )
+    report["unexpected_keys"] = [name for name in report["unexpected_keys"] if not name.startswith(_prediction_heads(config))]
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[kind]:
             raise ValueError(f"the checkpoint has {kind.replace('_', ' ')}: {', '.join(map(str, sorted(report[kind])[:6]))}")
     return wrap_model(hf, make_spec)
+
+
+def paged_layer(
+    config: Any, tensors: dict[str, torch.Tensor], *, dtype: torch.dtype, device: torch.device
+) -> Callable[[torch.Tensor, ForwardBatch, KVPool], torch.Tensor]:
+    """A decoder layer of this model type by itself: hidden [T, hidden], batch and a cache of one layer -> hidden [T, hidden].
+
+    tensors: by the layer's own names, experts fused or one by one. Raises RuntimeError (torch's) naming tensors that do not fit.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config).base_model
+    config._attn_implementation = _INTERFACE
+    _register(_INTERFACE, _paged_attention)
+    layer = type(empty.layers[-1])(config, config.num_hidden_layers - 1)
+    layer.load_state_dict(_fuse_experts(tensors))
+    layer.self_attn.layer_idx = 0
+    exact = {name for name, _ in layer.named_buffers()}
+    layer.to(device=device, dtype=dtype).eval()
+    for name in exact:  # routing biases stay exact, as in the whole model
+        layer.get_submodule(name.rpartition(".")[0]).register_buffer(name.rpartition(".")[2], tensors[name].to(device))
+    rotary = type(empty.rotary_emb)(config=config).to(device)
+
+    def run(hidden: torch.Tensor, batch: ForwardBatch, kv: KVPool) -> torch.Tensor:
+        token = _step.set(_Step(batch, kv, {}, set(), set()))
+        try:
+            angles = rotary(hidden[None], batch.positions[None])
+            out = layer(hidden[None], attention_mask=None, position_ids=batch.positions[None], position_embeddings=angles)
+        finally:
+            _step.reset(token)
+        return (out[0] if isinstance(out, tuple) else out)[0]
+
+    return run
+
+
+def _fuse_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Checkpoints hold experts one by one, transformers' modules as two tensors."""
+    fused = {name: tensor for name, tensor in tensors.items() if ".experts." not in name or ".experts.gate_up" in name}
+    singles = sorted({int(name.split(".experts.")[1].split(".")[0]) for name in tensors.keys() - fused.keys()})
+    if singles:
+        part = {name: [tensors[f"mlp.experts.{index}.{name}_proj.weight"] for index in singles] for name in ("gate", "up", "down")}
+        pairs = zip(part["gate"], part["up"], strict=True)
+        fused["mlp.experts.gate_up_proj"] = torch.stack([torch.cat(pair) for pair in pairs])
+        fused["mlp.experts.down_proj"] = torch.stack(part["down"])
+    return fused
+
+
+def _prediction_heads(config: Any) -> tuple[str, ...]:
+    """Tensor names of multi-token-prediction heads, which `engine.drafters.mtp` reads, begin with these."""
+    count = getattr(config, "num_nextn_predict_layers", 0) or 0
+    return tuple(f"model.layers.{config.num_hidden_layers + index}." for index in range(count))
 
 
 def wrap_model(hf: Any, make_spec: Callable[..., ModelSpec]) -> FallbackModel:

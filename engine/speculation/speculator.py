@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engine.drafters import registry
-from engine.drafters.base import DraftBatch, Progress
+from engine.drafters.base import DraftBatch, Drafts, Progress
+from engine.drafters.registry import PORTFOLIO, TEXT, Catalogue
 from engine.speculation.calibration import Calibration
 from engine.speculation.cost_model import CostModel, Load
 from engine.speculation.planner import Planner, StepCost, worth_drafting
+from engine.speculation.portfolio import Portfolio
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +22,12 @@ if TYPE_CHECKING:
     from engine.drafters.base import Drafter
     from engine.sequence import Sequence
 
+    Floats = NDArray[np.float64]
     Ints = NDArray[np.int64]
+
+_DEPTH_MEMORY = 0.8
+_FIRST_DEPTH = 8
+"""Draft tokens a request at first; then a little more than what was lately verified."""
 
 
 @dataclass(slots=True)
@@ -29,6 +35,7 @@ class Proposal:
     """Drafts of S sequences. `token_ids` [S, D] and `bins` [S, D] hold `drafted[s]` drafts; the first `chosen[s]` are to be verified.
 
     `groups`: (drafter name, rows of its sequences). `probabilities`: (rows, [rows, D', vocab]) of random drafts. `nanoseconds`: int64 [S].
+    `survival`: float64 [S, D]. `shadows`: (drafter, rows, drafts) that were not taken, to be held against what the step confirms.
     """
 
     token_ids: Ints
@@ -36,7 +43,9 @@ class Proposal:
     drafted: Ints
     chosen: Ints
     nanoseconds: Ints
+    survival: Floats = field(default_factory=lambda: np.zeros((0, 0)))
     groups: list[tuple[str, Ints]] = field(default_factory=list)
+    shadows: list[tuple[str, Ints, Drafts]] = field(default_factory=list)
     probabilities: list[tuple[Ints, torch.Tensor]] = field(default_factory=list)
 
     @staticmethod
@@ -53,11 +62,14 @@ class Proposal:
 class Speculator:
     """One per engine. Drafters come into being when a request first uses them."""
 
-    def __init__(self, max_draft_tokens: int, max_sequences: int, cost: CostModel) -> None:
+    def __init__(self, max_draft_tokens: int, max_sequences: int, cost: CostModel, catalogue: Catalogue) -> None:
         self._max_draft = max_draft_tokens
         self._max_sequences = max_sequences
         self._cost = cost
+        self._catalogue = catalogue
         self._planner = Planner()
+        self._portfolio = Portfolio(catalogue.members[1:], max_sequences)
+        self._depths: dict[str, float] = {}
         self._drafters: dict[str, Drafter] = {}
         self._calibrations: dict[str, Calibration] = {}
 
@@ -72,15 +84,31 @@ class Speculator:
         return self._cost
 
     def start(self, name: str, slot: int) -> None:
-        """A sequence that uses drafter `name` takes `slot`."""
-        if name not in self._drafters:
-            self._drafters[name] = registry.create(name)
-            self._calibrations[name] = Calibration(self._drafters[name].prior, self._max_sequences)
-        self._calibrations[name].reset(slot)
+        """A sequence that uses drafter `name` takes `slot`. Raises ValueError where the drafter does not fit the target."""
+        for member in self._members(name):
+            if member not in self._drafters:
+                self._drafters[member] = self._catalogue.create(member)
+                self._calibrations[member] = Calibration(self._drafters[member].prior, self._max_sequences)
+            self._calibrations[member].reset(slot)
+        if name == PORTFOLIO:
+            self._portfolio.enter(slot)
 
     def finish(self, name: str, sequence: Sequence, *, complete: bool) -> None:
-        if name in self._drafters:
-            self._drafters[name].finish(sequence, complete=complete)
+        for member in self._members(name):
+            if member in self._drafters:
+                self._drafters[member].finish(sequence, complete=complete)
+
+    def let_go(self) -> int:
+        """Unloads the drafters of the portfolio that do not pay; returns the bytes per token of KV cache that this frees."""
+        freed = 0
+        for name in self._portfolio.let_go():
+            self._drafters.pop(name, None)
+            self._calibrations.pop(name, None)
+            freed += self._catalogue.retire(name)
+        return freed
+
+    def _members(self, name: str) -> tuple[str, ...]:
+        return (TEXT, *self._portfolio.neural) if name == PORTFOLIO else (name,)
 
     def propose(self, sequences: list[Sequence], names: list[str | None], *, step: int, prefill: int, budget: int) -> Proposal:
         """Drafts for decoding `sequences` (names: their drafters), and how many of each to verify, `budget` in all at most."""
@@ -94,13 +122,16 @@ class Speculator:
         # Where even certain drafts would not pay, one token each keeps the calibration learning.
         deepest = self._max_draft if worth_drafting(len(sequences), cost) else 1
         limits = np.array([min(deepest, sequence.room - 1) for sequence in sequences], np.int64)
-        survival = np.zeros((len(sequences), self._max_draft))
+        proposal.survival = np.zeros((len(sequences), self._max_draft))
         proposal.token_ids = np.zeros((len(sequences), self._max_draft), np.int64)
         proposal.bins = np.full((len(sequences), self._max_draft), -1, np.int64)
         for name in sorted(wanted):
             rows = np.array([row for row, other in enumerate(names) if other == name], np.int64)
-            self._ask(name, rows, sequences, limits, step, proposal, survival)
-        proposal.chosen = self._planner.choose(survival, cost, random=bool(proposal.probabilities))
+            if name == PORTFOLIO:
+                self._ask_portfolio(rows, sequences, limits, step, proposal, len(sequences) / max(cost.decoding, 1e-9))
+            else:
+                self._take(name, rows, self._ask(name, rows, sequences, limits, step, proposal), sequences, proposal)
+        proposal.chosen = self._planner.choose(proposal.survival, cost, random=bool(proposal.probabilities))
         return proposal
 
     def settle(self, proposal: Proposal, sequences: list[Sequence], accepted: Ints, following: Ints) -> None:
@@ -119,7 +150,16 @@ class Speculator:
         seen[beyond] += 1
         slots = np.array([sequence.slot for sequence in sequences], np.int64)
         for name, members in proposal.groups:
+            if name not in self._calibrations:
+                continue
             self._calibrations[name].observe(slots[members], proposal.bins[members], stood[members], seen[members])
+            self._learn_depth(name, proposal.chosen[members])
+            if name in self._portfolio.neural:
+                templates = [sequences[row].request.template for row in members]
+                self._portfolio.learn(name, slots[members], templates, _expected(proposal, members, accepted))
+        for name, members, drafts in proposal.shadows:
+            matched, known = _matches(drafts, proposal, members, accepted, following)
+            self._calibrations[name].observe(slots[members], drafts.bins, matched, np.minimum(matched + 1, known))
 
     def observe(self, progress: Progress) -> None:
         """Hands hidden states to the drafters that asked for them."""
@@ -130,20 +170,89 @@ class Speculator:
     def learn_cost(self, load: Load, seconds: float) -> None:
         self._cost.observe(load, seconds)
 
-    def _ask(
-        self, name: str, rows: Ints, sequences: list[Sequence], limits: Ints, step: int, proposal: Proposal, survival: NDArray[np.float64]
-    ) -> None:
+    def _ask(self, name: str, rows: Ints, sequences: list[Sequence], limits: Ints, step: int, proposal: Proposal) -> Drafts:
+        """Drafts of one drafter for some rows; its time is theirs."""
         started = time.perf_counter_ns()
-        drafts = self._drafters[name].propose(DraftBatch([sequences[row] for row in rows], limits[rows], step))
+        drafter = self._drafters[name]
+        wanted = limits[rows]
+        if drafter.taps:
+            wanted = np.minimum(wanted, self._depth(name))
+        drafts = drafter.propose(DraftBatch([sequences[row] for row in rows], wanted, step))
+        elapsed = time.perf_counter_ns() - started
+        self._portfolio.learn_seconds(name, len(rows), elapsed * 1e-9)
+        each, rest = divmod(elapsed, len(rows))
+        proposal.nanoseconds[rows] += each
+        proposal.nanoseconds[rows[:rest]] += 1
+        return drafts
+
+    def _take(self, name: str, rows: Ints, drafts: Drafts, sequences: list[Sequence], proposal: Proposal) -> None:
+        """Makes `drafts` the ones of these rows."""
         width = drafts.token_ids.shape[1]
         proposal.token_ids[rows, :width] = drafts.token_ids
         proposal.bins[rows, :width] = drafts.bins
         proposal.drafted[rows] = drafts.lengths
-        slots = np.array([sequences[row].slot for row in rows], np.int64)
-        survival[rows, :width] = self._calibrations[name].survival(slots, drafts.bins)
+        proposal.survival[rows, :width] = self._survival(name, rows, drafts, sequences)
         if drafts.probabilities is not None:
             proposal.probabilities.append((rows, drafts.probabilities))
         proposal.groups.append((name, rows))
-        each, rest = divmod(time.perf_counter_ns() - started, len(rows))
-        proposal.nanoseconds[rows] = each
-        proposal.nanoseconds[rows[:rest]] += 1
+
+    def _survival(self, name: str, rows: Ints, drafts: Drafts, sequences: list[Sequence]) -> Floats:
+        slots = np.array([sequences[row].slot for row in rows], np.int64)
+        return self._calibrations[name].survival(slots, drafts.bins)
+
+    def _ask_portfolio(
+        self, rows: Ints, sequences: list[Sequence], limits: Ints, step: int, proposal: Proposal, tokens_per_second: float
+    ) -> None:
+        """The lookup is asked for all; who drafts is then chosen, and only then may a neural drafter draw anything."""
+        lookup = self._ask(TEXT, rows, sequences, limits, step, proposal)
+        promised = self._survival(TEXT, rows, lookup, sequences).sum(axis=1)
+        slots = np.array([sequences[row].slot for row in rows], np.int64)
+        templates = [sequences[row].request.template for row in rows]
+        names: list[str | None] = [None] * len(rows)
+        if self._portfolio.neural and int(limits[rows].max(initial=0)) > 1:
+            names = self._portfolio.choose(slots, templates, promised, tokens_per_second)
+        for name in (None, *self._portfolio.neural):
+            places = np.array([place for place, chosen in enumerate(names) if chosen == name], np.int64)
+            if not len(places):
+                continue
+            if name is None:
+                self._take(TEXT, rows[places], _rows_of(lookup, places), sequences, proposal)
+                continue
+            drafts = self._ask(name, rows[places], sequences, limits, step, proposal)
+            self._take(name, rows[places], drafts, sequences, proposal)
+            proposal.shadows.append((TEXT, rows[places], _rows_of(lookup, places)))
+
+    def _depth(self, name: str) -> int:
+        return int(np.ceil(self._depths.get(name, _FIRST_DEPTH)))
+
+    def _learn_depth(self, name: str, chosen: Ints) -> None:
+        """Draft no deeper than what is likely to be verified: one more than the deepest of lately."""
+        deepest = float(chosen.max(initial=0)) + 1.0
+        before = self._depths.get(name, float(_FIRST_DEPTH))
+        self._depths[name] = max(deepest, _DEPTH_MEMORY * before + (1.0 - _DEPTH_MEMORY) * deepest)
+
+
+def _rows_of(drafts: Drafts, places: Ints) -> Drafts:
+    return Drafts(drafts.token_ids[places], drafts.lengths[places], drafts.bins[places])
+
+
+def _expected(proposal: Proposal, rows: Ints, accepted: Ints) -> Floats:
+    """float64 [R]: drafts that stood; where all verified ones did, plus those that would have been expected to stand after them."""
+    survival, chosen = proposal.survival[rows], proposal.chosen[rows]
+    column = np.arange(survival.shape[1])
+    past = np.where(column >= chosen[:, None], survival, 0.0).sum(axis=1)
+    last = np.where(chosen > 0, survival[np.arange(len(rows)), np.maximum(chosen - 1, 0)], 1.0)
+    rest = np.where(accepted[rows] == chosen, past / np.maximum(last, 1e-9), 0.0)
+    return np.asarray(accepted[rows] + rest, np.float64)
+
+
+def _matches(drafts: Drafts, proposal: Proposal, rows: Ints, accepted: Ints, following: Ints) -> tuple[Ints, Ints]:
+    """How many leading drafts agree with what a step confirmed (int64 [R]), and how many of them the step decided (int64 [R])."""
+    stood, known = np.zeros((2, len(rows)), np.int64)
+    for place, row in enumerate(rows.tolist()):
+        confirmed = np.append(proposal.token_ids[row, : accepted[row]], following[row])
+        count = min(len(confirmed), int(drafts.lengths[place]))
+        same = confirmed[:count] == drafts.token_ids[place, :count]
+        stood[place] = count if same.all() else int(same.argmin())
+        known[place] = count
+    return stood, known

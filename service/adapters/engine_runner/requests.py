@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
-from engine.drafters import registry
+from engine.drafters.registry import UnknownDrafterError
 from engine.engine import Engine
 from engine.types import Request, SamplingParams
 from service.domain.line import LineWork
@@ -26,8 +26,8 @@ def build_request(engine: Engine, line: LineWork, asked: GenerationRequest) -> R
         stop=asked.stop,
     )
     try:
-        registry.resolve(line.drafter, engine.config.drafter)
-    except registry.UnknownDrafterError as error:
+        engine.drafters.resolve(line.drafter)
+    except UnknownDrafterError as error:
         raise LineRejected(f"{error}.", param="drafter", code="unsupported_value") from None
     return Request(
         id=request_id(line.key),

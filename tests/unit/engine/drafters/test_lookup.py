@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from engine.drafters import registry
 from engine.drafters.base import DraftBatch, Drafter, Drafts
 from engine.drafters.ngram import NgramDrafter
+from engine.drafters.registry import Catalogue, UnknownDrafterError
 from engine.drafters.suffix import SuffixDrafter
 from engine.sequence import Sequence
 from engine.types import Request, SamplingParams
+from tests.unit.engine.hash_model import HashModel
 
 
 def sequence(serial: int, tokens: list[int], output: list[int] = [], template: str | None = None) -> Sequence:  # noqa: B006 - never changed
@@ -66,11 +67,13 @@ def test_memory_of_finished_texts_is_bounded_and_the_latest_are_kept() -> None:
 
 
 def test_names_resolve() -> None:
-    assert registry.resolve("auto", "auto") == "suffix"
-    assert registry.resolve("auto", "off") is None
-    assert registry.resolve("ngram", "off") == "ngram"
-    assert registry.resolve("off", "auto") is None
-    with pytest.raises(registry.UnknownDrafterError, match="auto, off, ngram, suffix"):
-        registry.resolve("eagle", "auto")
+    spec = HashModel().spec
+    auto, off = Catalogue("auto", None, spec), Catalogue("off", None, spec)
+    assert auto.resolve("auto") == "suffix"
+    assert off.resolve("auto") is None
+    assert off.resolve("ngram") == "ngram"
+    assert auto.resolve("off") is None
+    with pytest.raises(UnknownDrafterError, match="auto, off, ngram, suffix"):
+        auto.resolve("eagle")
     for name in ("ngram", "suffix"):
-        assert registry.create(name).name == name
+        assert auto.create(name).name == name

@@ -1,0 +1,164 @@
+"""DSpark (arXiv 2607.05147) and DFlash (2602.06036): a whole block of drafts from one pass, then a light sequential head over it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from engine.checkpoints.drafters.check import block_shapes, check_target, check_tensors
+from engine.checkpoints.drafters.errors import DrafterError
+from engine.checkpoints.drafters.formats import block_spec
+from engine.drafters.parts.block import BlockBackbone, Carried
+from engine.drafters.parts.confidence import ConfidenceBins
+from engine.drafters.parts.draws import Draws
+from engine.drafters.parts.frozen import vocabulary
+from engine.drafters.parts.layers import Weights
+from engine.drafters.parts.spread import Drafted
+from kernels.reference.sequential_head import SequentialHead
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from engine.checkpoints.drafters.folder import DrafterFolder
+    from engine.checkpoints.drafters.specs import BlockSpec
+    from engine.drafters.base import DraftBatch, Drafts, Host, Progress
+    from engine.drafters.parts.frozen import Vocabulary
+    from engine.sequence import Sequence
+
+    Ints = NDArray[np.int64]
+
+_CHAINED = 2
+"""Blocks whose positions the calibration tells apart; drafts of further chained blocks share the last position."""
+
+
+class DSparkDrafter:
+    """Drafts blocks of `spec.block_size` slots; longer drafts chain blocks, each anchored at the last draft before it.
+
+    Reads the target's hidden states as they pass by (no second pass), and keeps keys and values for confirmed tokens only. Output head and
+    sequential head run only for the slots that are asked for. Everything stays on the device until the drafts are read back, once.
+    """
+
+    def __init__(self, name: str, spec: BlockSpec, weights: Weights, host: Host, temperatures_fitted: dict[str, list[float]]) -> None:
+        self.name = name
+        self.taps = tuple(sorted(set(spec.taps)))
+        self._spec = spec
+        self._host = host
+        self._vocabulary: Vocabulary = vocabulary(weights, host.target.frozen(), scale=spec.embedding_scale, soft_cap=spec.logit_soft_cap)
+        self._head = _sequential_head(spec, weights, self._vocabulary.target_ids)
+        self._bins = ConfidenceBins(spec.drafts_per_block * _CHAINED, temperatures_fitted, known=spec.confidence)
+        self.prior = self._bins.prior
+        self._backbone = BlockBackbone(spec, weights, num_blocks=host.num_blocks, block_size=host.block_size)
+        self._device = weights.device
+
+    @classmethod
+    def load(cls, folder: DrafterFolder, host: Host) -> DSparkDrafter:
+        """Raises DrafterError where the folder's tensors, its config and the target do not go together."""
+        spec = block_spec(folder.config)
+        target = host.target.spec
+        check_target(spec.needs, spec.taps, target)
+        if spec.mask_token_id >= spec.needs.vocab_size:
+            raise DrafterError(f"mask_token_id is {spec.mask_token_id}, outside of its vocabulary of {spec.needs.vocab_size}")
+        tensors = folder.tensors()
+        check_tensors(tensors, *block_shapes(spec), spec.format)
+        weights = Weights(tensors, target.dtype, target.device)
+        return cls(folder.name, spec, weights, host, folder.calibration.get("temperatures", {}))
+
+    @property
+    def nbytes_per_block(self) -> int:
+        """Memory that a block of the target's KV cache costs here on top."""
+        return self._backbone.nbytes // self._host.num_blocks
+
+    @torch.inference_mode()
+    def propose(self, batch: DraftBatch) -> Drafts:
+        drafts, _ = self.propose_scored(batch)
+        return drafts
+
+    @torch.inference_mode()
+    def propose_scored(self, batch: DraftBatch) -> tuple[Drafts, NDArray[np.float64]]:
+        """Also the raw confidence logits, float64 [S, D] (0 where there is none), which calibration is fitted on."""
+        rows = np.flatnonzero(batch.limits > 0)
+        if not len(rows):
+            return Drafted.nothing(len(batch.sequences)), np.zeros((len(batch.sequences), 0))
+        sequences, limits = [batch.sequences[row] for row in rows], batch.limits[rows]
+        width = int(limits.max())
+        draws = Draws(
+            sequences,
+            step=batch.step,
+            entropy=self._host.entropy,
+            width=width,
+            vocab=self._spec.needs.vocab_size,
+            device=self._device,
+        )
+        drafted, scores = self._draft(sequences, width, draws)
+        return Drafted(rows, limits, drafted, scores).spread(len(batch.sequences), self._bins, draws)
+
+    @torch.inference_mode()
+    def observe(self, progress: Progress) -> None:
+        rows = progress.rows()
+        at = torch.from_numpy(rows).to(self._device)
+        taps = [progress.taps[tap].index_select(0, at) for tap in self._spec.taps]
+        self._backbone.write(taps, progress.positions[rows], progress.slots[rows])
+
+    def finish(self, sequence: Sequence, *, complete: bool) -> None:
+        """Nothing to forget: the context lies in the target's blocks."""
+
+    def _draft(self, sequences: list[Sequence], width: int, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
+        """int64 [S, width] tokens and float32 [S, width] confidences."""
+        spec = self._spec
+        tables, lengths = self._context(sequences)
+        starts = np.array([sequence.num_tokens - 1 for sequence in sequences], np.int64)
+        anchors = torch.tensor([int(sequence.tokens[-1]) for sequence in sequences], device=self._device)
+        carried: Carried | None = None
+        tokens: list[torch.Tensor] = []
+        scores: list[torch.Tensor] = []
+        drafted = 0
+        while drafted < width:
+            inputs = torch.full((len(sequences), spec.block_size), spec.mask_token_id, device=self._device)
+            inputs[:, 0] = anchors
+            embedded = self._vocabulary.embed(inputs.view(-1)).view(*inputs.shape, -1)
+            hidden, kept = self._backbone.run(embedded, starts + drafted, tables, lengths, carried)
+            count = min(width - drafted, spec.drafts_per_block)
+            first = 0 if spec.predicts_next else 1
+            slots = hidden[:, first : first + count]
+            logits = self._vocabulary.head(slots.reshape(len(sequences) * count, -1)).view(len(sequences), count, -1)
+            block = draws.draw(logits, slots, anchors, drafted, self._head)
+            tokens.append(block.tokens)
+            scores.append(block.confidence if block.confidence is not None else torch.full_like(block.lse, 0.5))
+            drafted += count
+            anchors = block.tokens[:, -1]
+            spare = spec.block_size - spec.drafts_per_block  # a last slot whose place the next block's anchor takes
+            carried = [(k[:, :, : k.shape[2] - spare], v[:, :, : v.shape[2] - spare]) for k, v in kept]
+        return torch.cat(tokens, 1), torch.cat(scores, 1).float()
+
+    def _context(self, sequences: list[Sequence]) -> tuple[Ints, Ints]:
+        """Block tables int64 [S, W] of what is computed, and its lengths int64 [S]."""
+        lengths = np.array([sequence.num_computed for sequence in sequences], np.int64)
+        width = -(-int(lengths.max()) // self._host.block_size)
+        tables = np.zeros((len(sequences), width), np.int64)
+        for row, sequence in enumerate(sequences):
+            blocks = sequence.blocks[:width]
+            tables[row, : len(blocks)] = blocks
+        return tables, lengths
+
+
+def _sequential_head(spec: BlockSpec, weights: Weights, token_ids: torch.Tensor | None) -> SequentialHead:
+    confidence = {}
+    if spec.confidence:
+        confidence = {
+            "confidence_weight": weights.take("confidence_head.proj.weight"),
+            "confidence_bias": weights.take("confidence_head.proj.bias"),
+        }
+    if spec.markov_rank == 0:
+        return SequentialHead("none", token_ids=token_ids, **confidence)
+    mixing = {"vanilla": None, "gated": "markov_head.gate_proj", "rnn": "markov_head.joint_proj"}[spec.markov_type]
+    return SequentialHead(
+        spec.markov_type,
+        weights.take("markov_head.markov_w1.weight"),
+        weights.take("markov_head.markov_w2.weight"),
+        None if mixing is None else weights.take(f"{mixing}.weight"),
+        None if mixing is None else weights.take(f"{mixing}.bias"),
+        token_ids=token_ids,
+        **confidence,
+    )

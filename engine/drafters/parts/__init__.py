@@ -1,0 +1,1 @@
+"""What neural drafters are made of. No drafter lives here."""

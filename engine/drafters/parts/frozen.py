@@ -1,0 +1,80 @@
+"""Which embedding and output head a drafter uses: the target's own where its checkpoint holds copies of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+import kernels
+from engine.checkpoints.drafters.errors import DrafterError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from engine.batch import FrozenParts
+    from engine.drafters.parts.layers import Weights
+
+_SAMPLE = 256
+_ALIKE = 0.5
+"""Mean cosine of stored and actual embeddings: a fine-tuned target stays above 0.99, another model is at 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """embed: int64 [T] -> [T, hidden]. head: [T, hidden] -> float32 [T, draft vocab]. target_ids: int64 [draft vocab] or None."""
+
+    embed: Callable[[torch.Tensor], torch.Tensor]
+    head: Callable[[torch.Tensor], torch.Tensor]
+    target_ids: torch.Tensor | None
+
+
+def vocabulary(weights: Weights, frozen: FrozenParts, *, scale: float = 1.0, soft_cap: float | None = None) -> Vocabulary:
+    """Raises DrafterError where the stored embedding is another model's."""
+    embedding = frozen.embedding
+    if "embed_tokens.weight" in weights:
+        stored = weights.take("embed_tokens.weight")
+        if stored.shape == embedding.shape:
+            _check_origin(stored, embedding)
+        embedding = embedding if _same(stored, embedding) else stored
+    elif embedding.shape[1] != (width := weights.take("norm.weight").shape[0]):
+        raise DrafterError(f"it has no embed_tokens.weight, and the target's embedding is {embedding.shape[1]} wide where it needs {width}")
+    head = frozen.head
+    if "lm_head.weight" in weights:
+        packed = kernels.pack_linear(weights.take("lm_head.weight"))
+
+        def head(hidden: torch.Tensor) -> torch.Tensor:
+            return kernels.linear(hidden, packed).float()
+
+    def capped(hidden: torch.Tensor) -> torch.Tensor:
+        logits = head(hidden)
+        return logits if soft_cap is None else torch.tanh(logits / soft_cap) * soft_cap
+
+    def embed(tokens: torch.Tensor) -> torch.Tensor:
+        rows = embedding.index_select(0, tokens)
+        return rows if scale == 1.0 else rows * torch.tensor(scale, dtype=rows.dtype, device=rows.device)
+
+    target_ids = None
+    if "d2t" in weights:
+        offsets = weights.integers("d2t")
+        target_ids = torch.arange(len(offsets), device=offsets.device) + offsets
+        if int(target_ids.min()) < 0 or int(target_ids.max()) >= len(embedding):
+            raise DrafterError(
+                f"d2t leads to token {int(target_ids.max())}, outside of the target's {len(embedding)}; d2t holds id - draft id"
+            )
+    return Vocabulary(embed, capped, target_ids)
+
+
+def _check_origin(stored: torch.Tensor, embedding: torch.Tensor) -> None:
+    rows = torch.linspace(0, len(stored) - 1, min(_SAMPLE, len(stored)), device=stored.device).long()
+    alike = torch.cosine_similarity(stored[rows].float(), embedding[rows].float(), dim=1).mean()
+    if not float(alike) >= _ALIKE:
+        raise DrafterError(
+            f"its stored token embeddings are not this model's (mean cosine {float(alike):.2f}): it was trained for another model of "
+            "the same size; choose a drafter made for this one"
+        )
+
+
+def _same(stored: torch.Tensor, embedding: torch.Tensor) -> bool:
+    return stored.shape == embedding.shape and bool(torch.allclose(stored, embedding, rtol=1e-2, atol=1e-3))

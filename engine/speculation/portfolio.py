@@ -1,0 +1,138 @@
+"""Which of several drafters drafts for a request in a step: decided before anything is drawn, by what each earned. No torch, no clock.
+
+A drafter's worth for a request is the number of its drafts that stood per step, learned on verified trajectories: of the request, of its
+template, of all, each lending to the former while that is young. The text lookup costs nothing and is always asked, and its worth is what
+its matches promise right now: those depend on confirmed text alone. A neural drafter must be worth more than the lookup by at least the
+tokens that its own time would have brought otherwise. So no choice ever reads a token that is not yet admitted; picking the drafter whose
+*realised* drafts look best would bias the text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
+    Ints = NDArray[np.int64]
+
+_FADE = 0.9
+"""Per step of a request: its record is about its last ten steps."""
+_LEND = 2.0
+"""Steps that a template's record counts for in a request's, and the overall record in a template's."""
+_OPTIMISM = 3.0
+"""Drafts a step that a drafter is thought worth before it was ever tried; one trial corrects it."""
+_PROBE_EVERY = 32
+_PATIENCE = 512
+"""Steps of the portfolio without a single paying use after which a drafter is let go."""
+_MAX_TEMPLATES = 4096
+
+
+@dataclass(slots=True)
+class _Record:
+    """Drafts that stood, and steps, fading."""
+
+    stood: float = 0.0
+    steps: float = 0.0
+
+    def add(self, stood: float, fade: float) -> None:
+        self.stood = self.stood * fade + stood
+        self.steps = self.steps * fade + 1.0
+
+    def mean(self, prior: float) -> float:
+        return (self.stood + _LEND * prior) / (self.steps + _LEND)
+
+
+@dataclass(slots=True)
+class _Member:
+    """overall: over all requests. templates: by name. slots: by the request's slot. seconds: [fixed, per request] of a draft pass."""
+
+    slots: list[_Record]
+    overall: _Record = field(default_factory=_Record)
+    templates: dict[str | None, _Record] = field(default_factory=dict)
+    seconds: Floats = field(default_factory=lambda: np.zeros(2))
+    normal: Floats = field(default_factory=lambda: np.diag([1e-3, 1e-3]))
+    moment: Floats = field(default_factory=lambda: np.zeros(2))
+    idle: int = 0
+
+
+class Portfolio:
+    """`neural`: the drafters that compete with the lookup. One entry a slot for each of `slots` running requests."""
+
+    def __init__(self, neural: tuple[str, ...], slots: int) -> None:
+        self._slots = slots
+        self._members = {name: _Member([_Record() for _ in range(slots)]) for name in neural}
+        self._step = 0
+
+    @property
+    def neural(self) -> tuple[str, ...]:
+        return tuple(self._members)
+
+    def enter(self, slot: int) -> None:
+        """A new request took the slot."""
+        for member in self._members.values():
+            member.slots[slot] = _Record()
+
+    def choose(self, slots: Ints, templates: list[str | None], lookup: Floats, tokens_per_second: float) -> list[str | None]:
+        """Per request the neural drafter that is to draft for it, None for the lookup.
+
+        lookup: float64 [S], drafts of the lookup that are expected to stand. tokens_per_second: of the step without neural drafts.
+        """
+        self._step += 1
+        chosen: list[str | None] = [None] * len(slots)
+        for name, member in self._members.items():
+            worth = np.array([self._worth(member, slot, template) for slot, template in zip(slots.tolist(), templates, strict=True)])
+            fixed, each = member.seconds
+            gain = worth - lookup - each * tokens_per_second
+            rows = np.array([row for row in np.flatnonzero(gain > 0.0) if chosen[row] is None], np.int64)
+            pays = gain[rows].sum() > fixed * tokens_per_second
+            member.idle = 0 if len(rows) and pays else member.idle + 1
+            if not pays:
+                rows = self._probe(len(slots))
+            for row in rows:
+                chosen[row] = name
+        return chosen
+
+    def learn(self, name: str, slots: Ints, templates: list[str | None], stood: Floats) -> None:
+        """What came of `name`'s drafts for some requests: how many stood, and past the verified ones are expected to have stood."""
+        member = self._members.get(name)
+        if member is None:
+            return
+        for slot, template, count in zip(slots.tolist(), templates, stood.tolist(), strict=True):
+            member.slots[slot].add(count, _FADE)
+            member.overall.add(count, 1.0 - (1.0 - _FADE) / 16)
+            if template not in member.templates and len(member.templates) >= _MAX_TEMPLATES:
+                del member.templates[next(iter(member.templates))]
+            member.templates.setdefault(template, _Record()).add(count, 1.0 - (1.0 - _FADE) / 4)
+
+    def learn_seconds(self, name: str, requests: int, seconds: float) -> None:
+        """How long a draft pass of `name` took for so many requests."""
+        member = self._members.get(name)
+        if member is None:
+            return
+        row = np.array([1.0, requests])
+        member.normal = 0.98 * member.normal + np.outer(row, row)
+        member.moment = 0.98 * member.moment + row * seconds
+        member.seconds = np.maximum(np.linalg.solve(member.normal + np.diag([1e-6, 1e-6]), member.moment), 0.0)
+
+    def let_go(self) -> list[str]:
+        """Takes out the drafters that have not paid for long; returns their names."""
+        gone = [name for name, member in self._members.items() if member.idle >= _PATIENCE]
+        for name in gone:
+            del self._members[name]
+        return gone
+
+    def _worth(self, member: _Member, slot: int, template: str | None) -> float:
+        overall = member.overall.mean(_OPTIMISM)
+        kind = member.templates.get(template)
+        return member.slots[slot].mean(overall if kind is None else kind.mean(overall))
+
+    def _probe(self, count: int) -> Ints:
+        """Now and then one request is drafted for all the same, so that a drafter that lost can win again."""
+        if self._step % _PROBE_EVERY:
+            return np.empty(0, np.int64)
+        return np.array([self._step // _PROBE_EVERY % count], np.int64)
