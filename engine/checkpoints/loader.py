@@ -10,6 +10,7 @@ import torch
 
 from engine.batch import ModelSpec, TargetModel
 from engine.checkpoints.fit import GIB, check_fit, requirement
+from engine.checkpoints.model_config import read_config
 from engine.checkpoints.sources import LocalCheckpoint, fetch
 from engine.checkpoints.tensors import check_tensors, read_tensors, tied_names
 from engine.memory import free_bytes
@@ -49,12 +50,10 @@ def load_model(
     checkpoint is never run. Raises ValueError saying what is wrong with the checkpoint or why the model cannot run,
     NotEnoughMemoryError where it is too large for the device.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
     checkpoint = fetch(source, revision=revision, cache_dir=cache_dir, shared=shared, progress=progress)
-    config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False)
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(f"{source} is stored quantised ({config.quantization_config}); load the original weights or a GGUF file")
+    config = read_config(checkpoint.directory)
     place = _device(device)
     number = _dtype(dtype, config, place)
     check_fit(checkpoint.name, requirement(checkpoint.directory, config, number.itemsize), free_bytes(place), str(place))
@@ -70,10 +69,8 @@ def load_model(
 
 def fit(directory: str, dtype: str, device: str) -> str:
     """What a local checkpoint needs and what there is, in words, without loading it. Raises NotEnoughMemoryError where it does not fit."""
-    from transformers import AutoConfig
-
     folder, place = Path(directory), _device(device)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = read_config(folder)
     needed, available = requirement(folder, config, _dtype(dtype, config, place).itemsize), free_bytes(place)
     check_fit(folder.name, needed, available, str(place))
     return f"needs {needed.total / GIB:.2f} GiB on {place}, {available / GIB:.2f} GiB are available"

@@ -17,6 +17,7 @@ import kernels
 from engine.batch import NORMALISED, ForwardBatch, ForwardOutput, FrozenParts, ModelSpec
 from engine.checkpoints.tensors import weight_files
 from engine.kv_pool import KVPool
+from engine.models.refusals import refuse
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -159,7 +160,6 @@ def load_fallback(directory: Path, config: Any, make_spec: Callable[..., ModelSp
     """
     from transformers import AutoModelForCausalLM
 
-    _refuse_by_config(config)
     weight_files(directory)  # refuses pickles and missing shards by name
     hf, report = AutoModelForCausalLM.from_pretrained(
         directory,
@@ -233,11 +233,7 @@ def wrap_model(hf: Any, make_spec: Callable[..., ModelSpec]) -> FallbackModel:
     """Checks a float32 transformers model against its own forward, then moves it to the spec's type and device."""
     config = hf.config
     name = config.model_type
-    _refuse_by_config(config)
-    if getattr(hf, "_is_stateful", False):
-        raise ValueError(f"{name} keeps recurrent state, of which rejected draft tokens could not be taken back")
-    if not getattr(hf, "_supports_attention_backend", False):
-        raise ValueError(f"{name} does not use transformers' attention interface")
+    refuse(config)
     hf.eval()
     _register(_INTERFACE, _paged_attention)
     try:
@@ -248,17 +244,6 @@ def wrap_model(hf: Any, make_spec: Callable[..., ModelSpec]) -> FallbackModel:
         raise ValueError(f"{name} cannot run on paged attention: {error}") from error
     hf.to(device=spec.device, dtype=spec.dtype)
     return FallbackModel(spec, hf)
-
-
-def _refuse_by_config(config: Any) -> None:
-    name = config.model_type
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"{name} is an encoder-decoder model; only decoder-only models can be served")
-    if getattr(config, "kv_lora_rank", None):
-        raise ValueError(f"{name} uses multi-head latent attention, whose cache holds no separate keys and values")
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if kinds:
-        raise ValueError(f"{name} has layers of type {', '.join(sorted(kinds))}, which keep state that cannot be rolled back or paged")
 
 
 def _kv_shape(hf: Any) -> tuple[int, int]:

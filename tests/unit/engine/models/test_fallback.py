@@ -11,6 +11,7 @@ import torch
 from engine.models import fallback
 from engine.models.fallback import wrap_model
 from engine.models.families import FAMILIES
+from engine.models.refusals import refuse
 from tests.unit.engine.models.cases import FALLBACK
 from tests.unit.engine.models.tiny import CHUNKED, LENGTHS, ONE_SHOT, Texts, make_hf, make_spec, reference, run_steps, worst_gap
 
@@ -50,7 +51,7 @@ def test_logits_of_chosen_rows_and_taps() -> None:
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "falcon": ({"head_dim": None}, "falcon does not use transformers' attention interface"),
-    "mamba": ({}, "mamba has layers of type linear_attention, which keep state"),
+    "mamba": ({}, "mamba has layers of type linear_attention, which keep a state"),
     "gpt_oss": ({"num_local_experts": 4, "num_experts_per_tok": 2}, "its attention needs s_aux"),
     "deepseek_v3": ({}, "deepseek_v3 uses multi-head latent attention"),
     "bert": ({}, "gives other logits there than in transformers"),
@@ -68,7 +69,7 @@ def test_an_encoder_decoder_is_refused() -> None:
     from transformers import T5Config
 
     with pytest.raises(ValueError, match="t5 is an encoder-decoder model"):
-        fallback._refuse_by_config(T5Config())
+        refuse(T5Config())
 
 
 def test_a_window_that_never_reaches_the_attention_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
