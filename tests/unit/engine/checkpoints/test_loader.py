@@ -114,9 +114,7 @@ def test_pickles_are_never_loaded(folder: Path) -> None:
 def test_code_in_a_checkpoint_is_never_run(folder: Path) -> None:
     edit_config(folder, model_type="mystery", auto_map={"AutoConfig": "evil.Config"})
     (folder / "evil.py").write_text("raise SystemExit('this must not run')")
-    with pytest.raises(
-        ValueError, match=r"model type .mystery. is not part of transformers .*; it brings its own code, which is never run"
-    ):
+    with pytest.raises(ValueError, match=r"model type .mystery. is not part of .*; it brings its own code, which is never run"):
         load_model(str(folder))
 
 
