@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from engine.models.families import FAMILIES
 from engine.models.refusals import refuse
 
 if TYPE_CHECKING:
@@ -36,3 +37,14 @@ def read_config(directory: Path) -> Any:
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     refuse(config)
     return config
+
+
+def runs_on(directory: Path) -> str:
+    """What would run a local checkpoint, in words: the lean decoder, transformers' own code, or the reason why nothing does."""
+    try:
+        model_type = read_config(directory).model_type
+    except (ValueError, OSError) as error:
+        return f"refused: {error}"
+    if model_type in FAMILIES:
+        return f"lean decoder ({model_type})"
+    return f"transformers' code ({model_type}): slower, exact; checked when loaded"

