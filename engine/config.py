@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from engine.batch import ModelSpec
 
 
@@ -17,6 +19,9 @@ class EngineConfig:
     a request's `auto` means: `auto`, `off`, a drafter's name, or the folder or id of one. `seed` makes unseeded sampling repeatable
     for the same requests in the same order on an otherwise equal run; None draws fresh entropy. `threads` bounds the CPU threads of the
     model.
+
+    `fixed_drafts` verifies that many drafted tokens a request and step whatever they cost: for measurements. `trace` names a file that
+    gets a record of everything the engine does (see `engine.lab.trace`), prompts and answers included.
     """
 
     dtype: str = "auto"
@@ -32,9 +37,11 @@ class EngineConfig:
     share_prefixes: bool = True
     seed: int | None = None
     threads: int | None = None
+    fixed_drafts: int | None = None
+    trace: Path | None = None
 
     def __post_init__(self) -> None:
-        positive = ("kv_bytes", "block_size", "max_sequences", "max_step_tokens", "max_draft_tokens", "threads")
+        positive = ("kv_bytes", "block_size", "max_sequences", "max_step_tokens", "max_draft_tokens", "threads", "fixed_drafts")
         for name in positive:
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -14,9 +14,11 @@ import torch
 from engine.accounting import charge, estimate
 from engine.config import EngineConfig, derive_limits
 from engine.drafters.base import Host, Progress
-from engine.drafters.registry import OFF, Catalogue, UnknownDrafterError
+from engine.drafters.builtin import OFF
+from engine.drafters.registry import Catalogue, UnknownDrafterError
 from engine.kv_blocks import BlockPool
 from engine.kv_pool import KVPool
+from engine.lab.recorder import Recorder
 from engine.logit_rules import LogitRules
 from engine.memory import free_bytes
 from engine.profile import measure_steps
@@ -84,6 +86,7 @@ class Engine:
         )
         cost = CostModel(self.limits.max_step_tokens)
         self.profile_reused = False
+        points: list[tuple[Load, float]] = []
         if config.drafter != OFF:
             points, self.profile_reused = (
                 profiles.steps(self._runner, spec, self.limits.max_sequences)
@@ -103,7 +106,10 @@ class Engine:
                 entropy=entropy,
             )
         )
-        self._speculator = Speculator(config.max_draft_tokens, self.limits.max_sequences, cost, self.drafters)
+        self._speculator = Speculator(
+            config.max_draft_tokens, self.limits.max_sequences, cost, self.drafters, fixed_drafts=config.fixed_drafts
+        )
+        self._recorder = Recorder.of(config, spec, self.limits, points, self.drafters)
         self._table = RowTable(self.limits.max_sequences, entropy)
         self._rules = LogitRules()
         self._live: dict[int, _Live] = {}
@@ -148,6 +154,7 @@ class Engine:
         finally:
             for live in list(self._live.values()):
                 self._remove(live, complete=False)
+            self._recorder.flush()
             self._running.release()
 
     def abort(self, ids: Iterable[str]) -> None:
@@ -167,6 +174,7 @@ class Engine:
             except StopIteration:
                 return False
             if request is None:
+                self._recorder.awaited()
                 return True
             try:
                 drafter = self.drafters.resolve(request.drafter)
@@ -177,6 +185,7 @@ class Engine:
                 ledger = TokenLedger(prompt=len(request.prompt_token_ids))
                 rejected.append(Result(request.id, (), "", FinishReason.ERROR, ledger, error=str(error)))
                 continue
+            self._recorder.pulled(sequence)
             watch = StopWatch(sequence, self.tokenizer, self.spec.eos_token_ids)
             self._rules.enter(sequence, watch.end_tokens)
             self._live[sequence.serial] = _Live(sequence, watch, drafter)
@@ -246,8 +255,9 @@ class Engine:
         """Confirms tokens, ends what has ended, and tells everyone who learns from the step."""
         step, chunks, accepted = work.step, work.chunks, outcome.accepted
         estimate(work, outcome, self._speculator.cost)  # before the model has seen this step
+        self._recorder.ran(work, outcome, self._speculator.cost)
         decoding = [chunk.sequence for chunk in chunks[: work.num_decoding]]
-        self._speculator.learn_cost(Load(step.num_tokens, len(step.logit_rows), int(step.kv_lengths.sum())), outcome.nanoseconds * 1e-9)
+        self._speculator.learn_cost(work.load, outcome.nanoseconds * 1e-9)
         self._speculator.settle(work.proposal, decoding, accepted[: work.num_decoding], outcome.following[: work.num_decoding])
         if outcome.taps:
             self._speculator.observe(Progress(chunks, step.query_start, work.counts + accepted, step.positions, step.slots, outcome.taps))
@@ -285,6 +295,7 @@ class Engine:
     def _close(self, live: _Live, reason: FinishReason, error: str | None = None) -> Result:
         sequence = live.sequence
         answered = reason in (FinishReason.STOP, FinishReason.LENGTH)
+        self._recorder.ended(sequence, reason)
         self._remove(live, complete=answered)
         self._finished += 1
         return Result(

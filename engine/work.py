@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from engine.runner import PackedStep, pack
+from engine.speculation.cost_model import Load
 from engine.speculation.verify import accepted_lengths
 
 if TYPE_CHECKING:
@@ -42,6 +43,11 @@ class Work:
         drafts = [proposal.tokens(row) for row in range(len(plan.decoding))] + [_NOTHING] * len(plan.prefill)
         counts = np.array([chunk.count for chunk in chunks], np.int64)
         return Work(chunks, len(plan.decoding), counts, drafts, pack(chunks, drafts, table_rows, block_size), proposal, plan.preempted)
+
+    @property
+    def load(self) -> Load:
+        """What the cost model sees of the step."""
+        return Load(self.step.num_tokens, len(self.step.logit_rows), int(self.step.kv_lengths.sum()))
 
     def rows(self, table: RowTable) -> Rows:
         """What the step's logit rows are to be held against."""

@@ -90,6 +90,10 @@ class EngineSettings(_Section):
     """Bytes (`2GiB`), a fraction of free memory (`0.5`), or auto."""
     max_sequences: int | None = Field(None, gt=0)
     threads: int | None = Field(None, gt=0)
+    fixed_drafts: int | None = Field(None, gt=0)
+    """Verify this many drafted tokens of every request in every step, whether it pays or not: for measurements."""
+    trace: Path | None = None
+    """A file that gets a record of what the engine does, prompts and answers included, for `longdraft replay`; one engine at a time."""
 
 
 class Standin(_Section):

@@ -1,4 +1,4 @@
-"""Drafters by name, for one engine. A built-in that needs nothing but text is a file and a line here; others are found by `sources`."""
+"""Drafters by name, for one engine. What needs nothing but text is built in (see `builtin`); others are found by `sources`."""
 
 from __future__ import annotations
 
@@ -6,28 +6,16 @@ import logging
 from typing import TYPE_CHECKING
 
 from engine.checkpoints.drafters.errors import DrafterError
-from engine.drafters.ngram import NgramDrafter
+from engine.drafters.builtin import AUTO, OFF, PORTFOLIO, TEXT, TEXT_DRAFTERS
 from engine.drafters.sources import Source, find_automatic, named, third_party
-from engine.drafters.suffix import SuffixDrafter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     from engine.batch import ModelSpec
     from engine.drafters.base import Drafter, Host
 
 _log = logging.getLogger(__name__)
-
-OFF = "off"
-AUTO = "auto"
-PORTFOLIO = "portfolio"
-_DRAFTERS: dict[str, Callable[[], Drafter]] = {
-    "ngram": NgramDrafter,
-    "suffix": SuffixDrafter,
-}
-TEXT = "suffix"
-"""The lookup that `auto` always has: it finds what `ngram` finds in a request's own text, and siblings' answers besides."""
 
 
 class UnknownDrafterError(ValueError):
@@ -47,7 +35,7 @@ class Catalogue:
         self._host: Host | None = None
         if default in (AUTO, PORTFOLIO):
             self._sources |= {source.name: source for source in find_automatic(directory, spec)}
-        elif default not in (OFF, *_DRAFTERS, *self._sources):
+        elif default not in (OFF, *TEXT_DRAFTERS, *self._sources):
             source = self._look_up(default, spec)
             self._default = source.name
             self._sources[source.name] = source
@@ -78,7 +66,7 @@ class Catalogue:
     def names(self) -> list[str]:
         """What a request may ask for."""
         several = [PORTFOLIO] if len(self.members) > 1 else []
-        return [AUTO, OFF, *several, *sorted({*_DRAFTERS, *self._sources})]
+        return [AUTO, OFF, *several, *sorted({*TEXT_DRAFTERS, *self._sources})]
 
     def resolve(self, name: str) -> str | None:
         """The drafter that a request's `name` comes to, None for no drafting. Raises UnknownDrafterError with the names there are."""
@@ -93,8 +81,8 @@ class Catalogue:
 
     def create(self, name: str) -> Drafter:
         """The drafter of a name that `resolve` returned or that is a member. Raises DrafterError where it does not fit the target."""
-        if name in _DRAFTERS:
-            return _DRAFTERS[name]()
+        if name in TEXT_DRAFTERS:
+            return TEXT_DRAFTERS[name]()
         made = self._made.pop(name, None)
         if made is not None:
             return made

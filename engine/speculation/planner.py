@@ -9,7 +9,7 @@ far (greedy, seeded, or point-mass drafters), for then they carry no randomness 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -108,6 +108,34 @@ def top(offer: Offer, capacity: int) -> Ints:
     return offer.lengths(index[:capacity])
 
 
+class DraftPolicy(Protocol):
+    """Decides how far to draft and to verify. `Planner` is the product's; the other serves comparisons."""
+
+    def depth(self, requests: int, cost: StepCost, most: int) -> int:
+        """Drafts to ask of a request's drafter, `most` at most; nothing of this step may have been drawn yet."""
+        ...
+
+    def choose(self, survival: Floats, cost: StepCost, *, random: bool) -> Ints:
+        """int64 [S]: how many drafts of each request to verify, together at most as many as `cost` covers. survival: float64 [S, D]."""
+        ...
+
+
+class FixedLength:
+    """Verifies `length` drafts of every request, whatever they cost: the other engines' way, to measure against."""
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+
+    def depth(self, requests: int, cost: StepCost, most: int) -> int:
+        del requests, cost
+        return min(self._length, most)
+
+    def choose(self, survival: Floats, cost: StepCost, *, random: bool) -> Ints:
+        del random  # the choice looks at no draft
+        lengths = np.minimum((survival > 0.0).sum(axis=1), self._length)
+        return np.diff(np.minimum(np.cumsum(lengths), len(cost.extra) - 1), prepend=0)
+
+
 class Planner:
     """Chooses per step, and remembers what fixed-capacity steps need: the best capacity of the steps before.
 
@@ -119,8 +147,11 @@ class Planner:
     def __init__(self) -> None:
         self._capacities = (0, 0)
 
+    def depth(self, requests: int, cost: StepCost, most: int) -> int:
+        """All where drafts that are certain to stand would pay, else one each, which keeps the calibration learning."""
+        return most if worth_drafting(requests, cost) else 1
+
     def choose(self, survival: Floats, cost: StepCost, *, random: bool) -> Ints:
-        """int64 [S]: how many drafts of each request to verify. survival: float64 [S, D]."""
         offer = Offer(survival)
         best = search(offer, cost)
         fixed, latest = self._capacities

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from engine.drafters.base import DraftBatch, Drafts, Progress
-from engine.drafters.registry import PORTFOLIO, TEXT, Catalogue
+from engine.drafters.builtin import PORTFOLIO, TEXT
 from engine.speculation.calibration import Calibration
 from engine.speculation.cost_model import CostModel, Load
-from engine.speculation.planner import Planner, StepCost, worth_drafting
+from engine.speculation.planner import FixedLength, Planner, StepCost
 from engine.speculation.portfolio import Portfolio
 
 if TYPE_CHECKING:
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from engine.drafters.base import Drafter
+    from engine.drafters.builtin import Supply
     from engine.sequence import Sequence
+    from engine.speculation.planner import DraftPolicy
 
     Floats = NDArray[np.float64]
     Ints = NDArray[np.int64]
@@ -34,8 +36,9 @@ _FIRST_DEPTH = 8
 class Proposal:
     """Drafts of S sequences. `token_ids` [S, D] and `bins` [S, D] hold `drafted[s]` drafts; the first `chosen[s]` are to be verified.
 
-    `groups`: (drafter name, rows of its sequences). `probabilities`: (rows, [rows, D', vocab]) of random drafts. `nanoseconds`: int64 [S].
-    `survival`: float64 [S, D]. `shadows`: (drafter, rows, drafts) that were not taken, to be held against what the step confirms.
+    `survival`: float64 [S, D], the chance that drafts 0..j all stand. `nanoseconds`: int64 [S]. `groups`: (drafter name, rows of its
+    sequences). `probabilities`: (rows, [rows, D', vocab]) of random drafts. `shadows`: (drafter, rows, drafts) that were not taken, to
+    be held against what the step confirms.
     """
 
     token_ids: Ints
@@ -43,7 +46,7 @@ class Proposal:
     drafted: Ints
     chosen: Ints
     nanoseconds: Ints
-    survival: Floats = field(default_factory=lambda: np.zeros((0, 0)))
+    survival: Floats
     groups: list[tuple[str, Ints]] = field(default_factory=list)
     shadows: list[tuple[str, Ints, Drafts]] = field(default_factory=list)
     probabilities: list[tuple[Ints, torch.Tensor]] = field(default_factory=list)
@@ -52,7 +55,7 @@ class Proposal:
     def empty(count: int) -> Proposal:
         nothing = np.zeros((count, 0), np.int64)
         drafted, chosen, nanoseconds = np.zeros((3, count), np.int64)
-        return Proposal(nothing, nothing, drafted, chosen, nanoseconds)
+        return Proposal(nothing, nothing, drafted, chosen, nanoseconds, np.zeros((count, 0)))
 
     def tokens(self, row: int) -> Ints:
         """The drafts of one sequence that are to be verified."""
@@ -60,15 +63,20 @@ class Proposal:
 
 
 class Speculator:
-    """One per engine. Drafters come into being when a request first uses them."""
+    """One per engine. Drafters come into being when a request first uses them, out of `supply`.
 
-    def __init__(self, max_draft_tokens: int, max_sequences: int, cost: CostModel, catalogue: Catalogue) -> None:
+    `fixed_drafts`: verify that many of every request's drafts instead of what the planner finds to pay.
+    """
+
+    def __init__(
+        self, max_draft_tokens: int, max_sequences: int, cost: CostModel, supply: Supply, *, fixed_drafts: int | None = None
+    ) -> None:
         self._max_draft = max_draft_tokens
         self._max_sequences = max_sequences
         self._cost = cost
-        self._catalogue = catalogue
-        self._planner = Planner()
-        self._portfolio = Portfolio(catalogue.members[1:], max_sequences)
+        self._supply = supply
+        self._policy: DraftPolicy = Planner() if fixed_drafts is None else FixedLength(fixed_drafts)
+        self._portfolio = Portfolio(supply.members[1:], max_sequences)
         self._depths: dict[str, float] = {}
         self._drafters: dict[str, Drafter] = {}
         self._calibrations: dict[str, Calibration] = {}
@@ -87,7 +95,7 @@ class Speculator:
         """A sequence that uses drafter `name` takes `slot`. Raises ValueError where the drafter does not fit the target."""
         for member in self._members(name):
             if member not in self._drafters:
-                self._drafters[member] = self._catalogue.create(member)
+                self._drafters[member] = self._supply.create(member)
                 self._calibrations[member] = Calibration(self._drafters[member].prior, self._max_sequences)
             self._calibrations[member].reset(slot)
         if name == PORTFOLIO:
@@ -104,7 +112,7 @@ class Speculator:
         for name in self._portfolio.let_go():
             self._drafters.pop(name, None)
             self._calibrations.pop(name, None)
-            freed += self._catalogue.retire(name)
+            freed += self._supply.retire(name)
         return freed
 
     def _members(self, name: str) -> tuple[str, ...]:
@@ -119,8 +127,7 @@ class Speculator:
         kv_tokens = sum(sequence.num_tokens for sequence in sequences)
         most = min(budget, self._max_draft * len(sequences))
         cost = StepCost.of(self._cost, decoding=len(sequences), prefill=prefill, kv_tokens=kv_tokens, drafts=most)
-        # Where even certain drafts would not pay, one token each keeps the calibration learning.
-        deepest = self._max_draft if worth_drafting(len(sequences), cost) else 1
+        deepest = self._policy.depth(len(sequences), cost, self._max_draft)
         limits = np.array([min(deepest, sequence.room - 1) for sequence in sequences], np.int64)
         proposal.survival = np.zeros((len(sequences), self._max_draft))
         proposal.token_ids = np.zeros((len(sequences), self._max_draft), np.int64)
@@ -131,7 +138,7 @@ class Speculator:
                 self._ask_portfolio(rows, sequences, limits, step, proposal, len(sequences) / max(cost.decoding, 1e-9))
             else:
                 self._take(name, rows, self._ask(name, rows, sequences, limits, step, proposal), sequences, proposal)
-        proposal.chosen = self._planner.choose(proposal.survival, cost, random=bool(proposal.probabilities))
+        proposal.chosen = self._policy.choose(proposal.survival, cost, random=bool(proposal.probabilities))
         return proposal
 
     def settle(self, proposal: Proposal, sequences: list[Sequence], accepted: Ints, following: Ints) -> None:

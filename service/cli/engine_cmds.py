@@ -29,6 +29,7 @@ def run(
     model: Model = None,
     dtype: Dtype = None,
     drafter: Drafter = "auto",
+    trace: Annotated[Path | None, typer.Option("--trace", help="Record what the engine does, for `longdraft replay`.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run one job in this process, without any service. Exit code 1 if a line failed."""
@@ -39,6 +40,9 @@ def run(
 
     require_folder(output)
     settings, resolve = with_model(model, dtype)
+    if trace is not None:
+        require_folder(trace)
+        settings = settings.model_copy(update={"engine": settings.engine.model_copy(update={"trace": trace})})
     limits = settings.limits
     plan = read_job(job, resolve, max_line_bytes=limits.max_line_bytes, max_json_depth=limits.max_json_depth)
     runner = make_runner(settings)

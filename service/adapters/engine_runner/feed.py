@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
-from engine.drafters import registry
+from engine.drafters.builtin import OFF
 from engine.engine import Engine
 from engine.types import FinishReason, Request, Result, TokenLedger
 from service.adapters.engine_runner.requests import build_request
@@ -74,7 +74,7 @@ class Feed:
             text=result.text,
             finish_reason=result.finish_reason.value,
             usage=usage,
-            system_fingerprint=f"{self._loaded.fingerprint}-{result.drafter or registry.OFF}",
+            system_fingerprint=f"{self._loaded.fingerprint}-{result.drafter or OFF}",
         )
         return _outcome(line, Outcome.SUCCEEDED, status_code=200, body=body, usage=usage, work=work, drafter=result.drafter)
 

@@ -150,6 +150,8 @@ class EngineRunner:
             drafter=chosen.drafter,
             max_sequences=chosen.max_sequences,
             threads=chosen.threads,
+            fixed_drafts=chosen.fixed_drafts,
+            trace=chosen.trace,
         )
 
 

@@ -284,7 +284,7 @@ class Oracle:
 
 
 def test_a_drafter_gets_hidden_states_of_every_confirmed_token_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(registry._DRAFTERS, "oracle", Oracle)
+    monkeypatch.setitem(registry.TEXT_DRAFTERS, "oracle", Oracle)
     made = engine(drafter="oracle", max_draft_tokens=8, share_prefixes=False)
     requests = jobs(12)
     results = collect(made, requests)

@@ -77,7 +77,7 @@ class Guesser:
 
 @pytest.fixture(autouse=True)
 def _guesser(fixed_costs: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(registry._DRAFTERS, "guesser", Guesser)
+    monkeypatch.setitem(registry.TEXT_DRAFTERS, "guesser", Guesser)
 
 
 def transitions(drafter: str, table: torch.Tensor = TABLE, requests: int = 2000, **sampling: float) -> tuple[np.ndarray, Engine]:

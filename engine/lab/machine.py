@@ -1,0 +1,90 @@
+"""Machines for virtual time: one fitted to a trace, and one given by a curve."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from engine.lab.step_fit import StepFit
+from engine.speculation.cost_model import Load
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from engine.lab.trace import StepRecord, Trace
+    from engine.speculation.speculator import Proposal
+
+
+class CurveMachine:
+    """Step seconds by number of tokens (straight lines between, and beyond at the last point's price a token); the host takes no time."""
+
+    def __init__(self, curve: Mapping[int, float], *, seconds_per_kv_token: float = 0.0) -> None:
+        points = sorted(curve.items())
+        self._tokens = np.array([tokens for tokens, _ in points], np.float64)
+        self._seconds = np.array([seconds for _, seconds in points], np.float64)
+        self._per_kv_token = seconds_per_kv_token
+
+    def step(self, load: Load) -> float:
+        beyond = max(load.tokens - self._tokens[-1], 0.0) * self._seconds[-1] / self._tokens[-1]
+        return float(np.interp(load.tokens, self._tokens, self._seconds) + beyond + self._per_kv_token * load.kv_tokens)
+
+    def overhead(self, chunks: int) -> float:
+        del chunks
+        return 0.0
+
+    def drafting(self, proposal: Proposal) -> float:
+        del proposal
+        return 0.0
+
+    def profile(self, sizes: list[int]) -> list[tuple[Load, float]]:
+        """What measuring steps of so many tokens (a sequence each) would give: the start of a cost model that knows this machine."""
+        return [(Load(size, size, size), self.step(Load(size, size, size))) for size in sizes]
+
+
+class RecordedMachine:
+    """Fitted to a trace: steps by `StepFit`, host time by a line in the number of chunks.
+
+    Drafting costs what it cost in the trace a sequence; where nothing was drafted there, what it takes here and now.
+    """
+
+    def __init__(self, trace: Trace) -> None:
+        profile = [(Load(tokens, rows, kv), seconds) for tokens, rows, kv, seconds in trace.engine.profile]
+        self._fit = StepFit([(step.load, step.seconds) for step in trace.steps], profile)
+        self._fixed, self._per_chunk = _host_time(trace.steps)
+        drafts = [(step.draft_seconds, step.decoding) for step in trace.steps if step.drafted]
+        self._per_draft = sum(seconds for seconds, _ in drafts) / sum(count for _, count in drafts) if drafts else None
+
+    def step(self, load: Load) -> float:
+        return self._fit.seconds(load)
+
+    def overhead(self, chunks: int) -> float:
+        return self._fixed + self._per_chunk * chunks
+
+    def drafting(self, proposal: Proposal) -> float:
+        if not proposal.groups:
+            return 0.0
+        if self._per_draft is None:
+            return int(proposal.nanoseconds.sum()) * 1e-9
+        return self._per_draft * sum(len(rows) for _, rows in proposal.groups)
+
+
+def _host_time(steps: list[StepRecord]) -> tuple[float, float]:
+    """(seconds a step, seconds a chunk) between the end of one step and the start of the next, from medians by number of chunks.
+
+    Medians, so that a pause of the source (it was awaited for seconds) does not count as work.
+    """
+    gaps: dict[int, list[float]] = defaultdict(list)
+    for step, following in pairwise(steps):
+        gaps[step.chunks].append(max(following.at - step.at - step.seconds - step.draft_seconds, 0.0))
+    if not gaps:
+        return 0.0, 0.0
+    sizes = np.array(list(gaps), np.float64)
+    typical = np.array([np.median(values) for values in gaps.values()])
+    weights = np.sqrt([len(values) for values in gaps.values()])
+    if len(sizes) == 1:
+        return 0.0, float(typical[0] / sizes[0])
+    slope = max(float(np.polyfit(sizes, typical, 1, w=weights)[0]), 0.0)
+    return max(float(np.average(typical - slope * sizes, weights=weights**2)), 0.0), slope

@@ -1,0 +1,129 @@
+"""The real scheduler over long virtual jobs: fill of steps, tail, starvation, preemption under a small cache, priority and deadline."""
+
+from __future__ import annotations
+
+import random
+import sys
+from subprocess import run
+
+import pytest
+
+from engine.lab.machine import CurveMachine
+from engine.lab.simulator import Limits, Script, Simulator
+from engine.types import Request, SamplingParams
+
+CURVE = {1: 0.016, 2: 0.017, 4: 0.021, 8: 0.031, 16: 0.058, 32: 0.079, 64: 0.140, 128: 0.259, 256: 0.570}
+"""Seconds of a step by tokens: a 135M model on two cores, weights prepacked."""
+BLOCK = 16
+
+
+def script(
+    name: str, prompt: int, output: int, *, arrival: float = 0.0, max_tokens: int | None = None, start: tuple[int, ...] = (), **fields
+):
+    rng = random.Random(name)
+    tokens = start + tuple(rng.randrange(1000) for _ in range(prompt - len(start)))
+    answer = tuple(rng.randrange(1000) for _ in range(output))
+    return Script(Request(name, tokens, SamplingParams(max_tokens=max_tokens or output, temperature=0.0), **fields), answer, arrival)
+
+
+def limits(**fields) -> Limits:
+    return Limits(**({"max_sequences": 16, "max_step_tokens": 256, "num_blocks": 4096, "block_size": BLOCK} | fields))
+
+
+def job(count: int, seed: int = 0, **fields) -> list[Script]:
+    rng = random.Random(seed)
+    return [script(f"{seed}-{n}", rng.randint(20, 200), rng.randint(4, 120), **fields) for n in range(count)]
+
+
+def test_it_needs_no_torch():
+    code = "import sys, engine.lab.replay, engine.lab.simulator; sys.exit('torch' in sys.modules)"
+    assert run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_answer_is_produced_whole_and_the_clock_is_the_machines():
+    scripts = job(40)
+    seen = []
+    machine = CurveMachine(CURVE)
+    result = Simulator(limits(), machine, watch=lambda step, _: seen.append(step)).run(scripts)
+    assert result.generated == sum(len(s.output) for s in scripts) == sum(step.gained for step in seen)
+    assert set(result.ended) == {s.request.id for s in scripts}
+    assert result.seconds == pytest.approx(sum(machine.step(step.load) for step in seen))
+    assert result.steps == len(seen)
+
+
+def test_steps_are_full_until_the_tail():
+    """As long as there are requests that wait, every slot decodes or prefills."""
+    fill = []
+
+    def watch(step, scheduler):
+        if scheduler.waiting:
+            fill.append(len(step.plan.decoding) + len(step.plan.prefill))
+
+    Simulator(limits(), CurveMachine(CURVE), watch=watch).run(job(200))
+    assert len(fill) > 300
+    assert sum(count == 16 for count in fill) / len(fill) > 0.95
+
+
+def test_the_tail_is_short_where_the_longest_start_first():
+    """Siblings with a known template length: long ones first, so that the last ones to end are short."""
+    rng = random.Random(5)
+    kinds = {"short": 8, "middle": 40, "long": 160}
+    scripts = []
+    for n in range(300):
+        kind = rng.choice(list(kinds))
+        scripts.append(script(f"{n}", 30, kinds[kind], max_tokens=200, template=kind, start=(ord(kind[0]),) * 20))
+    result = Simulator(limits(), CurveMachine(CURVE)).run(scripts)
+    assert result.tail(0.05) < 0.15
+
+
+def test_nobody_starves_under_a_stream_of_more_important_requests():
+    """Urgent requests keep arriving; the unimportant one still starts, after a bounded number of them."""
+    humble = script("humble", 50, 20, priority=0)
+    stream = [script(f"urgent-{n}", 50, 20, arrival=n * 0.02, priority=9) for n in range(600)]
+    result = Simulator(limits(max_sequences=4, look_ahead=8), CurveMachine(CURVE)).run([*stream, humble])
+    overtook = sum(result.started[name] < result.started["humble"] for name in result.started)
+    assert overtook < 100
+    assert result.started["humble"] < result.seconds / 2
+
+
+@pytest.mark.parametrize(("field", "first", "later"), [("priority", 9, 0), ("deadline", 100.0, 200.0)])
+def test_priority_and_deadline_go_first(field, first, later):
+    slow = [script(f"later-{n}", 30, 60, **{field: later}) for n in range(60)]
+    quick = [script(f"first-{n}", 30, 60, **{field: first}) for n in range(20)]
+    result = Simulator(limits(max_sequences=8, look_ahead=100), CurveMachine(CURVE)).run([*slow, *quick])
+    started = sorted(result.started, key=lambda name: result.started[name])
+    assert sum(name.startswith("first") for name in started[:20]) == 20
+
+
+def test_a_small_cache_preempts_and_still_finishes():
+    scripts = [script(f"{n}", 40, 200, max_tokens=200, template="t") for n in range(24)]
+    short = [script(f"lesson-{n}", 40, 4, max_tokens=200, template="t", priority=1) for n in range(24)]
+    # The lessons teach that answers are short, so many long ones are let in at once: more than the cache holds.
+    held = []
+
+    def watch(_, scheduler):
+        scheduler.pool.check()
+        held.append(scheduler.pool.num_held)
+
+    result = Simulator(limits(num_blocks=100), CurveMachine(CURVE), watch=watch).run([*short, *scripts])
+    assert result.preemptions > 0
+    assert result.generated == sum(len(s.output) for s in [*short, *scripts])
+    assert max(held) <= 99
+
+
+def test_a_shared_prompt_is_computed_once():
+    shared = tuple(range(320))
+    scripts = [script(f"{n}", 350, 10, start=shared) for n in range(50)]
+    alone = Simulator(limits(share_prefixes=False), CurveMachine(CURVE)).run(scripts)
+    together = Simulator(limits(), CurveMachine(CURVE)).run(scripts)
+    assert alone.cached == 0
+    assert together.cached == 49 * 320
+    assert together.seconds < alone.seconds / 3
+
+
+def test_what_arrives_later_starts_later():
+    scripts = [script("now", 20, 5), script("later", 20, 5, arrival=10.0)]
+    result = Simulator(limits(), CurveMachine(CURVE)).run(scripts)
+    assert result.ended["now"] < 1.0
+    assert result.started["later"] == 10.0
+    assert result.seconds < 11.0
