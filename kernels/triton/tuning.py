@@ -1,0 +1,104 @@
+"""Launch configurations found by measuring, kept per device.
+
+Untuned kernels run their first candidate. Within `tuning(folder)`, a kernel that meets new shapes tries all its candidates (on the
+device, so never inside a graph capture), and what was fastest is kept in `folder`, in a file named after the device and Triton's version.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+Config = dict[str, int]
+
+
+class _Table:
+    """What is known, by device file and kernel key; and whether new shapes are measured."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, dict[str, Config]] = {}
+        self.folder: Path | None = None
+
+
+_TABLE = _Table()
+
+
+def load(folder: Path, device: torch.device) -> int:
+    """Reads what earlier runs found for this device. Returns how many configurations there are; a file that is no table counts as none."""
+    path = folder / _file(device)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return 0
+    _TABLE.known[_file(device)] = found
+    return len(found)
+
+
+@contextlib.contextmanager
+def tuning(folder: Path) -> Iterator[None]:
+    """Measures candidates of shapes that are new, and keeps the fastest in `folder` (made if need be)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    before, _TABLE.folder = _TABLE.folder, folder
+    try:
+        yield
+    finally:
+        _TABLE.folder = before
+
+
+def best(
+    kernel: str,
+    key: str,
+    device: torch.device,
+    candidates: list[Config],
+    launch: Callable[[Config], None],
+    measure: Callable[[Callable[[], None]], float] | None = None,
+) -> Config:
+    """The configuration for `kernel` on shapes that `key` names. `launch` runs one; it must bear being run again.
+
+    measure: seconds of a call, by default Triton's own timer on the device.
+    """
+    known = _TABLE.known.setdefault(_file(device), {})
+    name = f"{kernel}/{key}"
+    if (found := known.get(name)) is not None:
+        return found
+    if _TABLE.folder is None or (device.type != "cuda" and measure is None):
+        return candidates[0]
+    times = [_seconds(launch, config, measure) for config in candidates]
+    known[name] = candidates[times.index(min(times))]
+    path = _TABLE.folder / _file(device)
+    scratch = path.with_suffix(".new")
+    scratch.write_text(json.dumps(known, indent=1, sort_keys=True), encoding="utf-8")
+    scratch.replace(path)
+    return known[name]
+
+
+def forget() -> None:
+    """Drops what is known in this process; files stay."""
+    _TABLE.known.clear()
+
+
+def _seconds(launch: Callable[[Config], None], config: Config, measure: Callable[[Callable[[], None]], float] | None) -> float:
+    try:
+        return (measure or _device_time)(lambda: launch(config))
+    except triton.runtime.errors.OutOfResources:
+        return float("inf")  # more shared memory or registers than this device has
+
+
+def _device_time(call: Callable[[], None]) -> float:
+    return float(triton.testing.do_bench(call, warmup=10, rep=40, return_mode="median"))
+
+
+@cache
+def _file(device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    safe = "".join(c if c.isalnum() else "-" for c in name).lower()
+    return f"triton-{safe}-{triton.__version__}.json"
