@@ -17,26 +17,72 @@ if TYPE_CHECKING:
     import torch
 
     from kernels.reference.attention_plan import AttentionPlan
+    from kernels.reference.fp8_linear import Fp8Linear
     from kernels.reference.linear import PackedLinear
+    from kernels.reference.sampling import Allowed, DraftWeights, Penalties, SampleRows, Verdict
     from kernels.reference.sequential_head import DraftBlock, SequentialHead
 
 __version__ = "1.0.0"
 
-__all__ = ["attention", "gated_activation", "kv_write", "linear", "pack_linear", "plan_attention", "rms_norm", "rotary", "sequential_head"]
+__all__ = [
+    "accept_drafts",
+    "add_rms_norm",
+    "allocate_early_stop",
+    "allocate_top",
+    "attention",
+    "fp8_linear",
+    "gated_activation",
+    "kv_write",
+    "linear",
+    "pack_linear",
+    "paged_attention",
+    "plan_attention",
+    "rms_norm",
+    "rotary",
+    "rotary_kv_write",
+    "sequential_head",
+    "token_log_probs",
+    "verify",
+]
 
-TRITON_OPS: dict[str, str] = {"gated_activation": "gated_activation", "rms_norm": "rms_norm"}
+TRITON_OPS: dict[str, str] = {
+    "accept_drafts": "sampling",
+    "add_rms_norm": "rms_norm",
+    "allocate_early_stop": "draft_budget",
+    "allocate_top": "draft_budget",
+    "attention": "attention",
+    "fp8_linear": "fp8_linear",
+    "gated_activation": "gated_activation",
+    "kv_write": "kv_write",
+    "paged_attention": "attention",
+    "plan_attention": "attention_plan",
+    "rms_norm": "rms_norm",
+    "rotary_kv_write": "kv_write",
+    "sequential_head": "sequential_head",
+    "token_log_probs": "sampling",
+    "verify": "sampling",
+}
 """Op name -> module under `kernels.triton`. An op that is not listed runs its reference on every device."""
 
 _REFERENCE_OPS = {
+    "accept_drafts": "sampling",
+    "add_rms_norm": "add_rms_norm",
+    "allocate_early_stop": "draft_budget",
+    "allocate_top": "draft_budget",
     "attention": "attention",
+    "fp8_linear": "fp8_linear",
     "gated_activation": "gated_activation",
     "kv_write": "kv_write",
     "linear": "linear",
     "pack_linear": "linear",
+    "paged_attention": "paged_attention",
     "plan_attention": "attention_plan",
     "rms_norm": "rms_norm",
     "rotary": "rotary",
+    "rotary_kv_write": "rotary_kv_write",
     "sequential_head": "sequential_head",
+    "token_log_probs": "sampling",
+    "verify": "sampling",
 }
 
 
@@ -96,8 +142,85 @@ def plan_attention(
 def attention(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: AttentionPlan, scale: float, soft_cap: float | None = None
 ) -> torch.Tensor:
-    """Paged, causal, variable-length attention of [T, heads, head_dim] queries. See `kernels.reference.attention`."""
+    """Paged, causal, variable-length attention over a plan of `plan_attention`. See `kernels.reference.attention`."""
     return _implementation("attention", q.device.type)(q, k_cache, v_cache, plan, scale, soft_cap)
+
+
+def paged_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    query_start: torch.Tensor,
+    kv_lengths: torch.Tensor,
+    scale: float,
+    *,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    causal: bool = True,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of one layer from the plain tensors of a step. See `kernels.reference.paged_attention`."""
+    return _implementation("paged_attention", q.device.type)(
+        q, k_cache, v_cache, block_tables, query_start, kv_lengths, scale,
+        window=window, soft_cap=soft_cap, causal=causal, k_scale=k_scale, v_scale=v_scale,
+    )  # fmt: skip
+
+
+def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The norm of x + residual, and the sum. See `kernels.reference.add_rms_norm`."""
+    return _implementation("add_rms_norm", x.device.type)(x, residual, weight, eps)
+
+
+def rotary_kv_write(
+    qkv: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    slots: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    *,
+    num_heads: int,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
+    eps: float = 0.0,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Normalises and rotates queries and keys, writes keys and values, returns queries. See `kernels.reference.rotary_kv_write`."""
+    return _implementation("rotary_kv_write", qkv.device.type)(
+        qkv, cos, sin, slots, k_cache, v_cache,
+        num_heads=num_heads, q_norm=q_norm, k_norm=k_norm, eps=eps, k_scale=k_scale, v_scale=v_scale,
+    )  # fmt: skip
+
+
+def fp8_linear(x: torch.Tensor, packed: Fp8Linear, residual: torch.Tensor | None = None) -> torch.Tensor:
+    """A product with weights stored as e4m3. See `kernels.reference.fp8_linear`."""
+    return _implementation("fp8_linear", x.device.type)(x, packed, residual)
+
+
+def verify(
+    logits: torch.Tensor,
+    rows: SampleRows,
+    attempt: torch.Tensor,
+    *,
+    draft: DraftWeights | None = None,
+    penalties: Penalties | None = None,
+    allowed: Allowed | None = None,
+) -> Verdict:
+    """Samples, or judges drafts of, rows of logits without a look at the host. See `kernels.reference.sampling`."""
+    return _implementation("verify", logits.device.type)(logits, rows, attempt, draft=draft, penalties=penalties, allowed=allowed)
+
+
+def accept_drafts(verdict: Verdict, row_start: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """How many drafts of each sequence stand, and what follows them. See `kernels.reference.sampling`."""
+    return _implementation("accept_drafts", row_start.device.type)(verdict, row_start)
+
+
+def token_log_probs(logits: torch.Tensor, tokens: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probabilities of tokens and of the likeliest ones. See `kernels.reference.sampling`."""
+    return _implementation("token_log_probs", logits.device.type)(logits, tokens, top)
 
 
 def sequential_head(
@@ -110,7 +233,17 @@ def sequential_head(
     keys: torch.Tensor | None = None,
     keep_weights: bool = False,
 ) -> DraftBlock:
-    """Drafts the tokens of a block one after the other. See `kernels.reference.sequential_head`."""
+    """Drafts a block token by token. See `kernels.reference.sequential_head`."""
     return _implementation("sequential_head", logits.device.type)(
         logits, hidden, anchors, head, temperatures=temperatures, keys=keys, keep_weights=keep_weights
     )
+
+
+def allocate_top(survival: torch.Tensor, capacity: torch.Tensor) -> torch.Tensor:
+    """Drafts of each request under a fixed capacity. See `kernels.reference.draft_budget`."""
+    return _implementation("allocate_top", survival.device.type)(survival, capacity)
+
+
+def allocate_early_stop(survival: torch.Tensor, decoding: torch.Tensor, extra: torch.Tensor) -> torch.Tensor:
+    """Drafts of each request by DSpark's algorithm 1. See `kernels.reference.draft_budget`."""
+    return _implementation("allocate_early_stop", survival.device.type)(survival, decoding, extra)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import pairwise
 
 import torch
 
@@ -45,7 +46,7 @@ class SampleRows:
 
 @dataclass(frozen=True, slots=True)
 class Penalties:
-    """counts: int32 [N, V], how often each token was generated; prompt: int32 [N, ceil(V / 32)], bit t of a row set for tokens of the prompt.
+    """counts: int32 [N, V], how often each token was generated; prompt: int32 [N, ceil(V / 32)], bit t set for tokens of the prompt.
 
     rows: int32 [R], the line of both that a logit row belongs to. presence, frequency, repetition: float32 [R] (0, 0 and 1 are off).
     depth: int32 [R], how many drafts of the same block stand before the row, in the rows before it: they count as generated.
@@ -175,7 +176,7 @@ def accept_drafts(verdict: Verdict, row_start: torch.Tensor) -> tuple[torch.Tens
     """
     bounds = row_start.tolist()
     accepted, following, finite = [], [], []
-    for first, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for first, end in pairwise(bounds):
         stands = verdict.stands[first : max(end - 1, first)].tolist()
         count = next((index for index, stood in enumerate(stands) if not stood), len(stands))
         accepted.append(count)

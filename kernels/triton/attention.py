@@ -193,10 +193,12 @@ def attention(
 ) -> torch.Tensor:
     """As `kernels.reference.paged_attention`, for a step that `plan_attention` has planned. Returns [T, heads, head_dim], contiguous.
 
-    q: float16, bfloat16 or float32, heads and head_dim side by side. Caches: q's dtype, or float8_e4m3fn with `k_scale` and `v_scale`
-    float32 [kv_heads]. Rows past query_start[-1] are left as they were allocated. Raises ValueError naming what does not fit.
+    q: float16, bfloat16 or float32; a slice of a fused row is read where it is. Caches: q's dtype, or float8_e4m3fn with `k_scale` and
+    `v_scale` float32 [kv_heads]. Rows past query_start[-1] are left as they were allocated. Raises ValueError naming what does not fit.
     """
     _check(q, k_cache, v_cache, k_scale, v_scale)
+    if q.stride(2) != 1 or q.stride(1) != q.shape[2]:
+        q = q.contiguous()
     num_rows, heads, dim = q.shape
     kv_heads, page = k_cache.shape[1], k_cache.shape[2]
     group = heads // kv_heads
@@ -255,9 +257,7 @@ def paged_attention(
 ) -> torch.Tensor:
     """As `kernels.reference.paged_attention`; plans and runs one layer."""
     slots = query_start.new_zeros(len(q), dtype=torch.int64)
-    plan = plan_attention(
-        block_tables, query_start, kv_lengths, slots, cache=k_cache, num_heads=q.shape[1], window=window, causal=causal
-    )
+    plan = plan_attention(block_tables, query_start, kv_lengths, slots, cache=k_cache, num_heads=q.shape[1], window=window, causal=causal)
     return attention(q, k_cache, v_cache, plan, scale, soft_cap, k_scale=k_scale, v_scale=v_scale)
 
 
@@ -280,8 +280,6 @@ def _check(
 ) -> None:
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"queries must be float16, bfloat16 or float32, got {q.dtype}")
-    if q.stride(2) != 1 or q.stride(1) != q.shape[2]:
-        raise ValueError(f"a query row must lie side by side, got strides {q.stride()} for shape {tuple(q.shape)}")
     if q.shape[1] % k_cache.shape[1] or q.shape[2] != k_cache.shape[3]:
         raise ValueError(f"queries {tuple(q.shape)} do not fit keys {tuple(k_cache.shape)}")
     if k_cache.shape != v_cache.shape or k_cache.dtype != v_cache.dtype:

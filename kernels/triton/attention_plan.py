@@ -123,9 +123,7 @@ class _Units:
     position: torch.Tensor
 
 
-def _units(
-    tables: torch.Tensor, query_start: torch.Tensor, kv_lengths: torch.Tensor, block_size: int, *, shared: bool
-) -> _Units:
+def _units(tables: torch.Tensor, query_start: torch.Tensor, kv_lengths: torch.Tensor, block_size: int, *, shared: bool) -> _Units:
     begin, end = query_start[:-1].long(), query_start[1:].long()
     lengths = kv_lengths.long()
     position = lengths - (end - begin)

@@ -25,7 +25,7 @@ def _write(
     BLOCK_H: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
     FP8: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """Head h of a row: a query below HEADS, a key below HEADS + KV_HEADS, else a value. Its first ROTATED numbers as two halves, and the rest."""
+    """Head h of a row: a query below HEADS, a key below HEADS + KV_HEADS, else a value. Its first ROTATED numbers are two halves."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     is_q = head < HEADS
@@ -116,7 +116,8 @@ def _store(k_cache, v_cache, k_at, v_at, columns, x, is_k, is_v, real, FP8: tl.c
 
 
 def kv_write(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: DevicePlan) -> None:
-    """As `kernels.reference.kv_write`, at `plan.slots`. k, v: [T, kv_heads, head_dim], heads and head_dim side by side."""
+    """As `kernels.reference.kv_write`, at `plan.slots`. k, v: [T, kv_heads, head_dim]; slices of a fused row are read where they are."""
+    k, v = (rows if rows.stride(2) == 1 and rows.stride(1) == rows.shape[2] else rows.contiguous() for rows in (k, v))
     _launch(None, k, v, None, None, plan.slots, k_cache, v_cache, num_heads=0)
 
 

@@ -259,14 +259,15 @@ def verify(
           (penalties.counts, penalties.prompt, penalties.rows, penalties.presence, penalties.frequency, penalties.repetition,
            penalties.depth)),
         rows.modes if allowed is None else allowed.bits, rows.modes if allowed is None else allowed.rows,
-        vocab, logits.stride(0), 0 if draft is None else draft.log_weights.stride(0), 0 if penalties is None else penalties.counts.stride(0),
-        bits.stride(0), PENALTIES=penalties is not None, MASK=allowed is not None, WEIGHED=draft is not None, BLOCK=_BLOCK, num_warps=8,
+        vocab, logits.stride(0), 0 if draft is None else draft.log_weights.stride(0),
+        0 if penalties is None else penalties.counts.stride(0), bits.stride(0),
+        PENALTIES=penalties is not None, MASK=allowed is not None, WEIGHED=draft is not None, BLOCK=_BLOCK, num_warps=8,
     )  # fmt: skip
     return Verdict(tokens, stands, finite)
 
 
 def token_log_probs(logits: torch.Tensor, tokens: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `kernels.reference.sampling.token_log_probs`, in float32. Raises ValueError for `top` outside [0, V] or another number of tokens."""
+    """As `kernels.reference.sampling.token_log_probs`, in float32. Raises ValueError for `top` outside [0, V], or tokens amiss."""
     num_rows, vocab = logits.shape
     if not 0 <= top <= vocab:
         raise ValueError(f"top must be between 0 and {vocab}, got {top}")

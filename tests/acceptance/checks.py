@@ -158,6 +158,13 @@ CHECKS: Sequence[Check] = (
         own_verdict,
     ),
     Check(
+        "kernels/ahead-of-time",
+        "every Triton kernel compiles to machine code for sm_80 and sm_90 without a device",
+        module("tests.unit.kernels.triton.ahead_of_time"),
+        own_verdict,
+        seconds=3600,
+    ),
+    Check(
         "costs/ledger-sequences",
         "O1-O7 hold after 2,000 random sequences of submit, run, crash, retry, cancel, expire, reprice, reverse",
         module("tests.acceptance.ledger_sequences"),

@@ -1,14 +1,21 @@
-"""The Triton ops on a GPU: `python -m pytest tests/gpu`, with torch, triton, numpy and pytest alone."""
+"""The Triton ops on a GPU: `python -m pytest tests/gpu`, with torch, triton, transformers, safetensors, numpy and pytest alone."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from tests.unit.kernels.triton_cases import SHAPES, check
+from tests.gpu.requirements import DEVICE, needs_gpu
+from tests.unit.kernels.triton.cases import Case, cases, check_refusals
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device and torch's CUDA build (make TORCH=cuda)")
+pytestmark = needs_gpu
 
 
-def test_triton_ops_equal_their_definitions() -> None:
-    assert check("cuda") == len(SHAPES) * 5 + 2
+@pytest.mark.parametrize("case", list(cases(full=True)), ids=lambda case: f"{case.op}-{case.name}")
+def test_equals_its_reference(case: Case) -> None:
+    torch.manual_seed(torch.seed() % 2**31)  # fresh inputs every time
+    case.check(DEVICE)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    assert check_refusals(DEVICE) == 12
