@@ -76,9 +76,9 @@ def _allocate(
     if survival.dtype != torch.float32 or (extra is not None and extra.dtype != torch.float64):
         raise ValueError(f"survival must be float32 and seconds float64, got {survival.dtype}{'' if extra is None else f', {extra.dtype}'}")
     survival = survival.contiguous()
-    lengths = torch.zeros(requests, dtype=torch.int64, device=survival.device)
     if total == 0:
-        return lengths
+        return torch.zeros(requests, dtype=torch.int64, device=survival.device)
+    lengths = torch.empty(requests, dtype=torch.int64, device=survival.device)
     ranks = torch.empty(total, dtype=torch.int32, device=survival.device)
     ordered = torch.empty(total, dtype=torch.float32, device=survival.device)
     chosen = torch.empty(1, dtype=torch.int64, device=survival.device)

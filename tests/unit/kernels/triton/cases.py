@@ -417,7 +417,9 @@ def _allocate_top(size: int, drafts: int, device: torch.device) -> Results:
 
     survival = _survival(size, drafts, device)
     capacities = [torch.tensor([count], device=device) for count in (0, 1, size * drafts // 3, size * drafts + 9)]
-    return [allocate_top(survival, count) for count in capacities], [reference(survival, count) for count in capacities]
+    with poisoned_allocations():
+        made = [allocate_top(survival, count) for count in capacities]
+    return made, [reference(survival, count) for count in capacities]
 
 
 def _allocate_early_stop(size: int, drafts: int, device: torch.device) -> Results:
@@ -426,10 +428,12 @@ def _allocate_early_stop(size: int, drafts: int, device: torch.device) -> Result
 
     survival = _survival(size, drafts, device)
     made, exact = [], []
+    # Cheap enough that some drafts are always taken.
     for covered in (0, 4, size * drafts):
-        extra = torch.rand(covered + 1, dtype=torch.float64, device=device).cumsum(0) * 0.02
+        extra = torch.rand(covered + 1, dtype=torch.float64, device=device).cumsum(0) * (0.02 / size)
         decoding = torch.tensor([0.1], dtype=torch.float64, device=device)
-        made.append(allocate_early_stop(survival, decoding, extra - extra[0]))
+        with poisoned_allocations():
+            made.append(allocate_early_stop(survival, decoding, extra - extra[0]))
         exact.append(reference(survival, decoding, extra - extra[0]))
     return made, exact
 
