@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import socket
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
@@ -136,6 +140,31 @@ def s3_bucket(s3_settings: S3) -> str:
     )
     client.create_bucket(Bucket=name)
     return name
+
+
+@pytest.fixture
+def guarded(tmp_path: Path) -> Iterator[S3]:
+    """rclone's S3 server on a folder, with one key pair."""
+    (tmp_path / "bucket").mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [Path(sys.executable).parent / "rclone", "serve", "s3", tmp_path, "--addr", f"127.0.0.1:{port}", "--auth-key", "right,secret"]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        try:
+            deadline = time.monotonic() + 30
+            while True:
+                try:
+                    socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                    break
+                except OSError:
+                    assert process.poll() is None
+                    assert time.monotonic() < deadline
+                    time.sleep(0.05)
+            url = f"http://127.0.0.1:{port}"
+            yield S3(endpoint_url=url, region="us-east-1", access_key_id="right", secret_access_key="secret", path_style=True)
+        finally:
+            process.terminate()
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import boto3
@@ -17,12 +19,21 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 
+_making = threading.Lock()
+
+
 def s3_client(settings: S3, *, attempts: int = 5, guarded: bool = False) -> S3Client:
-    """Nothing is sent yet. `attempts` bounds boto3's own tries of a request.
+    """A client for these settings, shared by all who ask for the same; nothing is sent yet. `attempts` bounds boto3's own tries.
 
     `guarded`: it connects to public addresses only, over TLS and past any proxy; each name is resolved once for each connection, and the
     address that was judged is the one that is connected to.
     """
+    with _making:  # boto3 makes clients in one thread at a time; that takes a tenth of a second, so they are kept
+        return _made(settings, attempts, guarded)
+
+
+@lru_cache(32)
+def _made(settings: S3, attempts: int, guarded: bool) -> S3Client:
     client = boto3.client(
         "s3",
         endpoint_url=settings.endpoint_url,

@@ -31,7 +31,7 @@ class Vault:
         """Raises BucketRefused where it was sealed with another key, or for something else."""
         try:
             plain = self._cipher(create=False).decrypt(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], context.encode())
-        except (InvalidTag, FileNotFoundError) as error:
+        except (InvalidTag, ValueError, FileNotFoundError) as error:
             raise BucketRefused(
                 "The project's bucket credentials cannot be opened on this host: the operator has to give every host the same "
                 "credentials_key, or set the credentials again.",

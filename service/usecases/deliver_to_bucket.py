@@ -19,7 +19,7 @@ from service.domain.job import Batch
 from service.domain.object_uri import ObjectUri
 from service.errors import BlobCorrupt
 from service.ports import BlobInfo, BlobStore, ChargeFilter, Database, OutboxItem, UserBucket
-from service.usecases.user_buckets import MANIFEST, READ_BYTES, explained, sha256_of, taken_folder
+from service.usecases.user_buckets import MANIFEST, READ_BYTES, explained, is_there, sha256_of, taken_folder
 
 MAX_MANIFEST_BYTES = 1 << 20
 _MOMENT = timedelta(seconds=1)
@@ -75,7 +75,7 @@ class Delivery:
         """Whether our manifest is there. Raises BucketProblem where it is another's."""
         key = self.folder.child(MANIFEST).key
         with explained(self.folder, "output_uri", patient=self.patient):
-            if self.bucket.head(key) is None:
+            if not is_there(self.bucket, key):
                 return False
             with self.bucket.open(key) as stream:
                 data = stream.read(MAX_MANIFEST_BYTES)

@@ -167,13 +167,17 @@ MANIFEST = "manifest.json"
 def check_output(bucket: UserBucket, folder: ObjectUri) -> None:
     """Before anything runs: the folder can be written to, and no batch has finished there. Raises BucketProblem, and what buckets raise."""
     manifest = folder.child(MANIFEST)
-    try:
-        taken = bucket.head(manifest.key) is not None
-    except BlobDenied:  # AWS answers so for what is not there, to those who may not list
-        taken = False
-    if taken:
+    if is_there(bucket, manifest.key):
         raise taken_folder(folder)
     bucket.check_writable(manifest.key)
+
+
+def is_there(bucket: UserBucket, key: str) -> bool:
+    """AWS denies a look at what is not there to those who may not list: whoever is denied it here is told so by the put that follows."""
+    try:
+        return bucket.head(key) is not None
+    except BlobDenied:
+        return False
 
 
 def taken_folder(folder: ObjectUri) -> BucketProblem:

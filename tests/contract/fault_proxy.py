@@ -102,6 +102,20 @@ def slow_down(handler: _Handler, _: bytes) -> None:
     handler.answer(503, {"Content-Type": "application/xml"}, b"<Error><Code>SlowDown</Code><Message>Reduce your rate.</Message></Error>")
 
 
+def not_implemented(handler: _Handler, _: bytes) -> None:
+    """501: a store that does not know this. Not forwarded."""
+    xml = (
+        b"<Error><Code>NotImplemented</Code><Message>A header you provided implies functionality that is not implemented.</Message></Error>"
+    )
+    handler.answer(501, {"Content-Type": "application/xml"}, xml)
+
+
+def ignore_range(handler: _Handler, body: bytes) -> None:
+    """The whole object, whatever range was asked for."""
+    del handler.headers["Range"]
+    handler.answer(*handler.forward(body))
+
+
 def error_inside_200(handler: _Handler, _: bytes) -> None:
     """What a multipart completion may answer: 200, and an error in the body. Not forwarded."""
     xml = b'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>InternalError</Code><Message>Please try again.</Message></Error>'

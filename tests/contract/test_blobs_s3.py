@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
-import socket
-import subprocess
-import sys
-import time
+import threading
 import tracemalloc
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
+import httpx
 import pytest
 
 from service.adapters.blobs_s3 import REOPEN_TRIES, S3BlobStore, open_s3
 from service.config import S3
 from service.errors import BlobCorrupt, BlobDenied, Unavailable
-from tests.contract.fault_proxy import FaultProxy, claim_success, cut_after, damage, error_inside_200, lose_reply, reset, slow_down
+from tests.contract.fault_proxy import (
+    FaultProxy,
+    claim_success,
+    cut_after,
+    damage,
+    error_inside_200,
+    ignore_range,
+    lose_reply,
+    not_implemented,
+    reset,
+    slow_down,
+)
 
 PART = 5 << 20
 SMALL, LARGE = b"small object", random.Random(0).randbytes(2 * PART + 100)
@@ -157,37 +167,108 @@ def test_no_bucket_and_no_server_say_so(s3_settings: S3) -> None:
         open_s3("any", "", closed, attempts=1).probe()
 
 
+# --- what a store can do, and what is done where it cannot -----------------------------------------------------------------------
+
+
+def test_a_probe_says_what_the_store_can_do(direct: S3BlobStore) -> None:
+    found = direct.probe()
+    assert [found[name] for name in ("conditional put", "multipart", "range", "presigned urls")] == ["yes"] * 4
+    assert found["checks md5"] == "no", "this server stores damaged bytes; that is why what is stored is looked at"
+    assert list(direct.list("")) == []
+
+
+def test_of_many_creators_one_creates(direct: S3BlobStore) -> None:
+    done: list[bool] = []
+    threads = [threading.Thread(target=lambda n=n: done.append(direct.create("k", bytes([n])))) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(done) == [False] * 7 + [True]
+    before = content(direct)
+    assert not direct.create("k", b"later")
+    assert content(direct) == before
+
+
+def test_without_conditional_puts_a_look_has_to_do(store: S3BlobStore, proxy: FaultProxy) -> None:
+    proxy.once("PUT", "/k", not_implemented)
+    assert store.create("k", b"first")
+    assert not store.create("k", b"second")
+    assert (content(store), proxy.faults) == (b"first", [])
+
+
+def test_a_store_that_only_ignores_the_condition_is_found_out_by_the_probe(guarded: S3) -> None:
+    store = open_s3("bucket", "", guarded)
+    store.probe()
+    assert (store.create("k", b"first"), store.create("k", b"second"), content(store)) == (True, False, b"first")
+
+
+def test_without_multipart_a_large_object_goes_in_one_put(store: S3BlobStore, proxy: FaultProxy) -> None:
+    """It is tried once; after that the store is known not to have it."""
+    proxy.once("POST", "uploads", not_implemented)
+    for key in ("k", "k2"):
+        assert store.put(key, LARGE).bytes == len(LARGE)
+        assert content(store, key) == LARGE
+        found = store.head(key)
+        assert found is not None
+        assert found.sha256 == hashlib.sha256(LARGE).hexdigest()
+    assert [line for line in proxy.seen if "uploads" in line or "partNumber" in line] == ["POST /" + store._bucket + "/k?uploads"]
+    with store.writer("half") as writer:
+        writer.write(LARGE)
+    assert store.head("half") is None
+    assert store.discard_abandoned(timedelta(0)) == 0
+
+
+@pytest.mark.parametrize(("start", "length"), [(0, 5), (3, 4), (3, None), (PART, None), (len(LARGE) - 1, 10), (len(LARGE), None)])
+def test_without_ranges_the_whole_is_read_and_the_rest_dropped(
+    store: S3BlobStore, direct: S3BlobStore, proxy: FaultProxy, start: int, length: int | None
+) -> None:
+    direct.put("k", LARGE)
+    proxy.once("GET", "/k", ignore_range, times=2)
+    with store.open("k", start=start, length=length) as stream:
+        assert stream.read() == LARGE[start : None if length is None else start + length]
+
+
+def test_a_version_that_is_asked_for_is_the_one_that_is_read(direct: S3BlobStore) -> None:
+    direct.put("k", b"one")
+    one = direct.head("k")
+    assert one is not None
+    with direct.open("k", etag=one.etag) as stream:
+        assert stream.read() == b"one"
+    direct.put("k", b"two")
+    with pytest.raises(BlobCorrupt, match="replaced"):
+        direct.open("k", etag=one.etag)
+
+
+def test_asking_for_leave_to_write_leaves_nothing(direct: S3BlobStore) -> None:
+    direct.check_writable("folder/k")
+    assert list(direct.list("")) == []
+    assert direct.discard_abandoned(timedelta(0)) == 0
+
+
+def test_presigned_urls_work_without_credentials_and_under_the_public_address(guarded: S3) -> None:
+    """By a server that checks signatures; it knows itself by the name in the URL."""
+    store = open_s3(
+        "bucket", "prefix", guarded.model_copy(update={"public_endpoint_url": guarded.endpoint_url.replace("127.0.0.1", "localhost")})
+    )
+    put = store.presigned_put("some/key", size=len(SMALL), lifetime=timedelta(minutes=1))
+    assert put.url.startswith("http://localhost:")
+    assert httpx.put(put.url, content=SMALL, headers=put.headers).status_code == 200
+    get = store.presigned_get("some/key", filename="ü.jsonl", lifetime=timedelta(minutes=1))
+    assert httpx.get(get.url).content == SMALL == content(store, "some/key")
+    assert httpx.put(put.url, content=SMALL + b"more").status_code == 403, "a URL for one size takes another"
+    assert httpx.get(get.url.replace("some/key", "other/key")).status_code == 403
+    assert httpx.get(get.url.partition("?")[0]).status_code in (400, 403)
+
+
 # --- credentials: by a server that checks them ----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def guarded(tmp_path: Path) -> Iterator[S3]:
-    """rclone's S3 server on a folder, with one key pair."""
-    (tmp_path / "bucket").mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [Path(sys.executable).parent / "rclone", "serve", "s3", tmp_path, "--addr", f"127.0.0.1:{port}", "--auth-key", "right,secret"]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-        try:
-            deadline = time.monotonic() + 30
-            while True:
-                try:
-                    socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                    break
-                except OSError:
-                    assert process.poll() is None
-                    assert time.monotonic() < deadline
-                    time.sleep(0.05)
-            url = f"http://127.0.0.1:{port}"
-            yield S3(endpoint_url=url, region="us-east-1", access_key_id="right", secret_access_key="secret", path_style=True)
-        finally:
-            process.terminate()
 
 
 def test_right_credentials_work(guarded: S3) -> None:
     store = open_s3("bucket", "prefix", guarded)
-    assert store.probe()["store"] == "s3"
+    found = store.probe()
+    assert found["store"] == "s3"
+    assert [found[name] for name in ("multipart", "range", "presigned urls", "checks md5", "conditional put")] == ["yes"] * 4 + ["no"]
     large = S3BlobStore(store._client, "bucket", "prefix", part_bytes=PART)
     large.put("k", LARGE)
     assert content(large) == LARGE
@@ -207,7 +288,8 @@ def test_bytes_damaged_on_the_way_are_never_shown(guarded: S3, data: bytes) -> N
 @pytest.mark.parametrize("wrong", [{"secret_access_key": "wrong"}, {"access_key_id": "wrong"}])
 def test_wrong_credentials_are_refused_with_a_word_on_what_to_do(guarded: S3, wrong: dict[str, str]) -> None:
     store = open_s3("bucket", "", guarded.model_copy(update=wrong))
-    for use in (lambda: store.put("k", b"x"), lambda: store.head("k"), lambda: store.open("k"), store.probe, lambda: list(store.list(""))):
+    uses = (lambda: store.put("k", b"x"), lambda: store.head("k"), lambda: store.open("k"), store.probe, lambda: list(store.list("")))
+    for use in (*uses, lambda: store.create("k", b"x"), lambda: store.check_writable("k")):
         with pytest.raises(BlobDenied, match="check the key"):
             use()
 

@@ -11,15 +11,20 @@ from pathlib import Path
 import boto3
 import orjson
 import pytest
+from structlog.testing import capture_logs
 
+from service.adapters.blobs_s3 import S3BlobStore
 from service.adapters.buckets_s3 import S3Buckets
 from service.adapters.memory import MemoryBlobStore
+from service.adapters.s3_client import s3_client
 from service.adapters.vault import Vault
 from service.billing.price_book import exact_dollars
+from service.config import S3
 from service.domain.job import BatchStatus, OnInvalidLine
 from service.errors import BlobCorrupt, LeaseLost, Unavailable
 from service.ports import OutboxKind
 from service.usecases import finalize, validate
+from service.usecases.bucket_access import set_access
 from service.usecases.cancel import cancel_batch
 from service.usecases.corrections import reverse_charge
 from service.usecases.finalize import finalize_batch
@@ -33,6 +38,7 @@ from tests.contract.fault_proxy import FaultProxy, cut_after, error_inside_200, 
 from tests.integration.intake import LEASE
 from tests.integration.jobs import Jobs, lines, settings_for
 
+NAMES = ("output.jsonl", "errors.jsonl", "cost.json", "manifest.json")
 RECOMPUTE = Path(__file__).parents[2] / "infra" / "examples" / "recompute_bill.py"
 BAD = b"\n".join(good(f"c{n}", body=body(max_tokens=-1) if n in (2, 5) else body()) for n in range(1, 8)) + b"\n"
 
@@ -255,6 +261,38 @@ def test_what_is_not_there_or_not_to_be_touched(jobs, changes, code, param):
     assert jobs.names("out") == []
 
 
+@pytest.mark.parametrize(
+    ("secret", "input_uri", "output_uri", "code"),
+    [
+        ("wrong", "s3://bucket/job.jsonl", None, "input_uri_denied"),
+        ("wrong", None, "s3://bucket/out", "output_uri_denied"),
+        ("secret", "s3://bucket/nothing.jsonl", None, "input_uri_not_found"),
+        ("secret", "s3://bucket/job.jsonl", "s3://bucket/out", None),
+    ],
+)
+def test_a_projects_own_credentials_by_a_server_that_checks_them(jobs, guarded, tmp_path, secret, input_uri, output_uri, code):
+    """The batch fails with what its owner can do about it; the deployment's own credentials are not tried instead."""
+    reached = S3BlobStore(s3_client(guarded), "bucket", "", part_bytes=5 << 20)
+    reached.put("job.jsonl", lines(5))
+    jobs.buckets = S3Buckets(S3(allow_private_endpoints=True), Vault("key", tmp_path / "none"), own=None)
+    options = {"access_key_id": "right", "secret": secret, "endpoint_url": guarded.endpoint_url, "path_style": True}
+    set_access(jobs.database, jobs.buckets, jobs.project.id, **options)
+    batch = jobs.start(input_uri=input_uri or "s3://bucket/job.jsonl", output_uri=output_uri)
+    with capture_logs() as logs:
+        jobs.validate(jobs.claim(batch))
+    batch = jobs.load(batch)
+    if code is None:
+        jobs.drain()
+        assert jobs.finalize(batch).status is BatchStatus.COMPLETED
+        assert [info.key for info in reached.list("out/")] == ["out/cost.json", "out/manifest.json", "out/output.jsonl"]
+        return
+    (error,) = batch.errors
+    assert (batch.status, error.code, error.param) == (BatchStatus.FAILED, code, code.removesuffix("_denied").removesuffix("_not_found"))
+    if code.endswith("denied"):
+        assert "longdraft s3 credentials" in error.message
+    assert all(word not in f"{error}{logs}" for word in ("'wrong'", " secret,"))
+
+
 def test_an_object_over_the_limit_is_not_read(jobs, proxy):
     jobs.limits = jobs.limits.model_copy(update={"max_file_bytes": 1000})
     jobs.put(lines(100))
@@ -311,8 +349,15 @@ def hasty(monkeypatch):
     monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0.0)
 
 
-@pytest.mark.parametrize("fault", [slow_down, reset])
-@pytest.mark.parametrize(("method", "part"), [("HEAD", "/in/job.jsonl"), ("GET", "/in/job.jsonl"), ("POST", "/out/manifest.json?uploads")])
+@pytest.mark.parametrize(
+    ("fault", "method", "part"),
+    [
+        (slow_down, "HEAD", "/in/job.jsonl"),
+        (slow_down, "GET", "/in/job.jsonl"),
+        (reset, "GET", "/in/job.jsonl"),
+        (slow_down, "POST", "/out/manifest.json?uploads"),
+    ],
+)
 def test_an_input_that_cannot_be_had_now_is_asked_for_again(jobs, proxy, hasty, fault, method, part):
     jobs.put(lines(3))
     batch = jobs.start()
@@ -335,8 +380,10 @@ def test_a_store_that_stays_away_fails_the_batch_in_the_end(jobs, proxy, hasty, 
     assert "503" in error.message or "SlowDown" in error.message
 
 
-@pytest.mark.parametrize("fault", [slow_down, reset, lose_reply])
-@pytest.mark.parametrize("name", ["output.jsonl", "errors.jsonl", "cost.json", "manifest.json"])
+@pytest.mark.parametrize(
+    ("fault", "name"),
+    [*((slow_down, name) for name in NAMES), (reset, "output.jsonl"), (lose_reply, "output.jsonl"), (lose_reply, "manifest.json")],
+)
 def test_an_output_that_cannot_be_written_now_is_written_later(jobs, proxy, hasty, tmp_path, fault, name):
     """Also where it was written and nobody heard of it."""
     batch = jobs.ran(BAD)
@@ -382,21 +429,52 @@ class Interruption(BaseException):
     """Ends a finaliser the way a kill does: nothing is tidied up."""
 
 
-@pytest.mark.parametrize("at", range(1, 9))
-def test_a_finaliser_killed_at_any_request_is_redone(jobs, proxy, tmp_path, at):
+class Trapped:
+    """A client that ends the process at one request."""
+
+    def __init__(self, client, at):
+        self._client, self._at = client, at
+
+    def __getattr__(self, name):
+        method = getattr(self._client, name)
+        verb = {"head_object": "HEAD", "put_object": "PUT"}.get(name)
+
+        def call(**request):
+            if f"{verb} {request.get('Key')}" == self._at:
+                raise Interruption
+            return method(**request)
+
+        return call if verb else method
+
+
+@pytest.mark.parametrize("at", ["HEAD in/job.jsonl", "HEAD out/manifest.json", *(f"PUT out/{name}" for name in NAMES), "end"])
+def test_a_finaliser_killed_at_any_object_is_redone(jobs, tmp_path, at):
+    """At the end: every object is there, and the database does not know yet."""
     batch = jobs.ran(BAD)
     item = jobs.item()
 
     class Killed(S3Buckets):
+        """Opens buckets whose requests end the process before the one named `at` is sent."""
+
         def open(self, bucket, access):
             opened = super().open(bucket, access)
-            calls = iter(range(1, 1000))
-            opened._client.meta.events.register("before-call.s3", lambda **_: _kill() if next(calls) == at else None)
+            opened._client = Trapped(opened._client, at)
             return opened
+
+    class Ended:
+        begun = 0
+
+        @contextmanager
+        def begin(self):
+            Ended.begun += 1
+            if at == "end" and "out/manifest.json" in jobs.names("out"):
+                raise Interruption
+            with jobs.database.begin() as uow:
+                yield uow
 
     killed = Killed(jobs.buckets._settings, jobs.buckets._vault, own=None)
     with pytest.raises(Interruption):
-        finalize_batch(item, database=jobs.database, blobs=jobs.blobs, buckets=killed)
+        finalize_batch(item, database=Ended(), blobs=jobs.blobs, buckets=killed)
     assert jobs.load(batch).output_file_id is None
     jobs.later(item)
     batch = jobs.finalize(batch)
@@ -404,10 +482,6 @@ def test_a_finaliser_killed_at_any_request_is_redone(jobs, proxy, tmp_path, at):
     assert_delivered(jobs, batch, tmp_path)
     clean(jobs.database, jobs.blobs, orphans_after=timedelta(0))
     assert len(list(jobs.blobs.list("outputs/"))) == 2
-
-
-def _kill():
-    raise Interruption
 
 
 def test_of_two_finalisers_at_the_same_time_one_exposes(jobs, tmp_path):
