@@ -99,7 +99,8 @@ class S3BlobStore:
             return 0
         before, aborted = datetime.now(UTC) - older_than, 0
         pages = self._client.get_paginator("list_multipart_uploads").paginate(Bucket=self._bucket, Prefix=self._prefix)
-        with contextlib.suppress(NotOffered), vendor_errors(f"looking for abandoned uploads in {self._bucket}"):
+        # A store that has no such list, or (rclone) nothing to put on it.
+        with contextlib.suppress(NotOffered, BlobNotFound), vendor_errors(f"looking for abandoned uploads in {self._bucket}"):
             for page in pages:
                 for upload in page.get("Uploads", ()):
                     if upload["Initiated"] < before:

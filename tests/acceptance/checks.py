@@ -165,6 +165,18 @@ CHECKS: Sequence[Check] = (
         seconds=3600,
     ),
     Check(
+        "s3/bucket-to-bucket",
+        "a job from a bucket to a bucket by CLI, SDK and plain HTTP: objects, manifest, cost.json, the bill recomputed to the digit",
+        pytest("tests/integration/test_bucket_cli.py", "tests/integration/test_presigned.py"),
+        tests_pass,
+    ),
+    Check(
+        "s3/real-store",
+        "wrong credentials refused by a server that checks them; conditional writes, multipart, 5xx retries, lost replies over HTTP",
+        pytest("tests/contract/test_blobs_s3.py", "tests/integration/test_bucket_jobs.py"),
+        tests_pass,
+    ),
+    Check(
         "costs/ledger-sequences",
         "O1-O7 hold after 2,000 random sequences of submit, run, crash, retry, cancel, expire, reprice, reverse",
         module("tests.acceptance.ledger_sequences"),
