@@ -23,13 +23,14 @@ from engine.logit_rules import LogitRules
 from engine.memory import free_bytes
 from engine.profile import measure_steps
 from engine.row_table import RowTable
-from engine.runner import Runner
+from engine.runner import make_runner
 from engine.scheduler import Chunk, Scheduler, StepPlan, UnfitRequestError
 from engine.speculation.cost_model import CostModel, Load
 from engine.speculation.speculator import Proposal, Speculator
 from engine.speculation.verify import verify
 from engine.stats import EngineStats, Meter
 from engine.stopping import StopWatch
+from engine.tiers import fill
 from engine.tokenizer import Tokenizer
 from engine.types import FinishReason, Request, Result, TokenLedger
 from engine.work import Outcome, Work
@@ -76,7 +77,7 @@ class Engine:
             dtype=spec.dtype,
             device=spec.device,
         )
-        self._runner = Runner(loaded.model, kv)
+        self._runner = make_runner(loaded.model, kv, self.limits.max_sequences)
         self._pool = BlockPool(self.limits.num_blocks, config.block_size, share_prefixes=config.share_prefixes)
         self._scheduler = Scheduler(
             self._pool,
@@ -238,6 +239,8 @@ class Engine:
         names = [self._live[sequence.serial].drafter for sequence in sequences]
         budget = self.limits.max_step_tokens - plan.num_tokens
         proposal = self._speculator.propose(sequences, names, step=self._steps, prefill=plan.prefill_tokens, budget=budget)
+        spare = self._runner.spare(plan.num_tokens + int(proposal.chosen.sum()), len(plan.decoding) + len(plan.prefill))
+        proposal.chosen[:] = fill(proposal.chosen, proposal.drafted, min(spare, budget - int(proposal.chosen.sum())))
         for row in np.flatnonzero(proposal.chosen):
             proposal.chosen[row] = self._scheduler.grant_drafts(sequences[row], int(proposal.chosen[row]))
         return proposal

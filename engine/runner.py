@@ -111,6 +111,21 @@ class Runner:
         )
         return self.model.forward(batch, self.kv)
 
+    def spare(self, tokens: int, sequences: int) -> int:  # noqa: ARG002 - a step in its own shape has none
+        """Rows that a step of this size would compute beyond its own."""
+        return 0
+
+
+def make_runner(model: TargetModel, kv: KVPool, max_sequences: int) -> Runner:
+    """The runner for the model's device: captured graphs on a GPU, for models that bear it."""
+    if model.spec.device.type == "cuda":
+        from engine.graphs import GraphRunner
+        from engine.models.decoder import LeanDecoder
+
+        if isinstance(model, LeanDecoder):  # transformers' modules may ask the device for numbers, which no capture allows
+            return GraphRunner(model, kv, max_sequences)
+    return Runner(model, kv)
+
 
 def _to(array: NDArray[np.generic], device: torch.device) -> torch.Tensor:
     tensor = torch.from_numpy(np.ascontiguousarray(array))

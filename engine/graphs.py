@@ -1,0 +1,193 @@
+"""The forward in captured graphs: one replay instead of hundreds of launches, inputs prepared while the device is busy.
+
+`GraphRunner` is the `Runner` of a GPU. A graph is captured the first time that its tier is met; steps larger than any tier, and all
+new tiers once the memory for graphs is used up, run eagerly. The same code runs on a CPU with a call in place of the capture.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from engine.batch import ForwardBatch, ForwardOutput
+from engine.runner import PackedStep, Runner
+from engine.tiers import Tier, Tiers, pad
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from engine.batch import TargetModel
+    from engine.kv_pool import KVPool
+
+MAX_TOKENS = 512
+"""Larger steps keep the device busy long enough that launches hide behind them."""
+_MEMORY_SHARE = 0.03
+"""Of the device's memory, for all graphs together."""
+_STAGES = 2
+"""Pinned buffers a tier: one is filled while the copy out of the other may still be under way."""
+
+
+class Graph(Protocol):
+    """Something captured: `replay` runs it on what the inputs hold now; the result is in `output`, until the next replay of any graph."""
+
+    output: ForwardOutput
+
+    def replay(self) -> None: ...
+
+
+class Capture(Protocol):
+    """Turns a call without arguments into a `Graph`; `used_bytes` of memory so far."""
+
+    used_bytes: int
+
+    def __call__(self, call: Callable[[], ForwardOutput]) -> Graph: ...
+
+
+class DirectCapture:
+    """Replays by calling: for CPUs, and to look for errors without graphs on a GPU."""
+
+    used_bytes = 0
+
+    def __call__(self, call: Callable[[], ForwardOutput]) -> Graph:
+        return _Direct(call)
+
+
+class _Direct:
+    def __init__(self, call: Callable[[], ForwardOutput]) -> None:
+        self._call = call
+        self.output = call()
+
+    def replay(self) -> None:
+        self.output = self._call()
+
+
+class CudaCapture:
+    """CUDA (or HIP) graphs that share one memory pool."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self.used_bytes = 0
+
+    def __call__(self, call: Callable[[], ForwardOutput]) -> Graph:
+        # Once outside: kernels are compiled, tuned and loaded there, none of which a capture allows.
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            call()
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        torch.cuda.synchronize(self._device)
+        before = torch.cuda.memory_reserved(self._device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            output = call()
+        self.used_bytes += max(torch.cuda.memory_reserved(self._device) - before, 0)
+        return _Captured(graph, output)
+
+
+@dataclass(slots=True)
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    output: ForwardOutput
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+
+class StaticInputs:
+    """The tensors that a graph reads, and the pinned buffers that a step is written into on its way there."""
+
+    def __init__(self, tier: Tier, rows: int, width: int, block_size: int, device: torch.device, taps: tuple[int, ...]) -> None:
+        self._tier, self._rows, self._width = tier, rows, width
+        slots = tier.sequences + 1
+        self._sizes = (tier.tokens, tier.tokens, tier.tokens, rows), (slots * width, slots + 1, slots)
+        self._device = device
+        self._longs = torch.zeros(sum(self._sizes[0]), dtype=torch.int64, device=device)
+        self._ints = torch.zeros(sum(self._sizes[1]), dtype=torch.int32, device=device)
+        pinned = device.type == "cuda"
+        self._stages = [
+            tuple(torch.zeros(like.shape, dtype=like.dtype, pin_memory=pinned) for like in (self._longs, self._ints))
+            for _ in range(_STAGES)
+        ]
+        self._copied = [torch.cuda.Event() if pinned else None for _ in range(_STAGES)]
+        self._turn = 0
+        token_ids, positions, kv_slots, logit_rows = self._longs.split(self._sizes[0])
+        tables, query_start, kv_lengths = self._ints.split(self._sizes[1])
+        self.batch = ForwardBatch(
+            token_ids=token_ids,
+            positions=positions,
+            slots=kv_slots,
+            block_tables=tables.view(slots, width),
+            query_start=query_start,
+            kv_lengths=kv_lengths,
+            logit_rows=logit_rows,
+            max_query=tier.tokens,
+            max_kv=width * block_size,
+            taps=taps,
+        )
+
+    def load(self, step: PackedStep) -> None:
+        """Pads the step and sends it to the device, without waiting for it."""
+        padded = pad(step, self._tier, self._rows, self._width)
+        turn, self._turn = self._turn, (self._turn + 1) % _STAGES
+        longs, ints = self._stages[turn]
+        event = self._copied[turn]
+        if event is not None:
+            event.synchronize()  # of two loads ago: long done unless the host runs far ahead
+        parts = (padded.token_ids, padded.positions, padded.slots, padded.logit_rows)
+        for target, source in zip(longs.split(self._sizes[0]), parts, strict=True):
+            target.copy_(torch.from_numpy(source))
+        for target, values in zip(ints.split(self._sizes[1]), (padded.tables, padded.query_start, padded.kv_lengths), strict=True):
+            target.copy_(torch.from_numpy(values.reshape(-1)))
+        self._longs.copy_(longs, non_blocking=True)
+        self._ints.copy_(ints, non_blocking=True)
+        if event is not None:
+            event.record(torch.cuda.current_stream(self._device))
+
+
+class GraphRunner(Runner):
+    """A `Runner` whose output is valid until the next `run`."""
+
+    def __init__(
+        self, model: TargetModel, kv: KVPool, max_sequences: int, capture: Capture | None = None, memory: int | None = None
+    ) -> None:
+        super().__init__(model, kv)
+        device = model.spec.device
+        self.tiers = Tiers(MAX_TOKENS, max_sequences)
+        self._capture = capture if capture is not None else CudaCapture(device)
+        self._memory = memory if memory is not None else int(torch.cuda.get_device_properties(device).total_memory * _MEMORY_SHARE)
+        self._width = max(-(-model.spec.max_positions // kv.block_size), -(-MAX_TOKENS // kv.block_size))
+        self._graphs: dict[tuple[Tier, int, tuple[int, ...]], tuple[StaticInputs, Graph]] = {}
+        self.eager_steps = 0
+
+    def spare(self, tokens: int, sequences: int) -> int:
+        """See `Tiers.spare`."""
+        return self.tiers.spare(tokens, sequences)
+
+    @torch.inference_mode()
+    def run(self, step: PackedStep, taps: tuple[int, ...] = ()) -> ForwardOutput:
+        """See `Runner.run`."""
+        tier = self.tiers.of(step.num_tokens, len(step.kv_lengths))
+        rows = len(step.logit_rows)
+        if tier is None:
+            self.eager_steps += 1
+            return super().run(step, taps)
+        # A step that only decodes has a row a sequence; where there are drafts any token may be one.
+        key = tier, tier.sequences if rows <= tier.sequences else tier.tokens, taps
+        if key not in self._graphs and self._capture.used_bytes >= self._memory:
+            self.eager_steps += 1
+            return super().run(step, taps)
+        inputs, graph = self._graphs.get(key) or self._captured(key, step)
+        inputs.load(step)
+        graph.replay()
+        output = graph.output
+        return ForwardOutput(output.logits[:rows], {index: tap[: step.num_tokens] for index, tap in output.taps.items()})
+
+    def _captured(self, key: tuple[Tier, int, tuple[int, ...]], step: PackedStep) -> tuple[StaticInputs, Graph]:
+        tier, rows, taps = key
+        inputs = StaticInputs(tier, rows, self._width, self.kv.block_size, self.model.spec.device, taps)
+        inputs.load(step)
+        self._graphs[key] = inputs, self._capture(lambda: self.model.forward(inputs.batch, self.kv))
+        return self._graphs[key]

@@ -1,0 +1,85 @@
+"""The runner of a GPU, on a CPU: the same code with a call in place of each capture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from engine import engine as engine_module
+from engine.batch import ForwardOutput, TargetModel
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.graphs import DirectCapture, Graph, GraphRunner
+from engine.kv_pool import KVPool
+from engine.runner import Runner, make_runner
+from engine.types import Request, SamplingParams
+from tests.unit.engine.hash_model import Letters
+from tests.unit.engine.models.tiny import make_hf, make_lean
+
+
+class Loaded:
+    def __init__(self) -> None:
+        self.model: TargetModel = make_lean(make_hf("llama"))
+        self.tokenizer = Letters()
+
+
+class Counting(DirectCapture):
+    """Notes how often something was captured; each capture takes a megabyte."""
+
+    def __init__(self) -> None:
+        self.captures = 0
+        self.used_bytes = 0
+
+    def __call__(self, call: Callable[[], ForwardOutput]) -> Graph:
+        self.captures += 1
+        self.used_bytes += 1 << 20
+        return super().__call__(call)
+
+
+def texts(
+    loaded: Loaded, drafter: str, runner: Callable[[TargetModel, KVPool, int], Runner], monkeypatch: pytest.MonkeyPatch
+) -> dict[str, tuple[int, ...]]:
+    monkeypatch.setattr(engine_module, "make_runner", runner)
+    engine = Engine(loaded, EngineConfig(kv_bytes=1 << 20, block_size=4, max_sequences=6, max_step_tokens=32, drafter=drafter, seed=1))
+    sampling = [SamplingParams(20, temperature=0.0), SamplingParams(11, temperature=0.8, seed=4), SamplingParams(17, temperature=0.0)]
+    requests = [Request(str(n), tuple(range(3, 5 + n % 7)) * 2, sampling[n % 3], drafter=drafter) for n in range(9)]
+    return {result.id: result.token_ids for result in engine.run(requests)}
+
+
+@pytest.mark.parametrize("drafter", ["off", "ngram"])
+def test_answers_are_those_of_the_plain_runner(drafter: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = Loaded()
+    plain = texts(loaded, drafter, make_runner, monkeypatch)
+    made: list[GraphRunner] = []
+    capture = Counting()
+
+    def graphs(model: TargetModel, kv: KVPool, size: int) -> Runner:
+        made.append(GraphRunner(model, kv, size, capture, memory=1 << 30))
+        return made[-1]
+
+    assert texts(loaded, drafter, graphs, monkeypatch) == plain
+    assert made[0].eager_steps == 0
+    assert 3 <= capture.captures <= 40
+
+
+def test_memory_for_graphs_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = Loaded()
+    plain = texts(loaded, "ngram", make_runner, monkeypatch)
+    made: list[GraphRunner] = []
+    capture = Counting()
+
+    def graphs(model: TargetModel, kv: KVPool, size: int) -> Runner:
+        made.append(GraphRunner(model, kv, size, capture, memory=2 << 20))
+        return made[-1]
+
+    assert texts(loaded, "ngram", graphs, monkeypatch) == plain
+    assert capture.captures == 2
+    assert made[0].eager_steps > 0
+
+
+def test_a_cpu_gets_the_plain_runner() -> None:
+    model = Loaded().model
+    kv = KVPool(4, 8, 4, 2, 8, torch.float32, torch.device("cpu"))
+    assert type(make_runner(model, kv, 4)) is Runner
