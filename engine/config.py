@@ -54,12 +54,16 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What `EngineConfig` comes to for one model on one machine."""
+    """What `EngineConfig` comes to for one model on one machine.
+
+    max_blocks: what `num_blocks` may grow to once no drafter keeps anything for them.
+    """
 
     max_sequences: int
     max_step_tokens: int
     num_blocks: int
     block_bytes: int
+    max_blocks: int
 
 
 def derive_limits(config: EngineConfig, spec: ModelSpec, free_bytes: int, drafter_bytes_per_token: int = 0) -> Limits:
@@ -73,8 +77,8 @@ def derive_limits(config: EngineConfig, spec: ModelSpec, free_bytes: int, drafte
     on_cpu = spec.device.type == "cpu"
     max_sequences = config.max_sequences or (64 if on_cpu else 256)
     max_step_tokens = max(config.max_step_tokens or (512 if on_cpu else 8192), max_sequences)
-    token_bytes = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * spec.dtype.itemsize + drafter_bytes_per_token
-    block_bytes = token_bytes * config.block_size
+    token_bytes = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * spec.dtype.itemsize
+    block_bytes = (token_bytes + drafter_bytes_per_token) * config.block_size
     budget = config.kv_bytes
     if budget is None:
         budget = int(free_bytes * (config.kv_fraction or (0.25 if on_cpu else 0.85)))
@@ -84,4 +88,6 @@ def derive_limits(config: EngineConfig, spec: ModelSpec, free_bytes: int, drafte
     num_blocks = min(budget // block_bytes, useful)
     if num_blocks < 2:
         raise ValueError(f"a KV budget of {budget} bytes is too small: two blocks of {config.block_size} tokens take {2 * block_bytes}")
-    return Limits(max_sequences, max_step_tokens, num_blocks, block_bytes)
+    # A CPU's pages are taken when they are first written, so the cache can be laid out for what it may become. A GPU's are not.
+    max_blocks = min(budget // (token_bytes * config.block_size), useful) if on_cpu else num_blocks
+    return Limits(max_sequences, max_step_tokens, num_blocks, block_bytes, max_blocks)

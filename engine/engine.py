@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from engine.sequence import Sequence
 
 _IDLE_SECONDS = 0.005
+_RECLAIM_EVERY = 64
 _NOTHING = np.empty(0, np.int64)
 
 
@@ -70,7 +71,7 @@ class Engine:
         self.limits = derive_limits(config, spec, free_bytes(spec.device), self.drafters.bytes_per_token)
         kv = KVPool(
             num_layers=spec.num_layers,
-            num_blocks=self.limits.num_blocks,
+            num_blocks=self.limits.max_blocks,
             block_size=config.block_size,
             kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
@@ -101,7 +102,7 @@ class Engine:
                 target=loaded.model,
                 tokenizer=self.tokenizer,
                 directory=directory,
-                num_blocks=self.limits.num_blocks,
+                num_blocks=self.limits.max_blocks,
                 block_size=config.block_size,
                 max_sequences=self.limits.max_sequences,
                 entropy=entropy,
@@ -163,6 +164,13 @@ class Engine:
         with self._aborts_lock:
             self._aborts.update(ids)
 
+    def observe_finished(self, template: str | None, tokens: list[int]) -> None:
+        """Lets an answer that was finished elsewhere (before a restart, by another worker) draft for its siblings.
+
+        tokens: the last few of its prompt and the answer, as a `Result` has them. Not while `run` is being driven by another thread.
+        """
+        self._speculator.observe_finished(template, tokens)
+
     def stats(self) -> EngineStats:
         """How things stood after the last step."""
         return self._meter.stats
@@ -216,6 +224,8 @@ class Engine:
     def _step(self) -> list[Result]:
         """Schedule, draft, run, verify, book."""
         self._steps += 1
+        if self._steps % _RECLAIM_EVERY == 0:
+            self._reclaim()
         plan = self._scheduler.schedule()
         results = [self._close(self._live[sequence.serial], FinishReason.ERROR, self._outgrown(sequence)) for sequence in plan.unfit]
         if plan.num_tokens == 0:
@@ -228,6 +238,12 @@ class Engine:
         work = Work.of(plan, proposal, self._scheduler.tables.rows, self._pool.block_size)
         outcome = self._execute(work)
         return results + self._book(work, outcome)
+
+    def _reclaim(self) -> None:
+        """Memory of drafters that do not pay goes to the KV cache, once none of them is left."""
+        if self._speculator.let_go() and not self.drafters.bytes_per_token and (spare := self.limits.max_blocks - self._pool.num_blocks):
+            self._pool.grow(spare)
+            self._meter.resize(self._pool.capacity)
 
     def _enter(self, sequence: Sequence) -> None:
         self._table.enter(sequence)

@@ -61,6 +61,13 @@ class BlockPool:
     def num_held(self) -> int:
         return self.capacity - self.num_free
 
+    def grow(self, count: int) -> None:
+        """Adds `count` free blocks, numbered after the present ones."""
+        self._free = [*range(self.num_blocks + count - 1, self.num_blocks - 1, -1), *self._free]
+        self._references += [0] * count
+        self._keys += [None] * count
+        self.num_blocks += count
+
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 

@@ -53,6 +53,10 @@ class Meter:
         self._window: deque[tuple[float, int]] = deque()
         self._began: float | None = None
 
+    def resize(self, kv_blocks: int) -> None:
+        """The cache has another number of blocks now."""
+        self.stats = replace(self.stats, kv_blocks=kv_blocks)
+
     def add(self, now: float, *, running: int, waiting: int, kv_blocks_held: int, preemptions: int, finished: int, **counts: int) -> None:
         """Adds one step's `counts` (names of `EngineStats` counters) and sets the gauges. `now`: seconds of a monotonic clock."""
         old = self.stats

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -95,6 +95,15 @@ class Progress:
         owner = np.repeat(np.arange(len(self.valid)), self.valid)
         ends = np.cumsum(self.valid)
         return np.arange(len(owner)) - np.repeat(ends - self.valid, self.valid) + self.query_start[owner]
+
+
+@runtime_checkable
+class Remembers(Protocol):
+    """A drafter that learns from answers finished elsewhere."""
+
+    def remember(self, template: str | None, tokens: list[int]) -> None:
+        """tokens: the last few of a prompt and the answer to it."""
+        ...
 
 
 class Drafter(Protocol):

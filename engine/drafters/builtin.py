@@ -35,6 +35,6 @@ class Supply(Protocol):
         """The drafter of a name that requests resolve to, or of a member."""
         ...
 
-    def retire(self, name: str) -> int:
-        """Takes a drafter out of the portfolio; returns the bytes per token of KV cache that it no longer needs."""
+    def retire(self, name: str) -> None:
+        """Takes a drafter out of the portfolio; a request that names it still gets it."""
         ...

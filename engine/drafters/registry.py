@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from engine.checkpoints.drafters.errors import DrafterError
@@ -90,9 +91,9 @@ class Catalogue:
             raise RuntimeError("prepare() comes before create()")
         return self._sources[name].make(self._host)
 
-    def retire(self, name: str) -> int:
-        """Takes a drafter out of the portfolio; returns the bytes per token of KV cache that it no longer needs."""
-        return self._sources.pop(name).bytes_per_token
+    def retire(self, name: str) -> None:
+        """Takes a drafter out of the portfolio; a request that names it still gets it."""
+        self._sources[name] = replace(self._sources[name], automatic=False)
 
     def _eager(self, source: Source) -> bool:
         """Made with the engine: hidden states of the first tokens already count."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from engine.drafters.base import DraftBatch, Drafts
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
     from engine.sequence import Sequence
 
 _KEY_LENGTH = 3
-_LEAD = 16
+_OTHERS = 8
+"""Other templates that are looked through where a request's own knows nothing."""
+LEAD = 16
 """Prompt tokens kept in front of a finished answer, so that the first tokens of a sibling's answer find it."""
 
 
@@ -48,7 +51,8 @@ class SiblingTexts:
 
 
 class SuffixDrafter:
-    """The longest match wins, the sequence's own text on a tie. Requests without a template are siblings of each other.
+    """The longest match wins, the sequence's own text on a tie. Siblings of the same template come first, and requests without
+    a template are siblings of each other.
 
     Holds at most about `max_tokens` tokens of finished text (150 bytes each); the template used longest ago goes first.
     """
@@ -72,21 +76,36 @@ class SuffixDrafter:
         self._own.pop(sequence.serial, None)
         if not complete:
             return
-        template = sequence.request.template
+        self.remember(sequence.request.template, sequence.tokens[max(sequence.prompt_length - LEAD, 0) :].tolist())
+
+    def remember(self, template: str | None, tokens: list[int]) -> None:
+        """An answer, here or finished elsewhere, with the last `LEAD` tokens of its prompt before it."""
         siblings = self._siblings.setdefault(template, SiblingTexts(self._max_tokens))
         self._siblings.move_to_end(template)
-        siblings.add(sequence.tokens[max(sequence.prompt_length - _LEAD, 0) :].tolist())
+        siblings.add(tokens)
         while len(self._siblings) > 1 and sum(map(len, self._siblings.values())) > self._max_tokens:
             self._siblings.popitem(last=False)
+
+    def _in_siblings(self, sequence: Sequence) -> tuple[MatchIndex, Match] | None:
+        """In answers of its own template, else in those of the templates used last."""
+        template = sequence.request.template
+        text = sequence.tokens[-MAX_MATCH:].tolist()
+        siblings = self._siblings.get(template)
+        found = siblings.longest(text) if siblings is not None else None
+        for other in islice(reversed(self._siblings), _OTHERS + 1):
+            if found is not None:
+                break
+            if other != template:
+                found = self._siblings[other].longest(text)
+        return found
 
     def _draft(self, sequence: Sequence, limit: int) -> tuple[list[int], list[int]]:
         own = self._own.get(sequence.serial)
         if own is None:
             own = self._own[sequence.serial] = OwnText()
         match = own.match(sequence)
-        siblings = self._siblings.get(sequence.request.template)
-        if siblings is not None and (match is None or match.length < MAX_MATCH):
-            found = siblings.longest(sequence.tokens[-MAX_MATCH:].tolist())
+        if match is None or match.length < MAX_MATCH:
+            found = self._in_siblings(sequence)
             if found is not None and (match is None or found[1].length > match.length):
                 tokens = found[0].following(found[1], limit)
                 return tokens, match_bins(found[1].length, len(tokens))

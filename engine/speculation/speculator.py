@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engine.drafters.base import DraftBatch, Drafts, Progress
+from engine.drafters.base import DraftBatch, Drafts, Progress, Remembers
 from engine.drafters.builtin import PORTFOLIO, TEXT
 from engine.speculation.calibration import Calibration
 from engine.speculation.cost_model import CostModel, Load
@@ -94,9 +94,7 @@ class Speculator:
     def start(self, name: str, slot: int) -> None:
         """A sequence that uses drafter `name` takes `slot`. Raises ValueError where the drafter does not fit the target."""
         for member in self._members(name):
-            if member not in self._drafters:
-                self._drafters[member] = self._supply.create(member)
-                self._calibrations[member] = Calibration(self._drafters[member].prior, self._max_sequences)
+            self._ensure(member)
             self._calibrations[member].reset(slot)
         if name == PORTFOLIO:
             self._portfolio.enter(slot)
@@ -106,14 +104,26 @@ class Speculator:
             if member in self._drafters:
                 self._drafters[member].finish(sequence, complete=complete)
 
-    def let_go(self) -> int:
-        """Unloads the drafters of the portfolio that do not pay; returns the bytes per token of KV cache that this frees."""
-        freed = 0
-        for name in self._portfolio.let_go():
+    def observe_finished(self, template: str | None, tokens: list[int]) -> None:
+        """An answer that was finished elsewhere: the lookup over the job takes it in."""
+        self._ensure(TEXT)
+        lookup = self._drafters[TEXT]
+        if isinstance(lookup, Remembers):
+            lookup.remember(template, tokens)
+
+    def let_go(self) -> list[str]:
+        """Unloads the drafters of the portfolio that do not pay; returns their names."""
+        gone = self._portfolio.let_go()
+        for name in gone:
             self._drafters.pop(name, None)
             self._calibrations.pop(name, None)
-            freed += self._supply.retire(name)
-        return freed
+            self._supply.retire(name)
+        return gone
+
+    def _ensure(self, name: str) -> None:
+        if name not in self._drafters:
+            self._drafters[name] = self._supply.create(name)
+            self._calibrations[name] = Calibration(self._drafters[name].prior, self._max_sequences)
 
     def _members(self, name: str) -> tuple[str, ...]:
         return (TEXT, *self._portfolio.neural) if name == PORTFOLIO else (name,)
@@ -137,6 +147,7 @@ class Speculator:
             if name == PORTFOLIO:
                 self._ask_portfolio(rows, sequences, limits, step, proposal, len(sequences) / max(cost.decoding, 1e-9))
             else:
+                self._ensure(name)  # the portfolio may have let go of what a request asked for by name
                 self._take(name, rows, self._ask(name, rows, sequences, limits, step, proposal), sequences, proposal)
         proposal.chosen = self._policy.choose(proposal.survival, cost, random=bool(proposal.probabilities))
         return proposal

@@ -46,7 +46,10 @@ def test_a_finished_sibling_drafts_for_the_others() -> None:
     done = sequence(1, [1, 2, 3, 4], [50, 51, 52, 53], template="t")
     drafter.finish(done, complete=True)
     drafts = propose(drafter, sequence(2, [9, 2, 3, 4], template="t"), sequence(3, [9, 2, 3, 4], template="other"))
-    assert drafts.lengths.tolist() == [4, 0]
+    assert drafts.lengths.tolist() == [4, 4]
+    drafter.remember("other", [2, 3, 4, 60, 61])
+    drafts = propose(drafter, sequence(4, [9, 2, 3, 4], template="t"), sequence(5, [9, 2, 3, 4], template="other"))
+    assert drafts.token_ids[:, 0].tolist() == [50, 60]
     assert drafts.token_ids[0].tolist() == [50, 51, 52, 53]
 
 

@@ -1,0 +1,272 @@
+"""Whatever drafts, and however the portfolio chooses: greedy text is plain decoding's, sampled text has the target's distribution."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from engine.batch import TargetModel
+from engine.config import EngineConfig
+from engine.drafters import registry
+from engine.drafters.sources import Source
+from engine.engine import Engine
+from engine.kv_blocks import BlockPool
+from engine.speculation import portfolio as portfolio_module
+from engine.speculation.cost_model import CostModel
+from engine.speculation.portfolio import Portfolio
+from engine.speculation.speculator import Speculator
+from engine.types import Request, SamplingParams
+from tests.unit.engine.drafters.layouts import VOCAB, deepspec, eagle, write, zlab
+from tests.unit.engine.hash_model import Letters
+from tests.unit.engine.models.tiny import make_hf, make_lean
+from tests.unit.engine.test_exactness import Guesser, TableModel
+
+
+@dataclass
+class Loaded:
+    model: TargetModel
+    tokenizer: Letters
+    directory: Path | None = None
+
+
+pytestmark = pytest.mark.usefixtures("fixed_costs")
+
+
+@pytest.fixture(scope="module")
+def target() -> TargetModel:
+    return make_lean(make_hf("qwen3"))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory, target: TargetModel) -> Path:
+    """One drafter of each kind. `packed` is a target's folder with two of them beside it."""
+    root = tmp_path_factory.mktemp("drafters")
+    write(root / "dspark", *deepspec(target))
+    write(root / "rnn", *deepspec(target, "rnn"))
+    write(root / "dflash", *zlab())
+    write(root / "eagle3", *eagle("original"))
+    for name in ("dspark", "eagle3"):
+        (root / "packed" / "drafters").mkdir(parents=True, exist_ok=True)
+        (root / "packed" / "drafters" / name).symlink_to(root / name)
+    return root
+
+
+def jobs(count: int, **sampling: Any) -> list[Request]:
+    rng = np.random.default_rng(4)
+    shared = rng.integers(3, VOCAB, 13).tolist()
+    made = []
+    for number in range(count):
+        prompt = shared[: int(rng.choice([0, 9, 13]))] + rng.integers(3, VOCAB, int(rng.integers(2, 9))).tolist()
+        params = SamplingParams(**({"max_tokens": int(rng.integers(5, 22)), "temperature": 0.0, "ignore_eos": True} | sampling))
+        made.append(Request(str(number), tuple(prompt), params))
+    return made
+
+
+def run(target: TargetModel, made: list[Request], drafter: str, directory: Path | None = None, **fields: Any) -> tuple[dict, Engine]:
+    config = {"kv_bytes": 4 << 20, "block_size": 4, "max_step_tokens": 64, "max_draft_tokens": 6, "seed": 3, "max_sequences": 8} | fields
+    engine = Engine(Loaded(target, Letters(), directory), EngineConfig(drafter=drafter, **config))
+    return {result.id: result.token_ids for result in engine.run(iter(made))}, engine
+
+
+@pytest.mark.parametrize("max_sequences", [1, 8])
+@pytest.mark.parametrize("drafter", ["dspark", "rnn", "dflash", "eagle3", "auto"])
+def test_greedy_text_is_plain_decodings(target: TargetModel, folders: Path, drafter: str, max_sequences: int) -> None:
+    made = jobs(7)
+    plain, _ = run(target, made, "off", max_sequences=max_sequences)
+    directory = folders / "packed" if drafter == "auto" else None
+    drafted, engine = run(target, made, drafter if directory else str(folders / drafter), directory, max_sequences=max_sequences)
+    assert drafted == plain
+    stats = engine.stats()
+    assert stats.verified > 15
+    assert stats.drafted >= stats.verified >= stats.accepted
+    if drafter == "auto":
+        assert engine.drafters.members == ("suffix", "dspark", "eagle3")
+        assert engine.drafters.resolve("auto") == "portfolio"
+        assert engine.drafters.resolve("eagle3") == "eagle3"
+
+
+@pytest.mark.parametrize("drafter", ["dspark", "auto"])
+def test_seeded_text_is_plain_decodings(target: TargetModel, folders: Path, drafter: str) -> None:
+    made = jobs(7, temperature=0.9, seed=5, top_p=0.95)
+    plain, _ = run(target, made, "off")
+    directory = folders / "packed" if drafter == "auto" else None
+    drafted, _ = run(target, made, drafter if directory else str(folders / drafter), directory)
+    assert drafted == plain
+
+
+def test_preemption_and_shared_prefixes_leave_the_text_alone(target: TargetModel, folders: Path) -> None:
+    made = jobs(12)
+    plain, _ = run(target, made, "off")
+    block = 4 * (2 * 4 * 2 * 8 + 2 * 2 * 2 * 8 + 48 + 2 * 2 * 8) * 4
+    drafted, engine = run(target, made, "auto", folders / "packed", kv_bytes=16 * block)
+    assert drafted == plain
+    assert engine.stats().preemptions > 0
+
+
+@pytest.mark.parametrize("drafter", ["dspark", "eagle3", "auto"])
+def test_sampled_text_has_the_targets_distribution(target: TargetModel, folders: Path, drafter: str) -> None:
+    """The third token, whose distribution is summed over all first and second ones that came before."""
+    prompt, count = (5, 17, 60, 5), 2000
+    made = [Request(str(number), prompt, SamplingParams(max_tokens=3, temperature=0.8, ignore_eos=True)) for number in range(count)]
+    directory = folders / "packed" if drafter == "auto" else None
+    answers, engine = run(
+        target, made, drafter if directory else str(folders / drafter), directory, max_sequences=64, max_step_tokens=256, max_draft_tokens=2
+    )
+    assert engine.stats().verified > 100
+    assert engine.stats().accepted > 10
+    starts = sorted({tokens[:2] for tokens in answers.values()})
+    expected = np.zeros(VOCAB)
+    chance = next_probabilities(target, [(*prompt, *start) for start in starts], 0.8)
+    weight = dict.fromkeys(starts, 0)
+    for tokens in answers.values():
+        weight[tokens[:2]] += 1
+    for start, row in zip(starts, chance, strict=True):
+        expected += weight[start] * row
+    assert chi_square(np.bincount([tokens[2] for tokens in answers.values()], minlength=VOCAB), expected) < 1.0
+    first = next_probabilities(target, [prompt], 0.8)[0] * count
+    assert chi_square(np.bincount([tokens[0] for tokens in answers.values()], minlength=VOCAB), first) < 1.0
+
+
+def next_probabilities(target: TargetModel, texts: list[tuple[int, ...]], temperature: float) -> np.ndarray:
+    from tests.unit.engine.models.tiny import Texts
+
+    rows = []
+    for start in range(0, len(texts), 64):
+        part = texts[start : start + 64]
+        length = len(part[0])
+        blocks = np.arange(1, 1 + len(part) * -(-length // 4)).reshape(len(part), -1)
+        made = Texts([torch.tensor(text) for text in part], blocks.astype(np.int32))
+        logits = target.forward(made.step([(text, 0, length) for text in range(len(part))]), made.pool(target.spec)).logits
+        rows.append((logits[length - 1 :: length] / temperature).softmax(-1).numpy())
+    return np.concatenate(rows)
+
+
+def chi_square(counts: np.ndarray, expected: np.ndarray) -> float:
+    """Relative to the value at p = 1e-4; cells with less than eight expected are joined."""
+    small = expected < 8
+    counts = np.append(counts[~small], counts[small].sum())
+    expected = np.append(expected[~small], max(expected[small].sum(), 1e-9))
+    freedom = len(counts) - 1
+    critical = freedom * (1 - 2 / (9 * freedom) + 3.719 * (2 / (9 * freedom)) ** 0.5) ** 3
+    return float(((counts - expected) ** 2 / expected).sum() / critical)
+
+
+# --- the portfolio's choice -----------------------------------------------------------------------------------------------------
+
+A, B, C, D = range(4)
+
+
+class Hopeful(Guesser):
+    """After C it draws A or B evenly; after A it is right, after B wrong, and its bins know that."""
+
+    guess = torch.tensor([[0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0], [0.5, 0.5, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0]])
+    prior = np.array([0.8, 0.98, 0.02, 0.8, 0.8])
+    shift = 0
+
+    def propose(self, batch: Any) -> Any:
+        from engine.drafters.base import DraftBatch
+
+        return super().propose(DraftBatch(batch.sequences, batch.limits, batch.step * 2 + self.shift))
+
+
+class Other(Hopeful):
+    shift = 1
+
+
+def most_confident(self: Speculator, rows: Any, sequences: Any, limits: Any, step: int, proposal: Any, _: float) -> None:
+    """The mutant: everybody draws, and the drafts that look best are kept."""
+    asked = {name: self._ask(name, rows, sequences, limits, step, proposal) for name in self._portfolio.neural}
+    looks = {name: self._survival(name, rows, drafts, sequences).sum() for name, drafts in asked.items()}
+    best = max(looks, key=lambda name: looks[name])
+    self._take(best, rows, asked[best], sequences, proposal)
+
+
+def share_of_a(monkeypatch: pytest.MonkeyPatch) -> tuple[float, Engine]:
+    table = torch.tensor([[0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 1.0, 0.0], [0.7, 0.3, 0.0, 0.0], [0.7, 0.3, 0.0, 0.0]])
+    sources = [Source("hopeful", "test", lambda host: Hopeful()), Source("other", "test", lambda host: Other())]
+    monkeypatch.setattr(registry, "find_automatic", lambda directory, spec: sources)
+    monkeypatch.setattr(CostModel, "curve", lambda self, tokens: 1.0 + 0.01 * np.asarray(tokens))
+    config = EngineConfig(kv_bytes=4 << 20, max_sequences=1, max_step_tokens=16, drafter="auto", max_draft_tokens=2, seed=5)
+    made = Engine(TableModel(table), config)
+    [result] = made.run(iter([Request("x", (C,), SamplingParams(max_tokens=2000))]))
+    text = np.array(result.token_ids)
+    return float((text[1:][text[:-1] == C] == A).mean()), made
+
+
+def test_a_portfolio_that_picks_the_most_confident_realised_draft_is_biased_and_ours_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A lookup in this text would win every choice; without its promises the neural drafters draw.
+    choose = Portfolio.choose
+    monkeypatch.setattr(Portfolio, "choose", lambda self, slots, kinds, lookup, rate: choose(self, slots, kinds, lookup * 0.0, rate * 0.0))
+    share, made = share_of_a(monkeypatch)
+    assert made.stats().accepted > 300
+    assert share == pytest.approx(0.7, abs=0.058)  # 4 standard deviations
+    monkeypatch.setattr(Speculator, "_ask_portfolio", most_confident)
+    share, _ = share_of_a(monkeypatch)
+    assert share > 0.76
+
+
+def test_the_portfolio_settles_on_what_pays() -> None:
+    portfolio = Portfolio(("good", "bad"), 4)
+    slots, kinds = np.arange(4), ["a", "a", "b", "b"]
+    portfolio.learn_seconds("good", 4, 0.004)
+    portfolio.learn_seconds("bad", 4, 0.004)
+    for _ in range(40):
+        portfolio.learn("good", slots, kinds, np.full(4, 4.0))
+        portfolio.learn("bad", slots, kinds, np.full(4, 0.1))
+    assert portfolio.choose(slots, kinds, np.zeros(4), 100.0) == ["good"] * 4
+    # A lookup that promises more, or a pass that costs more than it brings.
+    assert portfolio.choose(slots, kinds, np.full(4, 6.0), 100.0) == [None] * 4
+    assert portfolio.choose(slots, kinds, np.zeros(4), 1e5) == [None] * 4
+    # A new request starts from its template's record.
+    portfolio.enter(0)
+    assert portfolio.choose(slots, kinds, np.array([1.0, 9.0, 9.0, 9.0]), 100.0) == ["good", None, None, None]
+
+
+def test_each_template_uses_what_was_best_for_it() -> None:
+    portfolio = Portfolio(("code", "chat"), 2)
+    for _ in range(40):
+        for kind, slot in (("code", 0), ("chat", 1)):
+            portfolio.learn("code", np.array([slot]), [kind], np.array([5.0 if kind == "code" else 0.2]))
+            portfolio.learn("chat", np.array([slot]), [kind], np.array([0.2 if kind == "code" else 5.0]))
+    assert portfolio.choose(np.arange(2), ["code", "chat"], np.ones(2), 0.0) == ["code", "chat"]
+
+
+def test_a_drafter_that_does_not_pay_goes_and_its_memory_becomes_cache(
+    monkeypatch: pytest.MonkeyPatch, target: TargetModel, folders: Path
+) -> None:
+    monkeypatch.setattr(portfolio_module, "_PATIENCE", 20)
+    monkeypatch.setattr("engine.engine._RECLAIM_EVERY", 4)
+    monkeypatch.setattr(Portfolio, "_worth", lambda *_: 0.0)
+    made = jobs(12)
+    plain, _ = run(target, made, "off")
+    drafted, engine = run(target, made, "auto", folders / "packed", max_sequences=2, kv_bytes=100 << 10)
+    assert drafted == plain
+    assert engine.drafters.members == ("suffix",)
+    assert engine.limits.max_blocks > engine.limits.num_blocks
+    assert engine._pool.num_blocks == engine.limits.max_blocks
+    assert engine.stats().kv_blocks == engine.limits.max_blocks - 1
+    engine._pool.check()
+
+
+def test_a_pool_grows_without_touching_what_it_holds() -> None:
+    pool = BlockPool(4, 4)
+    held = pool.allocate(3)
+    pool.grow(3)
+    assert sorted(pool.allocate(3)) == [4, 5, 6]
+    pool.release(held, 0)
+    pool.check()
+
+
+def test_finished_answers_from_elsewhere_draft_for_their_siblings(target: TargetModel) -> None:
+    request = jobs(1, max_tokens=25)[0]
+    answers, _ = run(target, [request], "off")
+    engine = run(target, [], "suffix")[1]
+    engine.observe_finished(None, [*request.prompt_token_ids[-16:], *answers["0"]])
+    [result] = engine.run(iter([request]))
+    assert result.token_ids == answers["0"]
+    assert engine.stats().accepted > 15
