@@ -84,7 +84,6 @@ class ReplaySupply:
     def create(self, name: str) -> Drafter:
         return TEXT_DRAFTERS[name]() if name in TEXT_DRAFTERS else StandIn(name, self._answers, self._rates)
 
-    def retire(self, name: str) -> int:
+    def retire(self, name: str) -> None:
         """A stand-in holds no KV."""
         self.members = tuple(member for member in self.members if member != name)
-        return 0
