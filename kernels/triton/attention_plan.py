@@ -77,9 +77,10 @@ def plan_attention(
             f"{num_sequences} kv_lengths need as many block tables and one more query_start, "
             f"got {block_tables.shape[0]} and {len(query_start)}"
         )
-    shared = shared and window is None and num_sequences > 1
     group = num_heads // kv_heads
     block_m = _tile(num_rows, num_sequences, group, max_query)
+    # Large tiles read keys once for many rows as it is; there the merge would cost more than it saves.
+    shared = shared and window is None and num_sequences > 1 and block_m < _LARGE_TILE
     block_q = block_m // group
     units = _units(block_tables, query_start, kv_lengths, block_size, shared=shared)
     counts = (units.row_end - units.row_begin + block_q - 1) // block_q

@@ -1,0 +1,99 @@
+"""Decoding with its state on the device: late results, variable-length verification, and the texts of plain decoding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engine.graphs import DirectCapture
+from engine.kv_pool import KVPool
+from engine.pipeline import DecodePipeline, DeviceState
+from tests.unit.engine.models.tiny import make_hf, make_lean
+
+BLOCK, PROMPTS = 4, ((5, 6, 7, 8, 9), (11,), (20, 21, 22))
+LENGTHS = (9, 14, 3)
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[list[int]]:
+    """Greedy continuations by transformers, longer than is asked for."""
+    hf = make_hf("llama")
+    found = []
+    for prompt in PROMPTS:
+        tokens = list(prompt)
+        for _ in range(max(LENGTHS) + 4):
+            tokens.append(int(hf(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()))
+        found.append(tokens[len(prompt) :])
+    return found
+
+
+class Oracle:
+    """Knows the texts, errs at every third position, and wants 0 to 3 drafts verified, another number in each slot and step."""
+
+    def __init__(self, texts: list[list[int]]) -> None:
+        padding = [0] * 8
+        self.known = torch.tensor([text + padding for text in texts] + [[0] * (len(texts[0]) + 8)])
+
+    def __call__(self, state: DeviceState) -> tuple[torch.Tensor, torch.Tensor]:
+        at = (state.made[:, None] + 1 + torch.arange(3)).clamp(max=self.known.shape[1] - 1)
+        drafts = self.known.gather(1, at)
+        wrong = at % 3 == 2
+        return torch.where(wrong, (drafts + 1) % 50, drafts), (state.made + torch.arange(4)) % 4
+
+
+def start(drafter: Oracle | None, texts: list[list[int]]) -> DecodePipeline:
+    model = make_lean(make_hf("llama"))
+    kv = KVPool(4, 40, BLOCK, 2, 8, torch.float32, torch.device("cpu"))
+    pipeline = DecodePipeline(model, kv, slots=4, width=8, capture=DirectCapture(), max_drafts=3 if drafter else 0, drafter=drafter)
+    from engine.batch import ForwardBatch
+
+    for slot, prompt in enumerate(PROMPTS):
+        blocks = list(range(1 + 8 * slot, 9 + 8 * slot))
+        count = len(prompt)
+        position = torch.arange(count)
+        batch = ForwardBatch(
+            torch.tensor(prompt), position, torch.tensor(blocks)[position // BLOCK] * BLOCK + position % BLOCK,
+            torch.tensor([blocks]).int(), torch.tensor([0, count]).int(), torch.tensor([count]).int(),
+            torch.tensor([count - 1]), count, count,
+        )  # fmt: skip
+        first = int(model.forward(batch, kv).logits[0].argmax())
+        assert first == texts[slot][0]
+        pipeline.enter(slot, last=first, length=count, left=LENGTHS[slot], blocks=blocks)
+    return pipeline
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_texts_are_those_of_plain_decoding_with_results_one_step_late(drafts: bool, texts: list[list[int]]) -> None:
+    pipeline = start(Oracle(texts) if drafts else None, texts)
+    made: list[list[int]] = [[] for _ in range(4)]
+    launched = 0
+    pipeline.launch()
+    while any(len(made[slot]) < LENGTHS[slot] for slot in range(3)):
+        pipeline.launch()  # before anything of the step before is known
+        launched += 1
+        assert pipeline.in_flight == 2
+        result = pipeline.collect()
+        assert result.finite.all()
+        for slot in range(4):
+            made[slot] += result.tokens[slot, : result.counts[slot]].tolist()
+    assert made == [*(text[1 : 1 + length] for text, length in zip(texts, LENGTHS, strict=True)), []]
+    assert launched < max(LENGTHS) if drafts else launched == max(LENGTHS)
+    rest = pipeline.collect()
+    assert not rest.counts.any(), "a slot at its limit rests by itself"
+
+
+def test_a_retired_slot_makes_nothing_from_the_next_launch_on(texts: list[list[int]]) -> None:
+    pipeline = start(None, texts)
+    pipeline.launch()
+    pipeline.launch()
+    pipeline.retire(1)
+    pipeline.launch()
+    counts = [pipeline.collect().counts.tolist() for _ in range(3)]
+    assert counts == [[1, 1, 1, 0], [1, 1, 1, 0], [1, 0, 1, 0]]
+
+
+def test_drafts_need_a_drafter() -> None:
+    model = make_lean(make_hf("llama"))
+    kv = KVPool(4, 4, BLOCK, 2, 8, torch.float32, torch.device("cpu"))
+    with pytest.raises(ValueError, match="3 drafts a step and no drafter"):
+        DecodePipeline(model, kv, slots=1, width=2, capture=DirectCapture(), max_drafts=3)
