@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from engine.batch import ForwardOutput, TargetModel
-    from engine.graphs import Capture
+    from engine.graphs import Capture, Graph
     from engine.kv_pool import KVPool
 
 
