@@ -3,8 +3,8 @@
 - `job`: requests through `Engine.run`, prefill and all, and the same job through transformers' continuous batching.
 - `decode plain`: steps with state on the device at a fixed context, the batch swept; the best of them is what speculation must beat.
 - `decode replayed`: the same with a DSpark-shaped drafter (5 layers, a block of 7, the whole output head, a Markov head of rank 256), whose
-  every operation runs. Weights are random, so what would be accepted says nothing: ACCEPTANCE IS REPLAYED, each draft standing by an independent
-  coin whose bias gives the stated acceptance length.
+  every operation runs. Weights are random, so what would be accepted says nothing: ACCEPTANCE IS REPLAYED, each draft standing by an
+  independent coin whose bias gives the stated acceptance length.
 
 Models: Qwen3-8B's shapes with random weights, and the packaged SmolLM2-135M. Without a GPU a toy runs through the same code (`--tiny`, then
 the default): that shows that the command works, and nothing about speed.
