@@ -201,4 +201,16 @@ CHECKS: Sequence[Check] = (
         pytest("tests/integration/test_estimate.py", "tests/integration/test_max_cost.py"),
         tests_pass,
     ),
+    Check(
+        "models/families",
+        "each family's logits within 1e-4 of transformers' and greedy answers equal with drafts; switching off a feature fails",
+        pytest("tests/unit/engine/models"),
+        tests_pass,
+    ),
+    Check(
+        "models/real-weights",
+        "SmolLM2-135M and Gemma 3 270M: greedy answers equal generate on the dequantised weights, also from the command line",
+        pytest("tests/acceptance/test_real_models.py"),
+        tests_pass,
+    ),
 )
