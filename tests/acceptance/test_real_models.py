@@ -1,6 +1,6 @@
 """The packaged models on their real weights: greedy answers equal transformers' `generate` on the same, dequantised, folder.
 
-`python -m pytest tests/acceptance/test_real_models.py`. About three minutes on two quiet cores, and the first time a download of 330 MB.
+`python -m pytest tests/acceptance/test_real_models.py`. About four minutes on two cores, and the first time a download of 330 MB.
 """
 
 from __future__ import annotations
