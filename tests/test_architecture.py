@@ -57,6 +57,7 @@ EXCEPTIONS = {
     ("service.adapters.engine_runner", "engine"): "the one place where the service meets the engine",
     ("service.cli.doctor", "kernels.clash"): "looks for the other package of that name; no torch behind it",
     ("service.cli.bench", "service.adapters.engine_runner"): "measures what a worker runs",
+    ("service.cli.drafter_cmds", "engine"): "drafters are the engine's business",
     ("service.cli.lab_cmds", "engine.lab"): "a replay runs the engine's decisions, without its torch",
     ("service.cli.models", "service.adapters.engine_runner"): "fetching a model is the engine's business",
     ("service.cli.admin_cmds", "service.adapters.schema"): "`db upgrade` works on the schema, which is no port",

@@ -11,6 +11,7 @@ from engine.drafters.builtin import AUTO, OFF, PORTFOLIO, TEXT, TEXT_DRAFTERS
 from engine.drafters.sources import Source, find_automatic, named, third_party
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from engine.batch import ModelSpec
@@ -63,6 +64,17 @@ class Catalogue:
                     raise DrafterError(f"the drafter {source.name} ({source.origin}) cannot be used: {error}") from error
                 _log.warning("the drafter %s (%s) is not used: %s", source.name, source.origin, error)
                 del self._sources[source.name]
+
+    @property
+    def ready(self) -> tuple[str, ...]:
+        """What `prepare` made and nobody uses yet."""
+        return tuple(self._made)
+
+    def watch(self, name: str, around: Callable[[Drafter], Drafter]) -> None:
+        """Puts something round a drafter that `prepare` made, before anyone uses it. Raises UnknownDrafterError where there is none."""
+        if name not in self._made:
+            raise UnknownDrafterError(f"{name!r} is not among the drafters that are ready: {', '.join(sorted(self._made)) or 'none'}")
+        self._made[name] = around(self._made[name])
 
     def names(self) -> list[str]:
         """What a request may ask for."""

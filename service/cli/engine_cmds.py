@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Model = Annotated[str | None, typer.Option("--model", help="Run every line on this model: a registered name, a Hugging Face id or a path.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, float16 (default: the settings', else the checkpoint's).")]
-Drafter = Annotated[str, typer.Option("--drafter", help="auto, off, or a drafter's name.")]
+Drafter = Annotated[str, typer.Option("--drafter", help="auto, off, a drafter's name, or the folder or id of one.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -43,12 +43,14 @@ def run(
     if trace is not None:
         require_folder(trace)
         settings = settings.model_copy(update={"engine": settings.engine.model_copy(update={"trace": trace})})
+    if drafter != "auto":
+        settings = settings.model_copy(update={"engine": settings.engine.model_copy(update={"drafter": drafter})})
     limits = settings.limits
     plan = read_job(job, resolve, max_line_bytes=limits.max_line_bytes, max_json_depth=limits.max_json_depth)
     runner = make_runner(settings)
     try:
         with RunBar(plan.total, quiet=as_json) as bar:
-            tally = run_job(plan, job, output, runner, drafter=drafter, tick=bar.update)
+            tally = run_job(plan, job, output, runner, drafter="auto", tick=bar.update)
     finally:
         runner.close()
     summary = _summary(tally, plan.total, output, list(plan.by_model), runner.device)

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from service.cli import admin_cmds, batch_cmds, cost_cmds, engine_cmds, lab_cmds, process_cmds, s3_cmds
+from service.cli import admin_cmds, batch_cmds, cost_cmds, drafter_cmds, engine_cmds, lab_cmds, process_cmds, s3_cmds
 from service.errors import LongdraftError
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app = typer.Typer(
 )
 process_cmds.register(app)
 engine_cmds.register(app)
+drafter_cmds.register(app)
 lab_cmds.register(app)
 batch_cmds.register(app)
 cost_cmds.register(app)

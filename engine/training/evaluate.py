@@ -1,0 +1,128 @@
+"""How far drafts get: acceptance length by domain, and the confidence of every block beside what became of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+import numpy as np
+
+from engine.config import EngineConfig
+from engine.drafters.builtin import TEXT_DRAFTERS
+from engine.engine import Engine
+from engine.training.answers import encode
+from engine.types import Request, SamplingParams
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from engine.checkpoints import LoadedModel
+    from engine.drafters.base import DraftBatch, Drafter, Drafts, Progress
+    from engine.sequence import Sequence as EngineSequence
+    from engine.training.prompts import Prompt
+
+    Floats = NDArray[np.float64]
+
+
+@runtime_checkable
+class Scored(Protocol):
+    """A drafter that also gives raw confidence logits, float64 [S, D]."""
+
+    def propose_scored(self, batch: DraftBatch) -> tuple[Drafts, Floats]: ...
+
+
+@dataclass(slots=True)
+class Watched:
+    """Passes everything on to `drafter`, and holds each block of `width` drafts against the text that came of it."""
+
+    drafter: Drafter
+    width: int
+    logits: list[Floats] = field(default_factory=list)
+    stood: list[Floats] = field(default_factory=list)
+    _pending: dict[int, list[tuple[int, NDArray[np.int64], Floats]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.name, self.taps, self.prior = self.drafter.name, self.drafter.taps, self.drafter.prior
+
+    name: str = ""
+    taps: tuple[int, ...] = ()
+    prior: Floats = field(default_factory=lambda: np.empty(0))
+
+    def propose(self, batch: DraftBatch) -> Drafts:
+        if not isinstance(self.drafter, Scored):
+            return self.drafter.propose(batch)
+        drafts, logits = self.drafter.propose_scored(batch)
+        for row, sequence in enumerate(batch.sequences):
+            if drafts.lengths[row] >= self.width:
+                block = (sequence.num_tokens, drafts.token_ids[row, : self.width].copy(), logits[row, : self.width].copy())
+                self._pending.setdefault(sequence.serial, []).append(block)
+        return drafts
+
+    def observe(self, progress: Progress) -> None:
+        self.drafter.observe(progress)
+
+    def finish(self, sequence: EngineSequence, *, complete: bool) -> None:
+        for start, tokens, logits in self._pending.pop(sequence.serial, []):
+            text = sequence.tokens[start : start + self.width]
+            if complete and len(text) == self.width:
+                self.logits.append(logits)
+                self.stood.append(np.cumprod(text == tokens).astype(np.float64))
+        self.drafter.finish(sequence, complete=complete)
+
+    def blocks(self) -> tuple[Floats, Floats]:
+        """(confidence logits, whether drafts 1..k stood), float64 [N, width] each."""
+        empty = np.zeros((0, self.width))
+        return (np.stack(self.logits), np.stack(self.stood)) if self.logits else (empty, empty)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """acceptance: tokens per step, the bonus token included, by domain. logits, stood: of all blocks; empty without confidence."""
+
+    acceptance: dict[str, float]
+    logits: Floats
+    stood: Floats
+
+
+def measure(
+    loaded: LoadedModel,
+    drafter: str,
+    prompts: Sequence[Prompt],
+    *,
+    temperature: float = 0.0,
+    drafts: int = 7,
+    max_tokens: int = 256,
+    max_sequences: int | None = None,
+) -> Measured:
+    """Runs the prompts with every request drafting `drafts` tokens a step, whatever that costs, so that figures compare."""
+    config = EngineConfig(drafter=drafter, fixed_drafts=drafts, max_draft_tokens=drafts, max_sequences=max_sequences, seed=0)
+    engine = Engine(loaded, config)
+    name = engine.drafters.resolve("auto")
+    watched: list[Watched] = []
+
+    def around(made: Drafter) -> Drafter:
+        watched.append(Watched(made, drafts))
+        return watched[0]
+
+    if name is not None and name not in TEXT_DRAFTERS and name in engine.drafters.ready:
+        engine.drafters.watch(name, around)
+    domains: dict[str, str] = {}
+    requests = []
+    for number, prompt in enumerate(prompts):
+        tokens = encode(engine.tokenizer, prompt.text)
+        room = engine.spec.max_positions - 1 - len(tokens)
+        if room > 0:
+            params = SamplingParams(max_tokens=min(max_tokens, room), temperature=temperature)
+            domains[str(number)] = prompt.domain
+            requests.append(Request(str(number), tokens, params))
+    sampled: dict[str, int] = {}
+    steps: dict[str, int] = {}
+    for result in engine.run(iter(requests)):
+        domain = domains[result.id]
+        sampled[domain] = sampled.get(domain, 0) + result.ledger.sampled
+        steps[domain] = steps.get(domain, 0) + result.ledger.steps
+    acceptance = {domain: sampled[domain] / steps[domain] for domain in sorted(sampled) if steps[domain]}
+    logits, stood = watched[0].blocks() if watched else (np.zeros((0, drafts)), np.zeros((0, drafts)))
+    return Measured(acceptance, logits, stood)

@@ -1,0 +1,121 @@
+"""The trainable DSpark drafter: the same equations as `engine.drafters.dspark`, over many anchors of one text at once, with gradients."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from engine.checkpoints.drafters.check import block_shapes
+from engine.drafters.parts.layers import read_rope
+
+if TYPE_CHECKING:
+    from engine.checkpoints.drafters.specs import BlockSpec
+
+
+class BlockModule(nn.Module):
+    """Parameters carry DeepSpec's tensor names (dots become slashes inside torch). Embedding and output head are the target's, frozen."""
+
+    def __init__(self, spec: BlockSpec, seed: int = 0) -> None:
+        super().__init__()
+        self.spec = spec
+        generator = torch.Generator().manual_seed(seed)
+        self.weights = nn.ParameterDict()
+        required, _ = block_shapes(spec)
+        for name, shape in required.items():
+            if name not in spec.stored:
+                self.weights[_key(name)] = nn.Parameter(_initial(name, shape, generator))
+        self._rope = read_rope(spec.layers, torch.device("cpu"))
+
+    def forward(self, taps: torch.Tensor, embedded: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
+        """Normalised hidden states [A, G, hidden] of blocks at `anchors` [A] over a text whose taps are [T, n * hidden].
+
+        embedded: [A, G, hidden], each anchor's embedding and the mask's. A block sees the features before its anchor, and itself.
+        """
+        spec = self.spec.layers
+        count, slots, _ = embedded.shape
+        length = len(taps)
+        context = self._norm("hidden_norm.weight", functional.linear(taps, self._w("fc.weight")))
+        positions = (anchors[:, None] + torch.arange(slots, device=anchors.device)).reshape(-1)
+        at_context = self._rope.angles(torch.arange(length, device=taps.device), taps.dtype)
+        at_block = self._rope.angles(positions, taps.dtype)
+        block = torch.arange(count, device=taps.device).repeat_interleave(slots)
+        seen = torch.cat((torch.arange(length, device=taps.device) < anchors[block][:, None], block[:, None] == block), 1)
+        hidden = embedded.reshape(count * slots, -1)
+        for index in range(spec.num_layers):
+            prefix = f"layers.{index}."
+            x = self._norm(f"{prefix}input_layernorm.weight", hidden)
+            q = self._heads(prefix, "q", x, at_block)
+            k = torch.cat((self._heads(prefix, "k", context, at_context), self._heads(prefix, "k", x, at_block)))
+            v = torch.cat((self._heads(prefix, "v", context, None), self._heads(prefix, "v", x, None)))
+            repeat = spec.num_heads // spec.num_kv_heads
+            k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+            out = functional.scaled_dot_product_attention(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), attn_mask=seen)
+            hidden = hidden + functional.linear(out.transpose(0, 1).flatten(1), self._w(f"{prefix}self_attn.o_proj.weight"))
+            x = self._norm(f"{prefix}post_attention_layernorm.weight", hidden)
+            gate, up = (functional.linear(x, self._w(f"{prefix}mlp.{name}_proj.weight")) for name in ("gate", "up"))
+            hidden = hidden + functional.linear(functional.silu(gate) * up, self._w(f"{prefix}mlp.down_proj.weight"))
+        return self._norm("norm.weight", hidden).view(count, slots, -1)
+
+    def sequential(self, logits: torch.Tensor, hidden: torch.Tensor, previous: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Teacher-forced logits [A, G, vocab] and confidence logits [A, G]. previous: int64 [A, G], the token before each slot's own."""
+        spec, embedding = self.spec, None
+        if spec.markov_rank:
+            embedding = functional.embedding(previous, self._w("markov_head.markov_w1.weight"))
+            logits = logits + functional.linear(self._latent(embedding, hidden), self._w("markov_head.markov_w2.weight"))
+        if not spec.confidence:
+            return logits, None
+        features = torch.cat((hidden, embedding), -1) if spec.confidence_with_markov and embedding is not None else hidden
+        score = functional.linear(features, self._w("confidence_head.proj.weight"), self._w("confidence_head.proj.bias"))
+        return logits, score.squeeze(-1)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """By DeepSpec's names."""
+        return {key.replace("/", "."): parameter.detach() for key, parameter in self.weights.items()}
+
+    def _latent(self, embedding: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        if self.spec.markov_type == "vanilla":
+            return embedding
+        if self.spec.markov_type == "gated":
+            mixed = functional.linear(
+                torch.cat((hidden, embedding), -1), self._w("markov_head.gate_proj.weight"), self._w("markov_head.gate_proj.bias")
+            )
+            return embedding * torch.sigmoid(mixed)
+        state, found = torch.zeros_like(embedding[:, 0]), []
+        for slot in range(embedding.shape[1]):
+            z = torch.cat((state, embedding[:, slot], hidden[:, slot]), -1)
+            joint = functional.linear(z, self._w("markov_head.joint_proj.weight"), self._w("markov_head.joint_proj.bias"))
+            gate, candidate, out = joint.chunk(3, -1)
+            state = torch.lerp(torch.tanh(candidate), state, torch.sigmoid(gate))
+            found.append(torch.tanh(out))
+        return torch.stack(found, 1)
+
+    def _heads(self, prefix: str, name: str, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+        rows = functional.linear(x, self._w(f"{prefix}self_attn.{name}_proj.weight")).view(len(x), -1, self.spec.layers.head_dim)
+        if angles is None:
+            return rows
+        rows = self._norm(f"{prefix}self_attn.{name}_norm.weight", rows)
+        cos, sin = (angle.unsqueeze(1) for angle in angles)
+        return rows * cos + rows.roll(rows.shape[-1] // 2, -1) * sin
+
+    def _norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        weight = self._w(name)
+        return functional.rms_norm(x, weight.shape, weight, self.spec.layers.norm_eps)
+
+    def _w(self, name: str) -> torch.Tensor:
+        return self.weights[_key(name)]
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "/")
+
+
+def _initial(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Norms one, biases and the sequential head's output zero (a block begins as DFlash's), everything else normal, 0.02."""
+    if "norm" in name:
+        return torch.ones(shape)
+    if name.endswith("bias") or name.endswith("markov_w2.weight"):
+        return torch.zeros(shape)
+    return torch.randn(shape, generator=generator) * 0.02

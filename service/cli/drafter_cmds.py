@@ -1,0 +1,221 @@
+"""`longdraft drafter`: what drafts for a model, and making, judging and moving drafters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from service.cli.output import AsJson, Failure, note, print_json, print_table
+
+if TYPE_CHECKING:
+    from engine.checkpoints import LoadedModel
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="The target: a registered name, a Hugging Face id or a path.")]
+Folder = Annotated[Path, typer.Argument(metavar="DRAFTER", help="A drafter's folder.")]
+Prompts = Annotated[Path, typer.Option("--prompts", help="JSONL lines with `prompt` and perhaps `domain`, or a batch job.")]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", min=2, help="Length of an answer at most.")]
+
+app = typer.Typer(help="What drafts for a model, and making, judging and moving drafters.", no_args_is_help=True)
+
+
+def register(parent: typer.Typer) -> None:
+    parent.add_typer(app, name="drafter")
+
+
+@app.command("list")
+def list_drafters(
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="Also what `auto` finds for this target (loads it).")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The built-in and registered drafters, and what `auto` would use for a model."""
+    with readable_errors():
+        from engine.checkpoints.drafters import read_folder
+        from engine.drafters.builtin import TEXT_DRAFTERS
+        from engine.drafters.sources import find_automatic, registry_folders, third_party
+
+        rows = [{"name": name, "origin": "built in", "target": None} for name in TEXT_DRAFTERS]
+        rows += [{"name": source.name, "origin": source.origin, "target": None} for source in third_party()]
+        for place in registry_folders():
+            for path in sorted(place.iterdir()) if place.is_dir() else []:
+                if (path / "config.json").is_file():
+                    folder = read_folder(path)
+                    rows.append({"name": folder.name, "origin": str(path), "target": folder.record.get("target")})
+        if model is not None:
+            loaded = load(model)
+            known = {row["origin"] for row in rows}
+            target = loaded.model.spec.name
+            rows += [
+                {"name": source.name, "origin": source.origin, "target": target}
+                for source in find_automatic(loaded.directory, loaded.model.spec)
+                if source.origin not in known
+            ]
+    if as_json:
+        print_json(rows)
+    else:
+        print_table(("name", "origin", "target"), [(row["name"], row["origin"], row["target"]) for row in rows])
+
+
+@app.command()
+def inspect(drafter: Folder, as_json: AsJson = False) -> None:
+    """A drafter's layout, sizes, needs, calibration and training record. Checks every tensor."""
+    with readable_errors():
+        from engine.checkpoints.drafters import read_folder
+        from engine.checkpoints.drafters.check import block_shapes, check_tensors, eagle_shapes
+        from engine.checkpoints.drafters.formats import MODEL, block_spec, eagle_spec
+
+        folder = read_folder(drafter)
+        tensors = folder.tensors()
+        found: dict[str, Any] = {"name": folder.name, "layout": folder.layout, "path": str(folder.path)}
+        found["parameters"] = sum(tensor.numel() for tensor in tensors.values())
+        found["bytes"] = sum(tensor.nbytes for tensor in tensors.values())
+        if folder.layout != MODEL:
+            eagle = "eagle3" in folder.layout
+            spec = eagle_spec(folder.config, folder.config.get("num_target_layers") or 1 << 20) if eagle else block_spec(folder.config)
+            check_tensors(tensors, *(eagle_shapes(spec) if eagle else block_shapes(spec)), spec.format)  # type: ignore[arg-type]
+            found |= {"hidden_states": list(spec.taps), "layers": spec.layers.num_layers, "draft_vocabulary": spec.draft_vocab_size}
+            found["target"] = {"hidden_size": spec.needs.hidden_size, "vocabulary": spec.needs.vocab_size, "layers": spec.needs.num_layers}
+        found |= {"calibration": folder.calibration, "record": folder.record}
+    if as_json:
+        print_json(found)
+    else:
+        print_table(("", ""), [(key, value) for key, value in found.items() if value not in ({}, None)])
+
+
+@app.command()
+def train(
+    model: Model,
+    prompts: Prompts,
+    out: Annotated[Path, typer.Option("-o", "--output", help="The drafter's folder; a run that was stopped goes on from it.")],
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Optimiser steps.")] = 2000,
+    benchmark: Annotated[
+        list[Path] | None, typer.Option("--benchmark", help="Repeatable: files whose prompts are only ever judged by.")
+    ] = None,
+    layers: Annotated[int, typer.Option("--layers", min=1)] = 2,
+    block_size: Annotated[int, typer.Option("--block-size", min=4, max=16)] = 7,
+    rank: Annotated[int, typer.Option("--rank", min=0, help="Of the sequential head; 0 is DFlash.")] = 64,
+    head: Annotated[str, typer.Option("--head", help="vanilla, gated or rnn.")] = "vanilla",
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Answers a prompt; the first is greedy.")] = 2,
+    max_tokens: MaxTokens = 384,
+    disk: Annotated[float, typer.Option("--disk", min=0.001, help="Bound of the stored hidden states, in GiB.")] = 8.0,
+    texts: Annotated[int, typer.Option("--texts", min=1, help="Texts an optimiser step.")] = 4,
+    anchors: Annotated[int, typer.Option("--anchors", min=1, help="Blocks a text and step.")] = 32,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", min=1e-7)] = 6e-4,
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first N prompts.")] = None,
+    dtype: Annotated[str, typer.Option("--dtype")] = "float32",
+    as_json: AsJson = False,
+) -> None:
+    """Train a DSpark drafter on the model's own answers to these prompts, then calibrate it on prompts that it did not see.
+
+    A tenth of the prompts, chosen by hash, and every --benchmark prompt stay out of both.
+    """
+    with readable_errors():
+        from engine.training.prompts import read_prompts
+        from engine.training.run import Recipe
+        from engine.training.run import train as run_training
+        from engine.training.trainer import TrainConfig
+
+        size = int(disk * (1 << 30))
+        recipe = Recipe(layers=layers, block_size=block_size, rank=rank, head=head, samples=samples, max_tokens=max_tokens, disk_bytes=size)
+        config = TrainConfig(steps=steps, texts=texts, anchors=anchors, learning_rate=learning_rate, seed=seed)
+        given = read_prompts(prompts)[:limit]
+        kept = [prompt.text for path in benchmark or [] for prompt in read_prompts(path)]
+        record = run_training(load(model, dtype), given, out, recipe=recipe, config=config, benchmarks=kept, tell=note)
+    if as_json:
+        print_json(record)
+    else:
+        print(out)
+        note(f"{record['steps']} steps on {record['texts']} texts in {record['seconds']:.0f} s; loss {record['last']['loss']}")
+
+
+@app.command()
+def calibrate(model: Model, drafter: Folder, prompts: Prompts, max_tokens: MaxTokens = 256, as_json: AsJson = False) -> None:
+    """Fit a drafter's confidence on these prompts, and write calibration.json beside it."""
+    with readable_errors():
+        from engine.training.prompts import read_prompts
+        from engine.training.run import calibrate as fit
+
+        written = fit(load(model), drafter, read_prompts(prompts), max_tokens=max_tokens, tell=note)
+    print_json(written) if as_json else print(drafter / "calibration.json")
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    prompts: Prompts,
+    drafter: Annotated[
+        list[str] | None, typer.Option("--drafter", help="Repeatable: a name or a folder (default: ngram, suffix, auto).")
+    ] = None,
+    drafts: Annotated[int, typer.Option("--drafts", min=1, help="Drafts a request and step.")] = 7,
+    max_tokens: MaxTokens = 256,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first N prompts.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Acceptance length by domain (bonus token included, temperature 0), and calibration error before and after."""
+    with readable_errors():
+        from engine.training.prompts import read_prompts
+        from engine.training.run import evaluate as judge
+
+        names = drafter or ["ngram", "suffix", "auto"]
+        report = judge(load(model), names, read_prompts(prompts)[:limit], drafts=drafts, max_tokens=max_tokens)
+    if as_json:
+        print_json({"drafters": report})
+        return
+    columns = sorted({column for row in report.values() for column in row}, key=lambda name: (name in _LAST, name))
+    print_table(("drafter", *columns), [(name, *(row.get(column) for column in columns)) for name, row in report.items()], right=columns)
+
+
+_LAST = ("macro", "ece_before", "ece_after")
+
+
+@app.command()
+def pack(drafter: Folder, model: Model) -> None:
+    """Copy a drafter into a model's folder, where `auto` finds it."""
+    with readable_errors():
+        from engine.checkpoints import fetch
+        from engine.checkpoints.drafters import read_folder
+        from engine.training.export import pack as copy
+
+        print(copy(read_folder(drafter), fetch(source_of(model)).directory))
+
+
+@app.command()
+def export(
+    drafter: Folder, model: Model, out: Annotated[Path, typer.Option("-o", "--output", help="A folder that does not exist yet.")]
+) -> None:
+    """Write DeepSpec's full layout, with the target's embedding and output head in it."""
+    with readable_errors():
+        from engine.checkpoints.drafters import read_folder
+        from engine.training.export import export as write
+
+        if out.exists():
+            raise Failure(f"{out} exists already")
+        print(write(read_folder(drafter), load(model).model.frozen(), out))
+
+
+def source_of(model: str) -> str:
+    """What a registered name stands for; anything else is a source by itself."""
+    from service.config import load_settings
+
+    settings = load_settings()
+    name = settings.resolve_model(model)
+    return model if name is None else settings.models[name].source
+
+
+def load(model: str, dtype: str = "auto") -> LoadedModel:
+    from engine.checkpoints import load_model
+
+    return load_model(source_of(model), dtype=dtype, progress=note)
+
+
+@contextmanager
+def readable_errors() -> Iterator[None]:
+    """What the engine refuses becomes one line."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise Failure(str(error)) from error

@@ -1,0 +1,224 @@
+"""Training end to end on a tiny model: splits, answers, states, losses, resuming, calibration, export, and the commands."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from engine.checkpoints import LoadedModel, load_model
+from engine.checkpoints.drafters import DrafterError, read_folder
+from engine.checkpoints.drafters.formats import block_spec
+from engine.drafters.parts.confidence import sigmoid
+from engine.training.calibrate import area, expected_error, fit, quality
+from engine.training.export import export, pack
+from engine.training.losses import block_losses
+from engine.training.module import BlockModule
+from engine.training.prompts import Prompt, part_of, read_prompts, split
+from engine.training.run import Recipe, drafter_config, evaluate, train
+from engine.training.states import StateStore, forward_states
+from engine.training.trainer import TrainConfig, Trainer
+from service.cli.main import app
+from tests.tiny_model import make_tiny_model
+from tests.unit.engine.drafters.plain import block_hidden
+
+PROMPTS = [Prompt(f"count to {number} and stop", ("math", "chat")[number % 2]) for number in range(30)]
+RECIPE = Recipe(layers=1, block_size=4, rank=8, samples=1, max_tokens=16)
+CONFIG = TrainConfig(steps=12, texts=2, anchors=8, checkpoint_every=4, learning_rate=5e-3)
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    return load_model(str(make_tiny_model(tmp_path_factory.mktemp("target") / "tiny")))
+
+
+@pytest.fixture(scope="module")
+def trained(loaded: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("out") / "spark"
+    train(loaded, PROMPTS, out, recipe=RECIPE, config=CONFIG, tell=lambda _: None)
+    return out
+
+
+def test_a_hash_chosen_tenth_and_every_benchmark_prompt_stay_out_of_training_and_calibration() -> None:
+    prompts = [Prompt(f"prompt number {number}") for number in range(2000)]
+    benchmarks = [prompt.text.upper() + "  " for prompt in prompts[:40]]
+    parts = split([*prompts, prompts[5]], benchmarks)
+    used = {prompt.text for prompt in parts.train + parts.calibrate}
+    assert not used & {prompt.text for prompt in prompts[:40]}
+    assert not [text for text in used if part_of(text) == 0]
+    assert len(parts.train) + len(parts.calibrate) + len(parts.judged) == 2000
+    assert not {p.text for p in parts.train} & {p.text for p in parts.calibrate}
+    assert 150 < len([prompt for prompt in prompts if part_of(prompt.text) == 0]) < 250
+    assert part_of(" Prompt  NUMBER 7") == part_of("prompt number 7")
+
+
+def test_prompts_come_from_lines_or_batch_jobs(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    body = {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "hello"}]}
+    path.write_text(json.dumps({"prompt": "hi", "domain": "chat"}) + "\n" + json.dumps({"custom_id": "1", "body": body}) + "\n")
+    assert read_prompts(path) == [Prompt("hi", "chat"), Prompt("hello", "other")]
+    path.write_text('{"prompt": "a"}\n{"text": "b"}\n')
+    with pytest.raises(ValueError, match="line 2"):
+        read_prompts(path)
+
+
+@pytest.mark.parametrize("head", ["vanilla", "gated", "rnn"])
+def test_the_trainable_module_computes_the_papers_equations(loaded: LoadedModel, head: str) -> None:
+    spec = block_spec(drafter_config(loaded, Recipe(layers=2, block_size=4, rank=8, head=head)))
+    module = BlockModule(spec)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    taps, _ = forward_states(loaded.model, tuple(range(1, 30)), spec.taps)
+    taps = taps.clone()
+    embedded = torch.randn(3, 4, 32)
+    anchors = torch.tensor([4, 11, 28])
+    hidden = module(taps, embedded, anchors)
+    t = module.tensors()
+    for row, anchor in enumerate(anchors.tolist()):
+        plain = block_hidden(t, [taps[:anchor]], embedded[row], [None, None], (4, 2))
+        assert hidden[row].detach().numpy() == pytest.approx(plain.numpy(), abs=2e-4)
+
+
+def test_losses_are_the_papers() -> None:
+    torch.manual_seed(0)
+    logits, wanted, confidence = torch.randn(5, 3, 7), torch.randn(5, 3, 7), torch.randn(5, 3)
+    targets, valid = torch.randint(7, (5, 3)), torch.rand(5, 3) > 0.3
+    losses = block_losses(logits, confidence, wanted, targets, valid, 4.0)
+    ce = tv = bce = weight = 0.0
+    for row in range(5):
+        for slot in range(3):
+            if valid[row, slot]:
+                w = np.exp(-slot / 4.0)
+                p, q = wanted[row, slot].softmax(-1), logits[row, slot].softmax(-1)
+                apart = float((p - q).abs().sum() / 2)
+                c = float(confidence[row, slot].sigmoid())
+                ce += w * float(-q[targets[row, slot]].log())
+                tv += w * apart
+                bce -= w * ((1 - apart) * np.log(c) + apart * np.log(1 - c))
+                weight += w
+    assert float(losses.total) == pytest.approx((0.1 * ce + 0.9 * tv + bce) / weight, rel=1e-4)
+
+
+def test_the_loss_falls_and_the_record_says_how(trained: Path) -> None:
+    rows = [json.loads(line) for line in (trained / "training" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert np.mean([row["loss"] for row in rows[-4:]]) < np.mean([row["loss"] for row in rows[:4]]) - 0.05
+    record = read_folder(trained).record
+    assert record["target"] == "tiny"
+    assert record["prompts"]["trained"] + record["prompts"]["calibrated"] + record["prompts"]["kept"] == 30
+    assert (trained / "training" / "loss.png").stat().st_size > 1000
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(loaded: LoadedModel, trained: Path, tmp_path: Path) -> None:
+    spec = block_spec(read_folder(trained).config)
+    store = StateStore(trained / "training" / "states", 1 << 30)
+    whole = Trainer(spec, loaded.model.frozen(), store, tmp_path, CONFIG)
+    whole.train(lambda _: None)
+    work = tmp_path / "killed"
+    work.mkdir()
+    first = Trainer(spec, loaded.model.frozen(), store, work, CONFIG)
+    losses, steps = first._one_step, 0
+
+    def one_step() -> object:
+        nonlocal steps
+        steps += 1
+        if steps == 7:
+            raise Killed
+        return losses()
+
+    first._one_step = one_step
+    with pytest.raises(Killed):
+        first.train(lambda _: None)
+    second = Trainer(spec, loaded.model.frozen(), store, work, CONFIG)
+    assert second.step == 4
+    second.train(lambda _: None)
+    assert [json.loads(line)["step"] for line in (work / "log.jsonl").read_text().splitlines()] == list(range(1, 13))
+    for name, tensor in whole.module.tensors().items():
+        assert torch.equal(tensor, second.module.tensors()[name]), name
+
+
+def test_states_stop_at_their_bound_and_are_written_once(loaded: LoadedModel, tmp_path: Path) -> None:
+    from engine.training.answers import Text
+
+    texts = [Text(str(n), tuple(range(1, 40)), 5) for n in range(10)]
+    size = StateStore(tmp_path / "all", 1 << 30)
+    assert size.write(texts, loaded.model, (1, 2), lambda _: None)
+    each = next((tmp_path / "all").glob("*.safetensors")).stat().st_size
+    bounded = StateStore(tmp_path / "some", 3 * each)
+    assert not bounded.write(texts, loaded.model, (1, 2), lambda _: None)
+    assert len(bounded.names()) == 3
+    assert not bounded.write(texts, loaded.model, (1, 2), lambda _: None)
+    assert len(bounded.names()) == 3
+
+
+def test_sequential_temperature_scaling_repairs_overconfidence() -> None:
+    rng = np.random.default_rng(0)
+    true = rng.normal(0.8, 1.2, (6000, 4))
+    stood = np.cumprod(rng.random((6000, 4)) < sigmoid(true), axis=1).astype(float)
+    logits = true * np.array([3.0, 2.0, 1.0, 0.5])
+    scales = fit(logits[:3000], stood[:3000])
+    assert scales[:2] == pytest.approx([3.0, 2.0], rel=0.25)
+    before, after = quality(logits[3000:], stood[3000:]), quality(logits[3000:], stood[3000:], scales)
+    assert after.ece.max() < 0.04 < before.ece.max()
+    assert (after.brier < after.base_brier).all()
+    assert (after.auc > 0.7).all()
+
+
+def test_measures_of_calibration_by_hand() -> None:
+    assert expected_error(np.full(30, 0.5), np.tile([0.0, 1.0], 15)) == pytest.approx(0.0, abs=0.51)
+    assert expected_error(np.full(15, 0.9), np.zeros(15)) == pytest.approx(0.9)
+    assert area(np.array([0.1, 0.4, 0.8]), np.array([0.0, 1.0, 1.0])) == 1.0
+    assert area(np.array([0.5, 0.5]), np.array([0.0, 1.0])) == 0.5
+    assert np.isnan(area(np.array([0.5]), np.array([1.0])))
+
+
+def test_a_trained_drafter_is_judged_calibrated_packed_and_exported(loaded: LoadedModel, trained: Path, tmp_path: Path) -> None:
+    report = evaluate(loaded, [str(trained), "ngram"], PROMPTS[:6], drafts=4, max_tokens=12)
+    assert set(report) == {"spark", "ngram"}
+    assert {"math", "chat", "macro", "ece_before", "ece_after"} == set(report["spark"])
+    assert report["spark"]["macro"] >= 1.0
+    assert report["ngram"]["ece_before"] is None
+    assert read_folder(trained).calibration["temperatures"]
+    full = export(read_folder(trained), loaded.model.frozen(), tmp_path / "full")
+    config = json.loads((full / "config.json").read_text())
+    assert "shared_with_target" not in config
+    assert config["architectures"] == ["Qwen3DSparkModel"]
+    tensors = read_folder(full).tensors()
+    assert tensors["embed_tokens.weight"].shape == tensors["lm_head.weight"].shape == (loaded.model.spec.vocab_size, 32)
+    assert evaluate(loaded, [str(full)], PROMPTS[:6], drafts=4, max_tokens=12)["spark"]["macro"] == pytest.approx(
+        report["spark"]["macro"], abs=0.2
+    )
+    model = make_tiny_model(tmp_path / "model")
+    where = pack(read_folder(trained), model)
+    assert where == model / "drafters" / "spark"
+    with pytest.raises(DrafterError, match="exists already"):
+        pack(read_folder(trained), model)
+    from engine.config import EngineConfig
+    from engine.engine import Engine
+
+    assert Engine(load_model(str(model)), EngineConfig(kv_bytes=4 << 20)).drafters.members == ("suffix", "spark")
+
+
+def test_commands(trained: Path, loaded: LoadedModel, tmp_path: Path) -> None:
+    runner = CliRunner()
+    shown = json.loads(runner.invoke(app, ["drafter", "inspect", str(trained), "--json"]).stdout)
+    assert (shown["layout"], shown["layers"], shown["record"]["steps"]) == ("deepspec", 1, 12)
+    listed = json.loads(runner.invoke(app, ["drafter", "list", "--json"]).stdout)
+    assert {"ngram", "suffix"} <= {row["name"] for row in listed}
+    path = tmp_path / "p.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": prompt.text, "domain": prompt.domain}) for prompt in PROMPTS[:4]))
+    command = ["drafter", "eval", str(loaded.directory), "--prompts", str(path), "--drafter", "suffix", "--max-tokens", "8", "--json"]
+    report = json.loads(runner.invoke(app, command).stdout)
+    assert set(report["drafters"]["suffix"]) == {"math", "chat", "macro", "ece_before", "ece_after"}
+    failed = runner.invoke(app, ["drafter", "inspect", str(tmp_path)])
+    assert failed.exit_code == 1
+    assert "no config.json" in str(failed.exception)
