@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -113,8 +113,10 @@ def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Packe
     return _implementation("pack_linear", weight.device.type)(weight, bias)
 
 
-def linear(x: torch.Tensor, packed: PackedLinear, residual: torch.Tensor | None = None) -> torch.Tensor:
-    """x @ weight.T (+ bias) (+ residual). See `kernels.reference.linear`."""
+def linear(x: torch.Tensor, packed: PackedLinear | Fp8Linear, residual: torch.Tensor | None = None) -> torch.Tensor:
+    """x @ weight.T (+ bias) (+ residual). See `kernels.reference.linear` and, for FP8 weights, `kernels.reference.fp8_linear`."""
+    if hasattr(packed, "scale"):
+        return fp8_linear(x, cast("Fp8Linear", packed), residual)
     return _implementation("linear", x.device.type)(x, packed, residual)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import torch
 
 from engine.batch import ModelSpec, TargetModel
 from engine.checkpoints.fit import GIB, check_fit, requirement
+from engine.checkpoints.fp8 import take_scales
 from engine.checkpoints.model_config import read_config
 from engine.checkpoints.sources import LocalCheckpoint, fetch
 from engine.checkpoints.tensors import check_tensors, read_tensors, tied_names
@@ -85,6 +87,10 @@ def build_lean(tensors: dict[str, torch.Tensor], config: Any, make_spec: Callabl
     from engine.models.weights import pack_weights
 
     arch = read_architecture(config)
+    scales = take_scales(tensors, getattr(config, "quantization_config", None))
+    if scales.by_name:
+        config = copy(config)
+        del config.quantization_config  # the shapes are those of the model as it was
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config)
     check_tensors(tensors, empty)
@@ -93,10 +99,11 @@ def build_lean(tensors: dict[str, torch.Tensor], config: Any, make_spec: Callabl
         head_dim=arch.head_dim,
         parameters=sum(tensor.numel() for tensor in tensors.values()),
     )
+    scales = replace(scales, keep=spec.device.type == "cuda")
     names = {shape.rope for shape in arch.layers if shape.rope is not None}
     ropes = read_ropes(type(empty.model.rotary_emb), config, names, spec.device)
     tied = "lm_head.weight" in tied_names(empty)
-    return LeanDecoder(spec, arch, ropes, pack_weights(tensors, arch, tied=tied, dtype=spec.dtype, device=spec.device))
+    return LeanDecoder(spec, arch, ropes, pack_weights(tensors, arch, tied=tied, dtype=spec.dtype, device=spec.device, scales=scales))
 
 
 def _load_lean(checkpoint: LocalCheckpoint, config: Any, dtype: torch.dtype, device: torch.device) -> TargetModel:

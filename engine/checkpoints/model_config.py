@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from engine.checkpoints.fp8 import fp8_block
 from engine.models.families import FAMILIES
 from engine.models.refusals import refuse
 
@@ -31,9 +32,13 @@ def read_config(directory: Path) -> Any:
     if model_type not in CONFIG_MAPPING:
         own_code = "; it brings its own code, which is never run" if "auto_map" in stored else ""
         raise ValueError(f"model type {model_type!r} is not part of transformers {transformers.__version__}{own_code}")
-    if (quantisation := stored.get("quantization_config")) is not None:
+    quantisation = stored.get("quantization_config")
+    if quantisation is not None and (fp8_block(quantisation) is None or model_type not in FAMILIES):
         method = quantisation.get("quant_method", "an unnamed method") if isinstance(quantisation, dict) else quantisation
-        raise ValueError(f"{directory} is stored quantised ({method}); load the original weights or a GGUF file")
+        raise ValueError(
+            f"{directory} is stored quantised ({method}); load the original weights or a GGUF file"
+            " (block-scaled fp8 runs for the families of the lean decoder)"
+        )
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     refuse(config)
     return config

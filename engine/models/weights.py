@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
 import kernels
+from kernels.reference.fp8_linear import FP8_STEP, Fp8Linear, dequantise
 
 if TYPE_CHECKING:
+    from engine.checkpoints.fp8 import Fp8Scales
     from engine.models.families import Architecture
     from kernels.reference.linear import PackedLinear
+
+
+Packed: TypeAlias = "PackedLinear | Fp8Linear"
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,14 +24,14 @@ class LayerWeights:
     """One layer; norms are [hidden_size], q_norm and k_norm [head_dim] or [heads * head_dim], None where the family has none."""
 
     attention_norm: torch.Tensor | None
-    qkv: PackedLinear
+    qkv: Packed
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
-    attention_out: PackedLinear
+    attention_out: Packed
     attention_post_norm: torch.Tensor | None
     mlp_norm: torch.Tensor | None
-    gate_up: PackedLinear
-    down: PackedLinear
+    gate_up: Packed
+    down: Packed
     mlp_post_norm: torch.Tensor | None
 
 
@@ -37,17 +42,23 @@ class DecoderWeights:
     embedding: torch.Tensor
     layers: tuple[LayerWeights, ...]
     norm: torch.Tensor
-    head: PackedLinear
+    head: Packed
 
 
 def pack_weights(
-    tensors: dict[str, torch.Tensor], arch: Architecture, *, tied: bool, dtype: torch.dtype, device: torch.device
+    tensors: dict[str, torch.Tensor],
+    arch: Architecture,
+    *,
+    tied: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    scales: Fp8Scales,
 ) -> DecoderWeights:
     """Consumes `tensors` (transformers' names), layer by layer, so that a checkpoint is never held twice as a whole.
 
     Raises ValueError naming tensors that are missing or that nothing took.
     """
-    source = _Source(tensors, dtype, device)
+    source = _Source(tensors, dtype, device, scales)
     embedding = source.take("model.embed_tokens.weight")
     weights = DecoderWeights(
         embedding=embedding,
@@ -63,7 +74,8 @@ def pack_weights(
 class _Source:
     """Hands out each tensor once, cast and moved."""
 
-    def __init__(self, tensors: dict[str, torch.Tensor], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, tensors: dict[str, torch.Tensor], dtype: torch.dtype, device: torch.device, scales: Fp8Scales) -> None:
+        self._scales = scales
         self._tensors = tensors
         self._dtype = dtype
         self._device = device
@@ -71,22 +83,40 @@ class _Source:
     def take(self, name: str) -> torch.Tensor:
         if name not in self._tensors:
             raise ValueError(f"the checkpoint lacks {name}")
-        return self._tensors.pop(name).to(device=self._device, dtype=self._dtype)
+        tensor = self._tensors.pop(name).to(self._device)
+        scale = self._scales.by_name.get(name)
+        if scale is not None:
+            return dequantise(tensor, scale.to(self._device), self._scales.block, self._dtype)
+        return tensor.to(self._dtype)
 
     def take_if_present(self, name: str) -> torch.Tensor | None:
         return self.take(name) if name in self._tensors else None
 
-    def linear(self, prefix: str, parts: tuple[str, ...], scale: float = 1.0) -> PackedLinear:
+    def linear(self, prefix: str, parts: tuple[str, ...], scale: float = 1.0) -> Packed:
         """One product for several projections of the same input, stacked along the output."""
-        weight = torch.cat([self.take(f"{prefix}{part}.weight") for part in parts])
+        stored = None if not self._scales.keep else self._fp8([f"{prefix}{part}.weight" for part in parts])
+        weight = torch.cat([self.take(f"{prefix}{part}.weight") for part in parts]) if stored is None else None
         biases = [self.take_if_present(f"{prefix}{part}.bias") for part in parts]
         present = [bias for bias in biases if bias is not None]
         if present and len(present) < len(parts):
             raise ValueError(f"{prefix}{{{','.join(parts)}}}: some have a bias and some have none")
         bias = torch.cat(present) if present else None
         if scale != 1.0:
-            weight, bias = weight * scale, None if bias is None else bias * scale
-        return kernels.pack_linear(weight, bias)
+            bias = None if bias is None else bias * scale
+        if weight is None:
+            assert stored is not None
+            return Fp8Linear(stored[0], stored[1] * scale, self._scales.block, bias)
+        return kernels.pack_linear(weight if scale == 1.0 else weight * scale, bias)
+
+    def _fp8(self, names: list[str]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Weights and scales of `names` stacked as they are stored; None where they are not fp8, or blocks would straddle two of them."""
+        scales = [self._scales.by_name.get(name) for name in names]
+        known = [scale for scale in scales if scale is not None]
+        aligned = all(self._tensors[name].shape[0] % self._scales.block[0] == 0 for name in names[:-1] if name in self._tensors)
+        if len(known) < len(names) or not aligned or self._scales.block[1] % FP8_STEP:
+            return None
+        weights = [self._tensors.pop(name).to(self._device) for name in names]
+        return torch.cat(weights), torch.cat(known).to(self._device)
 
 
 def _norm(source: _Source, arch: Architecture, name: str) -> torch.Tensor:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+FP8_STEP = 128
+"""Inputs that the product takes at a time: a block of scales spans a multiple of it, or all inputs."""
+
 
 @dataclass(frozen=True, slots=True)
 class Fp8Linear:

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.reference.fp8_linear import FP8_STEP
 from kernels.triton import tuning
 from kernels.triton.fp8 import widen
 from kernels.triton.target import converts_fp8, needs_wide_dot
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from kernels.reference.fp8_linear import Fp8Linear
 
-_BLOCK_K = 128
+_BLOCK_K = FP8_STEP
 
 
 @triton.jit
