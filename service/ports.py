@@ -698,6 +698,15 @@ class RunnerStats:
     """Tokens that the loaded model's prompt and answer may have together; 0 where nothing is loaded."""
 
 
+@runtime_checkable
+class Recalls(Protocol):
+    """A runner that finished answers of a batch help with the rest of it."""
+
+    def recall(self, answers: Iterable[str]) -> None:
+        """Texts that were delivered before, by whomever. Not while `run` is being driven."""
+        ...
+
+
 class InferenceRunner(Protocol):
     """Answers lines. One model at a time."""
 

@@ -87,12 +87,13 @@ class SuffixDrafter:
             self._siblings.popitem(last=False)
 
     def _in_siblings(self, sequence: Sequence) -> tuple[MatchIndex, Match] | None:
-        """In answers of its own template, else in those of the templates used last."""
+        """In answers of its own template, else in those without one, else in those of the templates used last."""
         template = sequence.request.template
         text = sequence.tokens[-MAX_MATCH:].tolist()
         siblings = self._siblings.get(template)
         found = siblings.longest(text) if siblings is not None else None
-        for other in islice(reversed(self._siblings), _OTHERS + 1):
+        known = [None] if None in self._siblings else []
+        for other in (*known, *islice(reversed(self._siblings), _OTHERS + 1)):
             if found is not None:
                 break
             if other != template:

@@ -26,6 +26,7 @@ from service.usecases.deliver import Deliverer
 from service.usecases.heartbeat import Heartbeat, WorkerIdentity
 from service.usecases.holdings import Holdings
 from service.usecases.inputs import InputFiles
+from service.usecases.recall import Recall
 from service.usecases.starts import Starts, hopeless, unloadable
 
 ISOLATE_AT = 2
@@ -96,6 +97,7 @@ class GroupRunner:
             on_lost=self._lose,
             on_delivered=self._delivered,
         )
+        self._recall = Recall(database, blobs, runner)
         self._admission = Admission(database, holdings, self._inputs, CapGate(lambda: runner.stats().context))
         self._heartbeat = Heartbeat(
             identity, database, holdings, runner, timing, between_commits=self._committer.committing, stop=stop, on_lost=self._lose
@@ -222,6 +224,7 @@ class GroupRunner:
         lease = next(iter(self._holdings.leases.values()), None)
         if lease is None or not self._load(lease):
             return
+        self._recall.meet({held.batch_id for held in self._holdings.leases.values()})
         orderly = False
         try:
             for outcome in self._runner.run(self._feed()):
@@ -257,6 +260,7 @@ class GroupRunner:
                 self._give_back(acquit=True, delay=timedelta(seconds=self._timing.model_retry))
             return False
         self._starts.loaded()
+        self._recall.forget()
         self._model = self._heartbeat.model = lease.model
         return True
 

@@ -209,3 +209,32 @@ def test_a_full_disk_delays_and_loses_nothing(jobs):
     assert len(refused) == 2
     assert jobs.finalize(batch).completed == 20
     assert check(jobs.database, jobs.blobs) == []
+
+
+def test_a_worker_that_meets_a_batch_again_recalls_what_was_delivered(jobs):
+    """Their answers draft for the lines that are left: once a batch and load, and of the whole batch, whoever answered."""
+
+    class Recalling(StandinRunner):
+        def __init__(self, settings, die_at=None):
+            super().__init__(settings)
+            self.recalled, self.die_at = [], die_at
+
+        def recall(self, answers):
+            self.recalled.append(list(answers))
+
+        def run(self, lines):
+            for number, outcome in enumerate(super().run(lines)):
+                if number == self.die_at:
+                    raise MemoryError
+                yield outcome
+
+    batch = jobs.run(lines(64))
+    first = Recalling(jobs.settings, die_at=10)
+    with pytest.raises(MemoryError):
+        jobs.drain(runner=first)
+    assert first.recalled == [[]]
+    second = Recalling(jobs.settings)
+    jobs.drain(runner=second)
+    assert [len(answers) for answers in second.recalled] == [10]
+    assert all(isinstance(text, str) and text for text in second.recalled[0])
+    assert jobs.finalize(batch).completed == 64

@@ -86,6 +86,13 @@ class EngineRunner:
                 yield from feed.take_rejected()
             yield from feed.take_rejected()
 
+    def recall(self, answers: Iterable[str]) -> None:
+        """Finished answers of the batch draft for its other lines. Does nothing before `load`."""
+        if self._loaded is not None:
+            engine = self._loaded.engine
+            for text in answers:
+                engine.observe_finished(None, list(engine.tokenizer.hf.encode(text, add_special_tokens=False)))
+
     def abort(self, keys: Collection[tuple[str, int]]) -> None:
         if self._loaded is not None:
             self._loaded.engine.abort(request_id(key) for key in keys)

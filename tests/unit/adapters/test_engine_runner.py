@@ -140,3 +140,21 @@ def test_meters_survive_unloading(folder, tmp_path):
     assert before.busy_ns > 0
     assert (after.busy_ns, after.load_ns, after.profile_ns) == (before.busy_ns, before.load_ns, before.profile_ns)
     assert runner.device == "cpu"
+
+
+def test_recalled_answers_draft_for_other_lines(folder, tmp_path):
+    """The same line again, on a worker that has only read its answer."""
+    models, settings = {"tiny": ModelEntry(source=str(folder))}, EngineSettings(device="cpu", kv_memory="4MiB", max_sequences=1, threads=1)
+    line = chat(1, text="what was it again?", max_tokens=40)
+    fresh = EngineRunner(models, settings, tmp_path)
+    fresh.load("tiny")
+    (first,) = fresh.run([line])
+    text = first.body["choices"][0]["message"]["content"]
+    knowing = EngineRunner(models, settings, tmp_path)
+    knowing.load("tiny")
+    knowing.recall([text])
+    engine = knowing._loaded.engine
+    siblings = engine._speculator._drafters["suffix"]._siblings[None]
+    assert len(siblings) == len(engine.tokenizer.hf.encode(text, add_special_tokens=False)) + 1
+    (second,) = knowing.run([line])
+    assert second.body["choices"][0]["message"]["content"] == text
