@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+import kernels
 from engine.checkpoints.cache import make_once
 from engine.runner import PackedStep
 from engine.speculation.cost_model import Load
@@ -49,7 +50,8 @@ class Profiles:
         about = describe(spec, max_sequences)
         name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
         try:
-            folder = make_once(self._directory / f"{spec.name.replace('/', '--')}-{name}", build, self._shared)
+            with kernels.tuned(self._directory.parent / "kernels", spec.device):
+                folder = make_once(self._directory / f"{spec.name.replace('/', '--')}-{name}", build, self._shared)
             if not measured:
                 return from_json((folder / _FILE).read_text()), True
         except (OSError, ValueError, KeyError, TypeError) as error:

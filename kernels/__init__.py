@@ -7,12 +7,14 @@ version of the distribution) must stay outside that range. See `kernels.clash`.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     import torch
 
@@ -91,6 +93,18 @@ def _implementation(op: str, device_type: str) -> Callable[..., Any]:
     if device_type == "cuda" and op in TRITON_OPS:
         return getattr(import_module(f"kernels.triton.{TRITON_OPS[op]}"), op)
     return getattr(import_module(f"kernels.reference.{_REFERENCE_OPS[op]}"), op)
+
+
+@contextmanager
+def tuned(folder: Path, device: torch.device) -> Iterator[None]:
+    """On a GPU: takes up the launch configurations found before, and within it measures those of new shapes and keeps them in `folder`."""
+    if device.type != "cuda":
+        yield
+        return
+    tuning = import_module("kernels.triton.tuning")
+    tuning.load(folder, device)
+    with tuning.tuning(folder):
+        yield
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
