@@ -22,7 +22,7 @@ from service.metrics import ControlMetrics
 from service.ops import Readiness, ops_server
 from service.ports import OutboxItem, OutboxKind
 from service.usecases.finalize import finalize_batch
-from service.usecases.janitor import clean
+from service.usecases.janitor import UploadOrphans, clean
 from service.usecases.sweep import sweep
 from service.usecases.validate import validate_batch
 
@@ -58,6 +58,7 @@ class Control:
         self._owner = f"control-{socket.gethostname()}-{os.getpid()}"
         self._running: dict[Future[None], OutboxItem] = {}
         self._renewed = 0.0
+        self._orphans = UploadOrphans()
         self._last_round: dict[str, float] = {}
         self.metrics = ControlMetrics(services.database)
         self._handlers: Mapping[OutboxKind, Callable[[OutboxItem], None]] = {
@@ -73,7 +74,7 @@ class Control:
             for name, every, action in (
                 ("wakes", self._timing.relay, self._relay_wakes),
                 ("sweep", self._timing.sweep, self._sweep),
-                ("janitor", CLEAN_SECONDS, lambda: self.metrics.removed(clean(self._database, self._services.blobs))),
+                ("janitor", CLEAN_SECONDS, self._clean),
             )
         ]
         for thread in threads:
@@ -124,6 +125,10 @@ class Control:
             log.info("object_store", **{name.replace(" ", "_"): value for name, value in self._services.blobs.probe().items()})
         except LongdraftError as error:
             log.warning("object_store_fails", error=error.message)
+
+    def _clean(self) -> None:
+        removed = clean(self._database, self._services.blobs) + self._orphans.remove(self._database, self._services.blobs)
+        self.metrics.removed(removed)
 
     # --- wake-ups ---------------------------------------------------------------------------------------------------------------
 

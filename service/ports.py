@@ -66,12 +66,6 @@ class FileStore(Protocol):
         """Whether a batch that has not ended reads it."""
         ...
 
-    def unreferenced_keys(self, limit: int) -> Sequence[str]:
-        """Storage keys of deleted or expired files that no open batch reads: the janitor removes the objects."""
-        ...
-
-    def forget_keys(self, keys: Collection[str]) -> None: ...
-
 
 class BucketAccessStore(Protocol):
     """How projects reach their own buckets: at most one row each."""
@@ -82,6 +76,19 @@ class BucketAccessStore(Protocol):
         ...
 
     def delete(self, project_id: str) -> bool: ...
+
+
+class FileGarbage(Protocol):
+    """Objects of files that nobody needs any more."""
+
+    def unreferenced_keys(self, limit: int) -> Sequence[str]:
+        """Storage keys of deleted or expired files that no open batch reads: the janitor removes the objects."""
+        ...
+
+    def forget_keys(self, keys: Collection[str]) -> None: ...
+    def named(self, keys: Collection[str]) -> set[str]:
+        """Those of these keys that any file, deleted ones included, or any announced upload names."""
+        ...
 
 
 class UploadStore(Protocol):
@@ -531,6 +538,7 @@ class UnitOfWork(Protocol):
     now: datetime
     accounts: AccountStore
     files: FileStore
+    garbage: FileGarbage
     batches: BatchStore
     requests: RequestMemory
     lines: LineStore

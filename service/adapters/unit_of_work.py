@@ -14,7 +14,7 @@ from service.adapters.stores.accounts import Accounts
 from service.adapters.stores.batches import Batches, Requests
 from service.adapters.stores.buckets import BucketAccesses, Uploads
 from service.adapters.stores.costs import Costs
-from service.adapters.stores.files import Files
+from service.adapters.stores.files import Files, Garbage
 from service.adapters.stores.groups import Groups, Watch
 from service.adapters.stores.ledger import LedgerBook
 from service.adapters.stores.lines import Lines
@@ -30,6 +30,7 @@ from service.ports import (
     BatchStore,
     BucketAccessStore,
     CostStore,
+    FileGarbage,
     FileStore,
     GroupStore,
     GroupWatch,
@@ -55,6 +56,7 @@ class Transaction:
         self.now: datetime = connection.execute(sa.select(sa.func.now())).scalar_one().astimezone(UTC)
         self.accounts: AccountStore = Accounts(connection)
         self.files: FileStore = Files(connection)
+        self.garbage: FileGarbage = Garbage(connection)
         self.batches: BatchStore = Batches(connection)
         self.requests: RequestMemory = Requests(connection)
         self.lines: LineStore = Lines(connection)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from datetime import datetime, timedelta
-from itertools import groupby
+from itertools import groupby, islice
 
 import structlog
 
@@ -40,12 +40,12 @@ def remove_deleted_files(database: Database, blobs: BlobStore) -> int:
     removed = 0
     while True:
         with database.begin() as uow:
-            keys = uow.files.unreferenced_keys(FILES)
+            keys = uow.garbage.unreferenced_keys(FILES)
         for key in keys:
             blobs.delete(key)
         if keys:
             with database.begin() as uow:
-                uow.files.forget_keys(keys)
+                uow.garbage.forget_keys(keys)
         removed += len(keys)
         if len(keys) < FILES:
             return removed
@@ -60,6 +60,40 @@ def remove_stale_uploads(database: Database, blobs: BlobStore) -> int:
         with database.begin() as uow:
             uow.uploads.remove(upload.id)
     return len(stale)
+
+
+class UploadOrphans:
+    """Objects of uploads whose process died before the row that names them was written.
+
+    An object that is on its way to its row looks the same, and stores do not tell ages: a key goes when it was found unnamed twice, with
+    `orphans_after` between. A process that restarts in between only begins anew.
+    """
+
+    def __init__(self, *, orphans_after: timedelta = ORPHANS_AFTER) -> None:
+        self._after = orphans_after
+        self._first_seen: dict[str, datetime] = {}
+
+    def remove(self, database: Database, blobs: BlobStore) -> int:
+        """One pass over all input files; returns how many objects were removed. Raises Unavailable."""
+        unnamed: dict[str, datetime] = {}
+        removed = 0
+        keys = (info.key for info in blobs.list("files/"))
+        while portion := list(islice(keys, FILES)):
+            with database.begin() as uow:
+                named, now = uow.garbage.named(portion), uow.now
+            for key in portion:
+                if key in named:
+                    continue
+                seen = self._first_seen.get(key, now)
+                if key in self._first_seen and now - seen >= self._after:
+                    blobs.delete(key)
+                    removed += 1
+                else:
+                    unnamed[key] = seen
+        self._first_seen = unnamed
+        if removed:
+            log.info("orphaned_uploads_removed", objects=removed)
+        return removed
 
 
 def _by_batch(blobs: BlobStore, prefix: str) -> Iterator[tuple[str, list[str]]]:

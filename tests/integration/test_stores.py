@@ -138,12 +138,12 @@ def test_objects_go_when_no_open_batch_reads_them(db: Database, project: str) ->
         assert file is not None
         assert uow.files.in_use(file.id)
         uow.files.delete(project, file.id)
-        assert file.storage_key not in uow.files.unreferenced_keys(1000)
+        assert file.storage_key not in uow.garbage.unreferenced_keys(1000)
         uow.batches.save(batch.to(BatchStatus.FAILED, uow.now))
         assert not uow.files.in_use(file.id)
-        assert file.storage_key in uow.files.unreferenced_keys(1000)
-        uow.files.forget_keys([file.storage_key])
-        assert file.storage_key not in uow.files.unreferenced_keys(1000)
+        assert file.storage_key in uow.garbage.unreferenced_keys(1000)
+        uow.garbage.forget_keys([file.storage_key])
+        assert file.storage_key not in uow.garbage.unreferenced_keys(1000)
 
 
 # --- batches ------------------------------------------------------------------------------------------------------------------

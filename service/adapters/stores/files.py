@@ -7,7 +7,7 @@ from datetime import datetime
 
 from sqlalchemy import ColumnElement, Connection, and_, func, insert, or_, select, update
 
-from service.adapters.tables import batches, files
+from service.adapters.tables import batches, files, pending_uploads
 from service.domain.account import File, FilePurpose
 from service.domain.job import BatchStatus
 from service.errors import InvalidRequest
@@ -70,12 +70,25 @@ class Files:
     def set_expiry(self, file_id: str, at: datetime) -> None:
         self._connection.execute(update(files).where(files.c.id == file_id).values(expires_at=at))
 
+
+class Garbage:
+    """ports.FileGarbage on one transaction's connection."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
     def unreferenced_keys(self, limit: int) -> Sequence[str]:
         gone = and_(~_LIVE, ~files.c.object_removed, ~_READ_BY_OPEN_BATCH)
         return list(self._connection.execute(select(files.c.storage_key).where(gone).limit(limit)).scalars())
 
     def forget_keys(self, keys: Collection[str]) -> None:
         self._connection.execute(update(files).where(files.c.storage_key.in_(keys)).values(object_removed=True))
+
+    def named(self, keys: Collection[str]) -> set[str]:
+        found: set[str] = set()
+        for table in (files, pending_uploads):
+            found.update(self._connection.execute(select(table.c.storage_key).where(table.c.storage_key.in_(keys))).scalars())
+        return found
 
 
 def _file(row: object) -> File:
