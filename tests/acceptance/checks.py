@@ -62,6 +62,13 @@ def faster_than_peer(ratio: float) -> Judge:
     return judge
 
 
+def measured(stdout: str, status: int) -> Judged:
+    """For benchmarks that print one JSON object with `rows`."""
+    report = last_json(stdout)
+    figure = {"device": report.get("device"), "rows": len(report.get("rows", ()))}
+    return figure, status == 0 and figure["rows"] > 0
+
+
 def last_json(stdout: str) -> dict[str, Any]:
     """The last line that is a JSON object; empty if there is none."""
     for line in reversed(stdout.splitlines()):
@@ -175,6 +182,18 @@ CHECKS: Sequence[Check] = (
         "wrong credentials refused by a server that checks them; conditional writes, multipart, 5xx retries, lost replies over HTTP",
         pytest("tests/contract/test_blobs_s3.py", "tests/integration/test_bucket_jobs.py"),
         tests_pass,
+    ),
+    Check(
+        "kernels/benchmark",
+        "the kernel benchmark runs end to end (at tiny size without a GPU, where its rates mean nothing)",
+        module("tests.benchmarks.kernels", "--json"),
+        measured,
+    ),
+    Check(
+        "kernels/engine-benchmark",
+        "the GPU engine benchmark runs end to end, transformers beside it (at tiny size without a GPU)",
+        module("tests.benchmarks.gpu_engine", "--json"),
+        measured,
     ),
     Check(
         "costs/ledger-sequences",
