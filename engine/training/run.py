@@ -138,7 +138,8 @@ def drafter_config(loaded: LoadedModel, recipe: Recipe) -> dict[str, Any]:
     # From near the input to near the output; the last layers only rephrase what those before them know.
     wanted = sorted({max(round(layers * share) - 1, 0) for share in (0.1, 0.3, 0.5, 0.7, 0.9)})
     tokenizer = loaded.tokenizer
-    mask = next((token for token in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id) if token is not None), 0)
+    # A token that text hardly holds: where padding is the end-of-turn token, every answer has it.
+    mask = next((token for token in (tokenizer.unk_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
     try:
         config = new_config(
             target,
