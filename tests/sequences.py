@@ -106,6 +106,8 @@ class Sequences(RuleBasedStateMachine):
 
     database: Database
     settings: Settings
+    reversals = 0
+    """Of all sequences together: a run that never got to one has shown nothing about them."""
 
     @initialize()
     def begin(self) -> None:
@@ -115,9 +117,12 @@ class Sequences(RuleBasedStateMachine):
         self.batches: list[str] = []
         self.alive: list[HandDriven] = []
         self.dead: list[HandDriven] = []
+        self.delivered: list[tuple[str, int]] = []
         # Something to run from the start: most of what can go wrong needs a worker.
         self.submit(["good", "good", "refused", "good", "good"], skip=False, cap=None, validated=True)
         self.claim(most=3)
+        self.alive[0].execute()
+        self._deliver(self.alive[0], 2)
 
     # --- customers --------------------------------------------------------------------------------------------------------------
 
@@ -174,10 +179,13 @@ class Sequences(RuleBasedStateMachine):
         with self.database.begin() as uow:
             uow.ledger.set_prices({MODEL: Rates(*rates)})
 
-    @precondition(lambda self: self.batches)
-    @rule(data=st.data(), line_no=st.integers(1, 7))
-    def reverse(self, data: st.DataObject, line_no: int) -> None:
-        self._tolerating(lambda: reverse_charge(self.database, self._some_batch(data), line_no))
+    @precondition(lambda self: self.delivered)
+    @rule(data=st.data())
+    def reverse(self, data: st.DataObject) -> None:
+        """Of any line that was delivered: charged or not, reversed already or not."""
+        batch_id, line_no = data.draw(st.sampled_from(self.delivered))
+        if self._tolerating(lambda: reverse_charge(self.database, batch_id, line_no)) is not None:
+            type(self).reversals += 1
 
     # --- workers ----------------------------------------------------------------------------------------------------------------
 
@@ -196,9 +204,10 @@ class Sequences(RuleBasedStateMachine):
     @rule(data=st.data(), limit=st.integers(1, 5), committed=st.booleans())
     def deliver(self, data: st.DataObject, limit: int, committed: bool) -> None:
         worker = self._some_worker(data)
-        worker.store(limit)
         if committed:
-            worker.commit()
+            self._deliver(worker, limit)
+        else:
+            worker.store(limit)
 
     @precondition(lambda self: self.alive)
     @rule(data=st.data(), stored=st.booleans())
@@ -261,6 +270,13 @@ class Sequences(RuleBasedStateMachine):
             assert batch.max_cost is None or total <= batch.max_cost
             assert [str(violation) for violation in check(self.database, self.blobs, batch_id)] == []
             assert batch.status is BatchStatus.FAILED or batch.completed + batch.failed == batch.total
+
+    def _deliver(self, worker: HandDriven, limit: int) -> None:
+        worker.store(limit)
+        assert worker.stored is not None
+        placed = [(outcome.batch_id, outcome.line_no) for part in worker.stored[0] for outcome, _, _ in part.placed]
+        if worker.commit():
+            self.delivered.extend(placed)
 
     def _all_ended(self) -> bool:
         with self.database.begin() as uow:

@@ -221,6 +221,31 @@ CHECKS: Sequence[Check] = (
         tests_pass,
     ),
     Check(
+        "costs/scale-from-zero",
+        "0 -> 2 -> 0 workers; submit to first result split; a warm profile is reused; SIGTERM loses nothing, picked up in <= 5 s",
+        module("tests.benchmarks.scale_from_zero", "--json"),
+        own_verdict,
+        seconds=1800,
+    ),
+    Check(
+        "costs/operations",
+        "health, readiness and metrics of every process, no prompt in any log, one worker a GPU, refusals with GiB",
+        pytest("tests/integration/test_operations.py", "tests/integration/test_starts.py", "tests/contract/test_shared_cache.py"),
+        tests_pass,
+    ),
+    Check(
+        "costs/manifests",
+        "all manifests validate, dashboard and alerts name metrics that exist, KEDA's query is due + leased in each state of a job",
+        pytest("tests/unit/infra", "tests/integration/test_autoscaling.py"),
+        tests_pass,
+    ),
+    Check(
+        "main-job/storage-and-schema",
+        "full broker, full disk, upload cut off, prices and schema changed in mid-batch: nothing lost, doubled or misbilled",
+        pytest("tests/faults/test_storage_and_schema.py"),
+        tests_pass,
+    ),
+    Check(
         "models/families",
         "each family's logits within 1e-4 of transformers' and greedy answers equal with drafts; switching off a feature fails",
         pytest("tests/unit/engine/models"),

@@ -20,3 +20,4 @@ def test_the_bill_holds_after_whatever_happened(database: Any, tmp_path: Path) -
     )
     bound = machine(database, settings_for(tmp_path))
     run_state_machine_as_test(bound, settings=chosen)  # type: ignore[no-untyped-call]
+    assert bound.reversals >= SEQUENCES // 3
