@@ -228,6 +228,19 @@ CHECKS: Sequence[Check] = (
         seconds=1800,
     ),
     Check(
+        "main-job/many-batches",
+        "100 batches at once, p95 of a status request <= 100 ms",
+        module("tests.benchmarks.many_batches", "--json"),
+        own_verdict,
+    ),
+    Check(
+        "main-job/soak",
+        "20 minutes, up to 100,000 requests, a worker killed every 15 s: every line delivered once, no oracle broken, flat memory",
+        module("tests.benchmarks.soak", "--json"),
+        own_verdict,
+        seconds=3600,
+    ),
+    Check(
         "costs/operations",
         "health, readiness and metrics of every process, no prompt in any log, one worker a GPU, refusals with GiB",
         pytest("tests/integration/test_operations.py", "tests/integration/test_starts.py", "tests/contract/test_shared_cache.py"),
