@@ -7,13 +7,16 @@ import mmap
 
 import torch
 
+import kernels
+
 
 class KVPool:
     """Keys and values of `num_blocks` blocks of `block_size` tokens, for every layer.
 
     `keys[layer]` and `values[layer]` are [num_blocks, kv_heads, block_size, head_dim]: the tokens of one head of one block lie
     side by side, which is what both a gather by blocks and a walk over one head's context want. Slot `s` is block `s // block_size`,
-    offset `s % block_size`. Contents start as zeros, so that masked reads of never-written slots are finite.
+    offset `s % block_size`. In memory a block's keys may lie transposed (`kernels.stores_keys_transposed`).
+    Contents start as zeros, so that masked reads of never-written slots are finite.
     Raises RuntimeError (torch's) when the memory is not there.
     """
 
@@ -24,7 +27,10 @@ class KVPool:
         self.block_size = block_size
         shape = (2, num_layers, num_blocks, kv_heads, block_size, head_dim)
         self._storage = _zeros(shape, dtype, device)
-        self.keys: list[torch.Tensor] = list(self._storage[0])
+        keys = self._storage[0]
+        if kernels.stores_keys_transposed(dtype, device, head_dim, block_size):
+            keys = keys.view(num_layers, num_blocks, kv_heads, head_dim, block_size).transpose(3, 4)
+        self.keys: list[torch.Tensor] = list(keys)
         self.values: list[torch.Tensor] = list(self._storage[1])
 
     @property

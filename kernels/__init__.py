@@ -1,4 +1,5 @@
-"""Public ops: Triton on CUDA where an op has a Triton version, otherwise the plain-torch reference, which is also the CPU path.
+"""Public ops: Triton on CUDA where an op has a Triton version, compiled kernels (`kernels.native`) for float32 on a CPU, otherwise the
+plain-torch reference.
 
 Importing this package does nothing else: it shares its import name with an optional Hugging Face package that transformers
 looks for. transformers takes only versions in [0.18.2, 0.19) of that package, so `__version__` (and the
@@ -15,9 +16,11 @@ from typing import TYPE_CHECKING, Any, cast
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
+    from types import ModuleType
 
     import torch
 
+    from kernels.native.attention_plan import NativePlan
     from kernels.reference.attention_plan import AttentionPlan
     from kernels.reference.fp8_linear import Fp8Linear
     from kernels.reference.linear import PackedLinear
@@ -34,8 +37,10 @@ __all__ = [
     "attention",
     "fp8_linear",
     "gated_activation",
+    "gated_linear",
     "kv_write",
     "linear",
+    "pack_gated_linear",
     "pack_linear",
     "paged_attention",
     "plan_attention",
@@ -74,8 +79,10 @@ _REFERENCE_OPS = {
     "attention": "attention",
     "fp8_linear": "fp8_linear",
     "gated_activation": "gated_activation",
+    "gated_linear": "linear",
     "kv_write": "kv_write",
     "linear": "linear",
+    "pack_gated_linear": "linear",
     "pack_linear": "linear",
     "paged_attention": "paged_attention",
     "plan_attention": "attention_plan",
@@ -107,8 +114,29 @@ def tuned(folder: Path, device: torch.device) -> Iterator[None]:
         yield
 
 
+@cache
+def _native() -> ModuleType | None:
+    """`kernels.native` where it can run."""
+    module = import_module("kernels.native")
+    return module if module.available() else None
+
+
+def stores_keys_transposed(dtype: torch.dtype, device: torch.device, head_dim: int, block_size: int) -> bool:
+    """Whether a KV cache's keys are to lie as [num_blocks, kv_heads, head_dim, block_size] in memory (and be seen transposed back, like
+    values, [num_blocks, kv_heads, block_size, head_dim]): what the compiled attention reads. The ops tell by the strides.
+    """
+    native = _native() if device.type == "cpu" else None
+    return native is not None and native.takes_cache(dtype, device, head_dim, block_size)
+
+
+def _transposed(keys: torch.Tensor) -> bool:
+    return keys.device.type == "cpu" and keys.stride(-1) != 1 and keys.shape[-1] > 1
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x / sqrt(mean(x**2) + eps) * weight over the last dimension. See `kernels.reference.rms_norm`."""
+    if x.device.type == "cpu" and (native := _native()) is not None and native.takes_norm(x, weight):
+        return import_module("kernels.native.rows").rms_norm(x, weight, eps)
     return _implementation("rms_norm", x.device.type)(x, weight, eps)
 
 
@@ -127,6 +155,11 @@ def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Packe
     return _implementation("pack_linear", weight.device.type)(weight, bias)
 
 
+def pack_gated_linear(weight: torch.Tensor, activation: str) -> PackedLinear:
+    """Lays a weight [2 * out, in], gate above up, out for `gated_linear`. See `kernels.reference.linear`."""
+    return _implementation("pack_gated_linear", weight.device.type)(weight, activation)
+
+
 def linear(x: torch.Tensor, packed: PackedLinear | Fp8Linear, residual: torch.Tensor | None = None) -> torch.Tensor:
     """x @ weight.T (+ bias) (+ residual). See `kernels.reference.linear` and, for FP8 weights, `kernels.reference.fp8_linear`."""
     if hasattr(packed, "scale"):
@@ -134,7 +167,12 @@ def linear(x: torch.Tensor, packed: PackedLinear | Fp8Linear, residual: torch.Te
     return _implementation("linear", x.device.type)(x, packed, residual)
 
 
-def kv_write(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: AttentionPlan) -> None:
+def gated_linear(x: torch.Tensor, packed: PackedLinear, activation: str) -> torch.Tensor:
+    """activation(x @ gate.T) * (x @ up.T), for the activation it was packed for. See `kernels.reference.linear`."""
+    return _implementation("gated_linear", x.device.type)(x, packed, activation)
+
+
+def kv_write(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: AttentionPlan | NativePlan) -> None:
     """Writes keys and values [T, kv_heads, head_dim] into their paged caches. See `kernels.reference.kv_write`."""
     _implementation("kv_write", k.device.type)(k, v, k_cache, v_cache, plan)
 
@@ -148,17 +186,24 @@ def plan_attention(
     cache: torch.Tensor,
     num_heads: int,
     window: int | None = None,
-) -> AttentionPlan:
+) -> AttentionPlan | NativePlan:
     """What attention needs to know of a step, worked out once for all layers. See `kernels.reference.attention_plan`."""
-    return _implementation("plan_attention", cache.device.type)(
-        block_tables, query_start, kv_lengths, slots, cache=cache, num_heads=num_heads, window=window
-    )
+    native = import_module("kernels.native.attention_plan").plan_attention if _transposed(cache) else None
+    plan = native or _implementation("plan_attention", cache.device.type)
+    return plan(block_tables, query_start, kv_lengths, slots, cache=cache, num_heads=num_heads, window=window)
 
 
 def attention(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: AttentionPlan, scale: float, soft_cap: float | None = None
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    plan: AttentionPlan | NativePlan,
+    scale: float,
+    soft_cap: float | None = None,
 ) -> torch.Tensor:
     """Paged, causal, variable-length attention over a plan of `plan_attention`. See `kernels.reference.attention`."""
+    if _transposed(k_cache):
+        return import_module("kernels.native.attention").attention(q, k_cache, v_cache, plan, scale, soft_cap)
     return _implementation("attention", q.device.type)(q, k_cache, v_cache, plan, scale, soft_cap)
 
 
@@ -205,6 +250,10 @@ def rotary_kv_write(
     v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Normalises and rotates queries and keys, writes keys and values, returns queries. See `kernels.reference.rotary_kv_write`."""
+    if _transposed(k_cache) and import_module("kernels.native").takes_rotation(cos):
+        return import_module("kernels.native.rows").rotary_kv_write(
+            qkv, cos, sin, slots, k_cache, v_cache, num_heads=num_heads, q_norm=q_norm, k_norm=k_norm, eps=eps
+        )
     return _implementation("rotary_kv_write", qkv.device.type)(
         qkv, cos, sin, slots, k_cache, v_cache,
         num_heads=num_heads, q_norm=q_norm, k_norm=k_norm, eps=eps, k_scale=k_scale, v_scale=v_scale,

@@ -100,6 +100,7 @@ VENDORS = {
     "prometheus_client": ("service.metrics",),
     "xgrammar": ("engine",),
     "gguf": ("engine.checkpoints",),
+    "llvmlite": ("kernels.native",),
     "triton": ("kernels.triton",),
 }
 """Vendor library -> the only modules (with what is below them) that may know it."""

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from engine.models.families import Architecture, LayerShape
     from engine.models.rope import Rope
     from engine.models.weights import DecoderWeights, LayerWeights
+    from kernels.native.attention_plan import NativePlan
     from kernels.reference.attention_plan import AttentionPlan
 
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 class _StepTables:
     """What all layers of a step share: attention plans by window, cosine and sine by rope name."""
 
-    plans: dict[int | None, AttentionPlan]
+    plans: dict[int | None, AttentionPlan | NativePlan]
     angles: dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -71,7 +72,7 @@ class LeanDecoder:
         )
 
     def _tables(self, batch: ForwardBatch, kv: KVPool) -> _StepTables:
-        plans: dict[int | None, AttentionPlan] = {}
+        plans: dict[int | None, AttentionPlan | NativePlan] = {}
         for window in {shape.window for shape in self._arch.layers}:
             wide = window is None or window >= batch.max_kv
             key = None if wide else window
@@ -101,16 +102,12 @@ class LeanDecoder:
         arch = self._arch
         x = hidden if layer.attention_norm is None else kernels.rms_norm(hidden, layer.attention_norm, arch.norm_eps)
         qkv = kernels.linear(x, layer.qkv)
-        qk_heads = arch.num_heads + arch.num_kv_heads
         if layer.q_norm is not None:
             qkv = self._normalise_qk(layer, qkv)
-        heads = qkv.view(len(qkv), -1, arch.head_dim)
-        qk, v = heads[:, :qk_heads], heads[:, qk_heads:]
-        if shape.rope is not None:
-            qk = kernels.rotary(qk, *tables.angles[shape.rope])
         plan = tables.plans[shape.window]
-        kernels.kv_write(qk[:, arch.num_heads :], v, keys, values, plan)
-        attended = kernels.attention(qk[:, : arch.num_heads], keys, values, plan, arch.attention_scale, arch.attention_soft_cap)
+        cos, sin = (None, None) if shape.rope is None else tables.angles[shape.rope]
+        q = kernels.rotary_kv_write(qkv, cos, sin, plan.slots, keys, values, num_heads=arch.num_heads)
+        attended = kernels.attention(q, keys, values, plan, arch.attention_scale, arch.attention_soft_cap)
         return attended.view(len(qkv), -1)
 
     def _normalise_qk(self, layer: LayerWeights, qkv: torch.Tensor) -> torch.Tensor:
@@ -133,7 +130,7 @@ class LeanDecoder:
         else:
             hidden = hidden + kernels.rms_norm(kernels.linear(attended, layer.attention_out), layer.attention_post_norm, eps)
         x = hidden if layer.mlp_norm is None else kernels.rms_norm(hidden, layer.mlp_norm, eps)
-        x = kernels.gated_activation(kernels.linear(x, layer.gate_up), self._arch.activation)
+        x = kernels.gated_linear(x, layer.gate_up, self._arch.activation)
         if layer.mlp_post_norm is None:
             return kernels.linear(x, layer.down, residual=hidden)
         return hidden + kernels.rms_norm(kernels.linear(x, layer.down), layer.mlp_post_norm, eps)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from kernels.native.attention_plan import NativePlan
     from kernels.reference.attention_plan import AttentionPlan
 
 _INTERFACE = "longdraft_paged"
@@ -42,11 +43,11 @@ class _Step:
 
     batch: ForwardBatch
     kv: KVPool
-    plans: dict[int | None, AttentionPlan]
+    plans: dict[int | None, AttentionPlan | NativePlan]
     layers_seen: set[int]
     windows_seen: set[int]
 
-    def plan(self, num_heads: int, window: int | None) -> AttentionPlan:
+    def plan(self, num_heads: int, window: int | None) -> AttentionPlan | NativePlan:
         key = None if window is None or window >= self.batch.max_kv else window
         if key not in self.plans:
             batch = self.batch

@@ -118,6 +118,12 @@ class _Source:
         weights = [self._tensors.pop(name).to(self._device) for name in names]
         return torch.cat(weights), torch.cat(known).to(self._device)
 
+    def gated(self, prefix: str, parts: tuple[str, ...], activation: str) -> PackedLinear:
+        """Gate and up as one product, the activation fused into it where there is no bias."""
+        if f"{prefix}{parts[0]}.bias" in self._tensors:
+            return self.linear(prefix, parts)
+        return kernels.pack_gated_linear(torch.cat([self.take(f"{prefix}{part}.weight") for part in parts]), activation)
+
 
 def _norm(source: _Source, arch: Architecture, name: str) -> torch.Tensor:
     weight = source.take(f"{name}.weight")
@@ -141,7 +147,7 @@ def _pack_layer(source: _Source, arch: Architecture, prefix: str) -> LayerWeight
         attention_out=source.linear(prefix, ("self_attn.o_proj",), arch.residual_scale),
         attention_post_norm=norm(family.attention_norms[1]),
         mlp_norm=norm(family.mlp_norms[0]),
-        gate_up=source.linear(prefix, gate_up),
+        gate_up=source.gated(prefix, gate_up, arch.activation),
         down=source.linear(prefix, ("mlp.down_proj",), arch.residual_scale),
         mlp_post_norm=norm(family.mlp_norms[1]),
     )

@@ -75,12 +75,12 @@ class SharedGroup:
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """write_rows: int64 [T * kv_heads], where keys and values go in a cache seen as [num_blocks * kv_heads * block_size, head_dim].
+    """slots: int64 [T], where each row's key and value go (block * block_size + offset).
 
     Every row is in exactly one ragged or dense group, which holds what it sees beyond its shared groups (none, one or several).
     """
 
-    write_rows: torch.Tensor
+    slots: torch.Tensor
     ragged: tuple[RaggedGroup, ...]
     dense: tuple[DenseGroup, ...]
     shared: tuple[SharedGroup, ...]
@@ -156,16 +156,11 @@ def plan_attention(
     exact = cache.dtype == torch.float32 and cache.device.type == "cpu"
     few = step.query_lengths <= (MAX_RAGGED_ROWS if exact else 0)
     return AttentionPlan(
-        write_rows=_write_rows(slots, kv_heads, block_size),
+        slots=slots,
         ragged=tuple(_ragged_groups(step, np.flatnonzero(few))),
         dense=tuple(_dense_groups(step, np.flatnonzero(~few))),
         shared=tuple(_shared_group(step, segment) for segment in segments),
     )
-
-
-def _write_rows(slots: torch.Tensor, kv_heads: int, block_size: int) -> torch.Tensor:
-    heads = torch.arange(kv_heads, device=slots.device) * block_size
-    return ((slots // block_size * (kv_heads * block_size) + slots % block_size)[:, None] + heads).view(-1)
 
 
 def _segments(tables: _Ints, bounds: _Ints, lengths: _Ints, block_size: int, *, windowed: bool) -> tuple[list[Segment], _Ints]:

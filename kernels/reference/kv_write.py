@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+    from kernels.native.attention_plan import NativePlan
     from kernels.reference.attention_plan import AttentionPlan
 
 
-def kv_write(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: AttentionPlan) -> None:
-    """k, v: [T, kv_heads, head_dim]; caches: [num_blocks, kv_heads, block_size, head_dim], changed in place at `plan.write_rows`."""
-    head_dim = k.shape[-1]
-    k_cache.view(-1, head_dim).index_copy_(0, plan.write_rows, k.reshape(-1, head_dim))
-    v_cache.view(-1, head_dim).index_copy_(0, plan.write_rows, v.reshape(-1, head_dim))
+def kv_write(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: AttentionPlan | NativePlan) -> None:
+    """k, v: [T, kv_heads, head_dim]; caches: [num_blocks, kv_heads, block_size, head_dim] of any strides, changed in place."""
+    blocks, offsets = plan.slots // k_cache.shape[2], plan.slots % k_cache.shape[2]
+    k_cache[blocks, :, offsets] = k
+    v_cache[blocks, :, offsets] = v

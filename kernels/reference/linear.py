@@ -1,45 +1,81 @@
 """Matrix products with weights laid out once, at load.
 
-On CPUs oneDNN's blocked weight layout is worth the second copy: all products of a 135M-parameter Llama took 102 ms at 64
-rows against 198 ms through torch's plain linear (2 cores, AVX-512, float32), and 23 against 64 ms at 4 rows.
+In float32 on a CPU the products are compiled kernels (`kernels.native.linear`). Where those cannot run, and in bfloat16, oneDNN's blocked
+weight layout is worth the second copy: all products of a 135M-parameter Llama took 102 ms at 64 rows against 198 ms through torch's plain
+linear (2 cores, AVX-512, float32), and 23 against 64 ms at 4 rows.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch.nn import functional
 
+from kernels import native
+from kernels.reference.gated_activation import gated_activation
+
+Layout = Literal["rows", "onednn", "panels", "gated panels"]
+
 
 @dataclass(frozen=True, slots=True)
 class PackedLinear:
-    """A weight [out_features, in_features] in the layout its device multiplies fastest, and its bias [out_features]."""
+    """A weight [out_features, in_features] in the layout its device multiplies fastest, and its bias [out_features].
+
+    `gated panels`: gate and up interleaved, for `gated_linear` alone.
+    """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
     out_features: int
-    blocked: bool
+    layout: Layout
 
 
 def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> PackedLinear:
     """Packs `weight` [out, in]; the result owns its memory, so the argument may be freed."""
+    if native.takes_weight(weight):
+        from kernels.native import linear as compiled
+
+        return PackedLinear(compiled.pack(weight), None if bias is None else compiled.pack_bias(bias), weight.shape[0], "panels")
     if _can_block(weight):
         blocked = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
-        return PackedLinear(blocked, bias, weight.shape[0], blocked=True)
-    return PackedLinear(weight.contiguous(), bias, weight.shape[0], blocked=False)
+        return PackedLinear(blocked, bias, weight.shape[0], "onednn")
+    return PackedLinear(weight.contiguous(), bias, weight.shape[0], "rows")
+
+
+def pack_gated_linear(weight: torch.Tensor, activation: str) -> PackedLinear:
+    """Packs a fused gate (above) and up (below) weight [2 * out, in] for `gated_linear` with this activation."""
+    if native.takes_gated(weight, activation):
+        from kernels.native import linear as compiled
+
+        return PackedLinear(compiled.pack_gated(weight), None, weight.shape[0], "gated panels")
+    return pack_linear(weight)
 
 
 def linear(x: torch.Tensor, packed: PackedLinear, residual: torch.Tensor | None = None) -> torch.Tensor:
     """x [T, in] @ weight.T (+ bias) (+ residual [T, out]), as one product with the additions fused into it."""
-    if packed.blocked and x.shape[0] > 0:
-        if residual is None:
-            return torch.ops.mkldnn._linear_pointwise(x, packed.weight, packed.bias, "none", [], "")
-        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, packed.weight, packed.bias, "add")
-    if packed.blocked:
+    if packed.layout == "rows":
+        y = functional.linear(x, packed.weight, packed.bias)
+        return y if residual is None else y.add_(residual)
+    if x.shape[0] == 0:
         return x.new_empty(0, packed.out_features)
-    y = functional.linear(x, packed.weight, packed.bias)
-    return y if residual is None else y.add_(residual)
+    if packed.layout == "panels":
+        from kernels.native import linear as compiled
+
+        return compiled.product(x, packed.weight, packed.out_features, packed.bias, residual)
+    if residual is None:
+        return torch.ops.mkldnn._linear_pointwise(x, packed.weight, packed.bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise.binary(x, residual, packed.weight, packed.bias, "add")
+
+
+def gated_linear(x: torch.Tensor, packed: PackedLinear, activation: str) -> torch.Tensor:
+    """activation(gate) * up of the fused product [T, 2 * out] -> [T, out]."""
+    if packed.layout == "gated panels":
+        from kernels.native import linear as compiled
+
+        return compiled.gated_product(x, packed.weight, activation)
+    return gated_activation(linear(x, packed), activation)
 
 
 def _can_block(weight: torch.Tensor) -> bool:

@@ -1,0 +1,266 @@
+"""Paged, variable-length attention with grouped heads, in float32, over the jobs of `kernels.native.attention_plan`.
+
+Keys lie transposed inside their blocks, [head_dim][block], so that scores of 16 keys are sums over head_dim of a broadcast query times
+two vectors of keys: no sums across lanes. A job's lines (its rows times the query heads of one key head) go in tiles of up to 6, as in
+`kernels.native.linear`.
+
+The softmax runs over chunks of `CHUNK` keys that start at multiples of `CHUNK`, merged in order (online softmax, Milakov and
+Gimelshein, arXiv 1805.02867). Where chunks begin does not depend on who shares the step, nor does it matter whether a chunk is read for
+one sequence or once for all that share it: every row's result is the same to the last bit in any batch.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+
+from kernels.native.attention_plan import CHUNK, FINISH, KEYS, MOST_HEAD_DIM, MOST_LINES, RESUME
+from kernels.native.emit import I64
+from kernels.native.jit import Kernel, build, threads_for
+from kernels.native.rows import float_bits
+
+if TYPE_CHECKING:
+    from llvmlite import ir
+
+    from kernels.native.attention_plan import NativePlan
+    from kernels.native.emit import Emitter, Variable
+
+_TILE = 6
+_SMALLEST = float("-inf")
+
+
+def attention(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, plan: NativePlan, scale: float, soft_cap: float | None = None
+) -> torch.Tensor:
+    """See `kernels.reference.attention`. q: float32 [T, heads, head_dim], heads contiguous in a row; keys: transposed blocks."""
+    rows, heads, head_dim = q.shape
+    _, kv_heads, block_size, _ = keys.shape
+    out = torch.empty((rows, heads, head_dim), dtype=q.dtype)
+    threads = threads_for(plan.work * heads * head_dim // 4)
+    kernel = _kernel(soft_cap is not None)
+    for jobs in plan.waves:
+        kernel(
+            threads,
+            q.data_ptr(),
+            q.stride(0),
+            out.data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            plan.tables.ctypes.data,
+            plan.tables.shape[1],
+            jobs.ctypes.data,
+            len(jobs),
+            plan.rows.ctypes.data,
+            plan.visible_from.ctypes.data,
+            plan.visible_to.ctypes.data,
+            plan.state.data_ptr(),
+            float_bits(scale),
+            float_bits(soft_cap or 0.0),
+            heads // kv_heads,
+            kv_heads,
+            head_dim,
+            block_size,
+        )
+    return out
+
+
+@cache
+def _kernel(capped: bool) -> Kernel:
+    return build("attention", lambda e: _Attention(e, capped).emit())
+
+
+class _Attention:
+    """Writes the kernel. Arguments: see `attention`; the one after them counts the items (job, key head) that were handed out."""
+
+    def __init__(self, e: Emitter, capped: bool) -> None:
+        self.e = e
+        self.capped = capped
+        self.vectors = KEYS // e.lanes
+        self.q, self.q_stride, self.out, self.keys, self.values = e.pointer(0), e.argument(1), e.pointer(2), e.pointer(3), e.pointer(4)
+        self.tables, self.table_width, self.jobs, self.num_jobs = e.pointer(5), e.argument(6), e.pointer(7), e.argument(8)
+        self.rows, self.visible_from, self.visible_to = e.pointer(9), e.pointer(10), e.pointer(11)
+        self.state, self.scale, self.cap = e.pointer(12), e.argument_float(13), e.argument_float(14)
+        self.group, self.kv_heads, self.head_dim, self.block_size = (e.argument(index) for index in range(15, 19))
+        self.counter = e.at(e.function.args[0], 19, I64)
+        # Of each line of the job: scaled query, unnormalised output, highest score, sum of weights, what it sees.
+        self.lines, self.sums = e.scratch(MOST_LINES * MOST_HEAD_DIM), e.scratch(MOST_LINES * MOST_HEAD_DIM)
+        self.peaks, self.totals = e.scratch(MOST_LINES), e.scratch(MOST_LINES)
+        self.low, self.high = e.scratch_integers(MOST_LINES), e.scratch_integers(MOST_LINES)
+        self.scores = e.scratch(_TILE * CHUNK)
+        self.blocks = e.scratch_integers(CHUNK // KEYS)
+
+    def emit(self) -> None:
+        e = self.e
+        with e.shares(self.counter, e.mul(self.num_jobs, self.kv_heads), 1) as (item, _):
+            job = e.at(self.jobs, e.mul(e.div(item, self.kv_heads), 6), I64)
+            self.kv_head = e.b.urem(item, self.kv_heads)
+            first_row, num_rows, table, first_chunk, last_chunk, self.flags = (e.load_i64(job, field) for field in range(6))
+            count = e.mul(num_rows, self.group)
+            top = e.variable(e.const(0))
+            with e.range(0, count) as line:
+                self._begin(line, first_row, top)
+            table_row = e.mul(table, self.table_width)
+            last = e.least(last_chunk, e.div(e.add(top.get(), CHUNK - 1), CHUNK))
+            with e.range(first_chunk, last) as chunk:
+                start = e.mul(chunk, CHUNK)
+                num_keys = e.least(e.sub(top.get(), start), CHUNK)
+                self._find_blocks(table_row, start, num_keys)
+                whole = e.mul(e.div(count, _TILE), _TILE)
+                with e.range(0, whole, _TILE) as line:
+                    self._tile(_TILE, line, start, num_keys)
+                for rest in range(1, _TILE):
+                    with e.when(e.equal(e.sub(count, whole), rest)):
+                        self._tile(rest, whole, start, num_keys)
+            with e.range(0, count) as line:
+                self._end(line, first_row)
+
+    def _place(self, line: ir.Value, first_row: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """The packed row and the query head of a line."""
+        e = self.e
+        row = e.load_i32(self.rows, e.add(first_row, e.div(line, self.group)))
+        return row, e.add(e.mul(self.kv_head, self.group), e.b.urem(line, self.group))
+
+    def _state_of(self, row: ir.Value, head: ir.Value) -> tuple[ir.Value, ir.Value]:
+        e = self.e
+        index = e.add(e.mul(row, e.mul(self.group, self.kv_heads)), head)
+        return e.at(self.state, e.mul(index, 2)), e.at(self.out, e.mul(index, self.head_dim))
+
+    def _begin(self, line: ir.Value, first_row: ir.Value, top: Variable) -> None:
+        e = self.e
+        row, head = self._place(line, first_row)
+        source = e.at(self.q, e.add(e.mul(row, self.q_stride), e.mul(head, self.head_dim)))
+        at = e.mul(line, self.head_dim)
+        factor = e.splat(self.scale)
+        state, out = self._state_of(row, head)
+        with e.b.if_else(self._flag(RESUME)) as (resumed, fresh):
+            with resumed:
+                e.store(e.load(state, 0), self.peaks, line)
+                e.store(e.load(state, 1), self.totals, line)
+                with e.range(0, self.head_dim, e.lanes) as column:
+                    e.store(e.load_vector(out, column), self.sums, e.add(at, column))
+            with fresh:
+                e.store(e.scalar(_SMALLEST), self.peaks, line)
+                e.store(e.scalar(0.0), self.totals, line)
+                with e.range(0, self.head_dim, e.lanes) as column:
+                    e.store(e.splat(0.0), self.sums, e.add(at, column))
+        with e.range(0, self.head_dim, e.lanes) as column:
+            e.store(e.b.fmul(e.load_vector(source, column), factor), self.lines, e.add(at, column))
+        high = e.load_i64(self.visible_to, row)
+        e.b.store(e.load_i64(self.visible_from, row), e.at(self.low, line, I64))
+        e.b.store(high, e.at(self.high, line, I64))
+        top.set(e.most(top.get(), high))
+
+    def _end(self, line: ir.Value, first_row: ir.Value) -> None:
+        e = self.e
+        row, head = self._place(line, first_row)
+        state, out = self._state_of(row, head)
+        total = e.load(self.totals, line)
+        finish = self._flag(FINISH)
+        factor = e.splat(e.b.select(finish, e.b.fdiv(e.scalar(1.0), total), e.scalar(1.0)))
+        with e.range(0, self.head_dim, e.lanes) as column:
+            e.store(e.b.fmul(e.load_vector(self.sums, e.add(e.mul(line, self.head_dim), column)), factor), out, column)
+        with e.when(e.b.not_(finish)):
+            e.store(e.load(self.peaks, line), state, 0)
+            e.store(total, state, 1)
+
+    def _flag(self, bit: int) -> ir.Value:
+        return self.e.b.icmp_signed("!=", self.e.b.and_(self.flags, self.e.const(bit)), self.e.const(0))
+
+    def _find_blocks(self, table_row: ir.Value, start: ir.Value, num_keys: ir.Value) -> None:
+        """Where the keys and values of each 16 tokens of the chunk begin, in cache elements: [keys, values] per 16 tokens."""
+        e = self.e
+        with e.range(0, num_keys, KEYS) as key:
+            position = e.add(start, key)
+            block = e.load_i32(self.tables, e.add(table_row, e.div(position, self.block_size)))
+            base = e.mul(e.add(e.mul(block, self.kv_heads), self.kv_head), e.mul(self.head_dim, self.block_size))
+            inside = e.b.urem(position, self.block_size)
+            # One number serves both: keys begin at base + inside, values at base + inside * head_dim.
+            e.b.store(e.add(e.mul(base, self.block_size), inside), e.at(self.blocks, e.div(key, KEYS), I64))
+
+    def _block(self, key: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """(keys, values) of the 16 tokens that begin at `key` of the chunk."""
+        e = self.e
+        both = e.load_i64(self.blocks, e.div(key, KEYS))
+        base, inside = e.div(both, self.block_size), e.b.urem(both, self.block_size)
+        return e.at(self.keys, e.add(base, inside)), e.at(self.values, e.add(base, e.mul(inside, self.head_dim)))
+
+    def _tile(self, count: int, line: ir.Value, start: ir.Value, num_keys: ir.Value) -> None:
+        e = self.e
+        index = [e.add(line, number) for number in range(count)]
+        queries = [e.at(self.lines, e.mul(number, self.head_dim)) for number in index]
+        peaks = [e.variable(e.splat(_SMALLEST)) for _ in range(count)]
+        with e.range(0, num_keys, KEYS) as key:
+            self._score(index, queries, peaks, key, e.add(start, key))
+        shrinks = [self._weigh(number, index[number], peaks[number], num_keys) for number in range(count)]
+        with e.range(0, self.head_dim, KEYS) as column:
+            self._gather(index, shrinks, column, num_keys)
+
+    def _score(self, index: list[ir.Value], queries: list[ir.Value], peaks: list[Variable], key: ir.Value, position: ir.Value) -> None:
+        """Scores of 16 keys, and the highest so far in each lane."""
+        e = self.e
+        block, _ = self._block(key)
+        sums = [[e.variable(e.splat(0.0)) for _ in range(self.vectors)] for _ in queries]
+        with e.range(0, self.head_dim) as column:
+            keys = [e.load_vector(block, e.add(e.mul(column, self.block_size), half * e.lanes)) for half in range(self.vectors)]
+            for query, row_sums in zip(queries, sums, strict=True):
+                number = e.splat(e.load(query, column))
+                for vector, total in zip(keys, row_sums, strict=True):
+                    total.set(e.fma(number, vector, total.get()))
+        numbers = [e.lane_numbers(e.add(position, half * e.lanes)) for half in range(self.vectors)]
+        for place, row_sums in enumerate(sums):
+            low, high = (e.load_i64(bound, index[place]) for bound in (self.low, self.high))
+            for half, total in enumerate(row_sums):
+                score = e.b.select(e.between(numbers[half], low, high), self._capped(total.get()), e.splat(_SMALLEST))
+                e.store(score, self.scores, e.add(key, place * CHUNK + half * e.lanes))
+                peaks[place].set(e.maximum(peaks[place].get(), score))
+
+    def _capped(self, score: ir.Value) -> ir.Value:
+        """cap * tanh(score / cap), with tanh(u) = 1 - 2 / (exp(2 u) + 1)."""
+        if not self.capped:
+            return score
+        e = self.e
+        cap = e.splat(self.cap)
+        twice = e.minimum(e.b.fdiv(e.b.fmul(score, e.splat(2.0)), cap), e.splat(80.0))
+        return e.b.fmul(cap, e.b.fsub(e.splat(1.0), e.b.fdiv(e.splat(2.0), e.b.fadd(e.exp(twice), e.splat(1.0)))))
+
+    def _weigh(self, place: int, line: ir.Value, peak: Variable, num_keys: ir.Value) -> ir.Value:
+        """Scores of one line to weights, in place. Returns the factor that what was summed before shrinks by."""
+        e = self.e
+        before = e.load(self.peaks, line)
+        highest = e.maximum(before, e.reduce_max(peak.get()))
+        e.store(highest, self.peaks, line)
+        # A line that sees nothing of this chunk or any before it has no finite score.
+        anchor = e.b.select(e.b.fcmp_ordered("==", highest, e.scalar(_SMALLEST)), e.scalar(0.0), highest)
+        total = e.variable(e.splat(0.0))
+        with e.range(0, num_keys, e.lanes) as key:
+            at = e.add(key, place * CHUNK)
+            weight = e.exp(e.b.fsub(e.load_vector(self.scores, at), e.splat(anchor)))
+            e.store(weight, self.scores, at)
+            total.set(e.b.fadd(total.get(), weight))
+        shrink = e.extract(e.exp(e.splat(e.b.fsub(before, anchor))))
+        e.store(e.fma(e.load(self.totals, line), shrink, e.reduce_add(total.get())), self.totals, line)
+        return shrink
+
+    def _gather(self, index: list[ir.Value], shrinks: list[ir.Value], column: ir.Value, num_keys: ir.Value) -> None:
+        """Adds the weighted values of 16 columns to the lines' sums."""
+        e = self.e
+        places = [e.at(self.sums, e.add(e.mul(line, self.head_dim), column)) for line in index]
+        sums = [
+            [e.variable(e.b.fmul(e.load_vector(place, half * e.lanes), e.splat(shrink))) for half in range(self.vectors)]
+            for place, shrink in zip(places, shrinks, strict=True)
+        ]
+        with e.range(0, num_keys, KEYS) as key:
+            _, block = self._block(key)
+            values = e.at(block, column)
+            # Past the last key that any line sees lies what earlier owners of the block left: not even times zero.
+            with e.range(0, e.least(e.sub(num_keys, key), KEYS)) as number:
+                loaded = [e.load_vector(values, e.add(e.mul(number, self.head_dim), half * e.lanes)) for half in range(self.vectors)]
+                for place, row_sums in enumerate(sums):
+                    weight = e.splat(e.load(self.scores, e.add(e.add(key, number), place * CHUNK)))
+                    for vector, total in zip(loaded, row_sums, strict=True):
+                        total.set(e.fma(weight, vector, total.get()))
+        for place, row_sums in zip(places, sums, strict=True):
+            for half, total in enumerate(row_sums):
+                e.store(total.get(), place, half * e.lanes)

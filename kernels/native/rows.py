@@ -1,0 +1,132 @@
+"""What happens to single rows between the products: normalisation, and rotation of queries and keys on their way into the cache."""
+
+from __future__ import annotations
+
+import struct
+from functools import cache
+from typing import TYPE_CHECKING
+
+from kernels.native.emit import I64
+from kernels.native.jit import Kernel, build, threads_for
+
+if TYPE_CHECKING:
+    import torch
+    from llvmlite import ir
+
+    from kernels.native.emit import Emitter
+
+_ROWS_AT_ONCE = 4
+
+
+def float_bits(value: float) -> int:
+    """A float32 as the integer that a kernel's `argument_float` takes."""
+    return int.from_bytes(struct.pack("<f", value), "little")
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """See `kernels.reference.rms_norm`. x: float32 [T, N], rows contiguous; N a multiple of the vector's lanes."""
+    out = x.new_empty(x.shape)
+    rows, columns = x.shape
+    _norm_kernel()(threads_for(x.numel()), x.data_ptr(), x.stride(0), rows, columns, weight.data_ptr(), out.data_ptr(), float_bits(eps))
+    return out
+
+
+def rotary_kv_write(
+    qkv: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    slots: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    num_heads: int,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
+    eps: float = 0.0,
+) -> torch.Tensor:
+    """See `kernels.reference.rotary_kv_write`. Works in place: the queries are a view of `qkv`. keys: transposed blocks."""
+    _, kv_heads, block_size, head_dim = keys.shape
+    heads = qkv.view(len(qkv), -1, head_dim)
+    for first, last, weight in ((0, num_heads, q_norm), (num_heads, num_heads + kv_heads, k_norm)):
+        if weight is not None:
+            part = heads[:, first:last]
+            part.copy_(rms_norm(part.reshape(-1, head_dim), weight, eps).view(part.shape))
+    rotated = 0 if cos is None else cos.shape[1]
+    _rotate_kernel()(
+        threads_for(qkv.numel()),
+        qkv.data_ptr(),
+        qkv.stride(0),
+        len(qkv),
+        0 if cos is None else cos.data_ptr(),
+        0 if sin is None else sin.data_ptr(),
+        slots.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        num_heads,
+        kv_heads,
+        head_dim,
+        block_size,
+        rotated,
+    )
+    return qkv[:, : num_heads * head_dim].view(len(qkv), num_heads, head_dim)
+
+
+@cache
+def _norm_kernel() -> Kernel:
+    return build("rms_norm", _emit_norm)
+
+
+def _emit_norm(e: Emitter) -> None:
+    x, x_stride, rows, columns = e.pointer(0), e.argument(1), e.argument(2), e.argument(3)
+    weight, out, eps = e.pointer(4), e.pointer(5), e.argument_float(6)
+    width = e.b.uitofp(columns, eps.type)
+    with e.shares(e.at(e.function.args[0], 7, I64), rows, _ROWS_AT_ONCE) as (first, last), e.range(first, last) as row:
+        line, target = e.at(x, e.mul(row, x_stride)), e.at(out, e.mul(row, columns))
+        total = e.variable(e.splat(0.0))
+        with e.range(0, columns, e.lanes) as column:
+            value = e.load_vector(line, column)
+            total.set(e.fma(value, value, total.get()))
+        mean = e.b.fdiv(e.reduce_add(total.get()), width)
+        root = e.call("llvm.sqrt.f32", eps.type, e.b.fadd(mean, eps))
+        factor = e.splat(e.b.fdiv(e.scalar(1.0), root))
+        with e.range(0, columns, e.lanes) as column:
+            e.store(e.b.fmul(e.b.fmul(e.load_vector(line, column), factor), e.load_vector(weight, column)), target, column)
+
+
+@cache
+def _rotate_kernel() -> Kernel:
+    return build("rotate_and_write", _emit_rotate)
+
+
+def _emit_rotate(e: Emitter) -> None:
+    qkv, stride, rows = e.pointer(0), e.argument(1), e.argument(2)
+    cos, sin, slots, keys, values = e.pointer(3), e.pointer(4), e.pointer(5), e.pointer(6), e.pointer(7)
+    num_heads, kv_heads, head_dim, block_size, rotated = (e.argument(index) for index in range(8, 13))
+    with e.shares(e.at(e.function.args[0], 13, I64), rows, _ROWS_AT_ONCE) as (first, last), e.range(first, last) as row:
+        line = e.at(qkv, e.mul(row, stride))
+        turn = (e.at(cos, e.mul(row, rotated)), e.at(sin, e.mul(row, rotated)))
+        with e.range(0, e.add(num_heads, kv_heads)) as head:
+            _rotate(e, e.at(line, e.mul(head, head_dim)), turn, e.div(rotated, 2))
+        slot = e.load_i64(slots, row)
+        block, offset = e.div(slot, block_size), e.b.urem(slot, block_size)
+        # A row with a negative slot is kept nowhere.
+        with e.range(0, e.b.select(e.less(slot, 0), e.const(0), kv_heads)) as head:
+            place = e.mul(e.add(e.mul(block, kv_heads), head), e.mul(head_dim, block_size))
+            key = e.at(line, e.mul(e.add(head, num_heads), head_dim))
+            value = e.at(line, e.mul(e.add(head, e.add(num_heads, kv_heads)), head_dim))
+            with e.range(0, head_dim) as column:
+                e.store(e.load(key, column), keys, e.add(e.add(place, e.mul(column, block_size)), offset))
+            target = e.at(values, e.add(place, e.mul(offset, head_dim)))
+            with e.range(0, head_dim, e.lanes) as column:
+                e.store(e.load_vector(value, column), target, column)
+
+
+def _rotate(e: Emitter, head: ir.Value, turn: tuple[ir.Value, ir.Value], half: ir.Value) -> None:
+    """x * cos + roll(x, half) * sin over the first 2 * half numbers, in place; `sin` as `kernels.reference.rotary` takes it."""
+    cos, sin = turn
+    with e.range(0, half, e.lanes) as column:
+        other = e.add(column, half)
+        low, high = e.load_vector(head, column), e.load_vector(head, other)
+        for at, value, partner in ((column, low, high), (other, high, low)):
+            turned = e.fma(partner, e.load_vector(sin, at), e.b.fmul(value, e.load_vector(cos, at)))
+            e.store(turned, head, at)
