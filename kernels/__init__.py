@@ -37,7 +37,6 @@ __all__ = [
     "attention",
     "fp8_linear",
     "gated_activation",
-    "gated_linear",
     "kv_write",
     "linear",
     "pack_gated_linear",
@@ -79,7 +78,6 @@ _REFERENCE_OPS = {
     "attention": "attention",
     "fp8_linear": "fp8_linear",
     "gated_activation": "gated_activation",
-    "gated_linear": "linear",
     "kv_write": "kv_write",
     "linear": "linear",
     "pack_gated_linear": "linear",
@@ -167,9 +165,11 @@ def linear(x: torch.Tensor, packed: PackedLinear | Fp8Linear, residual: torch.Te
     return _implementation("linear", x.device.type)(x, packed, residual)
 
 
-def gated_linear(x: torch.Tensor, packed: PackedLinear, activation: str) -> torch.Tensor:
-    """activation(x @ gate.T) * (x @ up.T), for the activation it was packed for. See `kernels.reference.linear`."""
-    return _implementation("gated_linear", x.device.type)(x, packed, activation)
+def gated_linear(x: torch.Tensor, packed: PackedLinear | Fp8Linear, activation: str) -> torch.Tensor:
+    """activation(x @ gate.T) * (x @ up.T) -> [T, out], of a weight from `pack_gated_linear` (for the same activation) or `pack_linear`."""
+    if getattr(packed, "layout", "") == "gated panels":
+        return import_module("kernels.native.linear").gated_product(x, packed.weight, activation)
+    return gated_activation(linear(x, packed), activation)
 
 
 def kv_write(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: AttentionPlan | NativePlan) -> None:

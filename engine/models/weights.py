@@ -118,9 +118,9 @@ class _Source:
         weights = [self._tensors.pop(name).to(self._device) for name in names]
         return torch.cat(weights), torch.cat(known).to(self._device)
 
-    def gated(self, prefix: str, parts: tuple[str, ...], activation: str) -> PackedLinear:
-        """Gate and up as one product, the activation fused into it where there is no bias."""
-        if f"{prefix}{parts[0]}.bias" in self._tensors:
+    def gated(self, prefix: str, parts: tuple[str, ...], activation: str) -> Packed:
+        """Gate and up as one product, the activation fused into it where there is no bias and nothing stays in eight bits."""
+        if self._scales.keep or f"{prefix}{parts[0]}.bias" in self._tensors:
             return self.linear(prefix, parts)
         return kernels.pack_gated_linear(torch.cat([self.take(f"{prefix}{part}.weight") for part in parts]), activation)
 

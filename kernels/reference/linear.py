@@ -14,7 +14,6 @@ import torch
 from torch.nn import functional
 
 from kernels import native
-from kernels.reference.gated_activation import gated_activation
 
 Layout = Literal["rows", "onednn", "panels", "gated panels"]
 
@@ -67,15 +66,6 @@ def linear(x: torch.Tensor, packed: PackedLinear, residual: torch.Tensor | None 
     if residual is None:
         return torch.ops.mkldnn._linear_pointwise(x, packed.weight, packed.bias, "none", [], "")
     return torch.ops.mkldnn._linear_pointwise.binary(x, residual, packed.weight, packed.bias, "add")
-
-
-def gated_linear(x: torch.Tensor, packed: PackedLinear, activation: str) -> torch.Tensor:
-    """activation(gate) * up of the fused product [T, 2 * out] -> [T, out]."""
-    if packed.layout == "gated panels":
-        from kernels.native import linear as compiled
-
-        return compiled.gated_product(x, packed.weight, activation)
-    return gated_activation(linear(x, packed), activation)
 
 
 def _can_block(weight: torch.Tensor) -> bool:
