@@ -21,7 +21,7 @@ from engine.kv_pool import KVPool
 from engine.lab.recorder import Recorder
 from engine.logit_rules import LogitRules
 from engine.memory import free_bytes
-from engine.profile import measure_steps
+from engine.profile import measure_steps, warm_up
 from engine.row_table import RowTable
 from engine.runner import make_runner
 from engine.scheduler import Chunk, Scheduler, StepPlan, UnfitRequestError
@@ -86,6 +86,7 @@ class Engine:
             max_step_tokens=self.limits.max_step_tokens,
             max_positions=spec.max_positions,
         )
+        warm_up(self._runner)
         cost = CostModel(self.limits.max_step_tokens)
         self.profile_reused = False
         points: list[tuple[Load, float]] = []

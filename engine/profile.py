@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from engine.checkpoints.cache import SharedFolders
     from engine.runner import Runner
 
-PROFILE = 1
+PROFILE = 2
 """Part of a stored profile's name: raise it when steps take another time than before (new kernels) or are measured otherwise."""
 
 _REPEATS = 2
@@ -88,6 +88,11 @@ def _processor() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def warm_up(runner: Runner) -> None:
+    """Runs one step of one token, so that what is done once (compiling kernels, say) is done while loading and not in the first request."""
+    _seconds(runner, _dummy(1))
 
 
 def measure_steps(runner: Runner, max_sequences: int) -> list[tuple[Load, float]]:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from kernels.native.emit import Emitter, Variable
 
 _TILE = 6
+_FEW_LINES = 3
 _SMALLEST = float("-inf")
 
 
@@ -89,7 +90,8 @@ class _Attention:
         self.peaks, self.totals = e.scratch(MOST_LINES), e.scratch(MOST_LINES)
         self.low, self.high = e.scratch_integers(MOST_LINES), e.scratch_integers(MOST_LINES)
         self.scores = e.scratch(_TILE * CHUNK)
-        self.blocks = e.scratch_integers(CHUNK // KEYS)
+        # Where the keys and the values of each 16 tokens of the chunk begin; one more, for what is asked for ahead.
+        self.key_blocks, self.value_blocks = (e.scratch_integers(CHUNK // KEYS + 1) for _ in range(2))
 
     def emit(self) -> None:
         e = self.e
@@ -169,46 +171,62 @@ class _Attention:
         return self.e.b.icmp_signed("!=", self.e.b.and_(self.flags, self.e.const(bit)), self.e.const(0))
 
     def _find_blocks(self, table_row: ir.Value, start: ir.Value, num_keys: ir.Value) -> None:
-        """Where the keys and values of each 16 tokens of the chunk begin, in cache elements: [keys, values] per 16 tokens."""
+        """Fills `key_blocks` and `value_blocks`, in cache elements; past the last token they repeat its block."""
         e = self.e
-        with e.range(0, num_keys, KEYS) as key:
-            position = e.add(start, key)
+        last = e.sub(num_keys, 1)
+        with e.range(0, e.add(num_keys, KEYS), KEYS) as key:
+            position = e.add(start, e.mul(e.div(e.least(key, last), KEYS), KEYS))
             block = e.load_i32(self.tables, e.add(table_row, e.div(position, self.block_size)))
             base = e.mul(e.add(e.mul(block, self.kv_heads), self.kv_head), e.mul(self.head_dim, self.block_size))
             inside = e.b.urem(position, self.block_size)
-            # One number serves both: keys begin at base + inside, values at base + inside * head_dim.
-            e.b.store(e.add(e.mul(base, self.block_size), inside), e.at(self.blocks, e.div(key, KEYS), I64))
+            index = e.div(key, KEYS)
+            e.b.store(e.add(base, inside), e.at(self.key_blocks, index, I64))
+            e.b.store(e.add(base, e.mul(inside, self.head_dim)), e.at(self.value_blocks, index, I64))
 
-    def _block(self, key: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """(keys, values) of the 16 tokens that begin at `key` of the chunk."""
-        e = self.e
-        both = e.load_i64(self.blocks, e.div(key, KEYS))
-        base, inside = e.div(both, self.block_size), e.b.urem(both, self.block_size)
-        return e.at(self.keys, e.add(base, inside)), e.at(self.values, e.add(base, e.mul(inside, self.head_dim)))
+    def _keys_at(self, key: ir.Value) -> ir.Value:
+        """Keys of the 16 tokens that begin at `key` of the chunk."""
+        return self.e.at(self.keys, self.e.load_i64(self.key_blocks, self.e.div(key, KEYS)))
+
+    def _values_at(self, key: ir.Value) -> ir.Value:
+        return self.e.at(self.values, self.e.load_i64(self.value_blocks, self.e.div(key, KEYS)))
 
     def _tile(self, count: int, line: ir.Value, start: ir.Value, num_keys: ir.Value) -> None:
         e = self.e
         index = [e.add(line, number) for number in range(count)]
         queries = [e.at(self.lines, e.mul(number, self.head_dim)) for number in index]
         peaks = [e.variable(e.splat(_SMALLEST)) for _ in range(count)]
-        with e.range(0, num_keys, KEYS) as key:
-            self._score(index, queries, peaks, key, e.add(start, key))
+        # Few lines take twice the keys or columns at once: as many independent sums as the multipliers' latency asks for.
+        at_once = 2 if count <= _FEW_LINES else 1
+        with e.range(0, num_keys, KEYS * at_once) as key:
+            self._score(index, queries, peaks, key, e.add(start, key), at_once)
         shrinks = [self._weigh(number, index[number], peaks[number], num_keys) for number in range(count)]
-        with e.range(0, self.head_dim, KEYS) as column:
-            self._gather(index, shrinks, column, num_keys)
+        paired = e.mul(e.div(self.head_dim, KEYS * at_once), KEYS * at_once)
+        with e.range(0, paired, KEYS * at_once) as column:
+            self._gather(index, shrinks, column, num_keys, at_once)
+        if at_once > 1:
+            with e.range(paired, self.head_dim, KEYS) as column:
+                self._gather(index, shrinks, column, num_keys, 1)
 
-    def _score(self, index: list[ir.Value], queries: list[ir.Value], peaks: list[Variable], key: ir.Value, position: ir.Value) -> None:
-        """Scores of 16 keys, and the highest so far in each lane."""
+    def _score(
+        self, index: list[ir.Value], queries: list[ir.Value], peaks: list[Variable], key: ir.Value, position: ir.Value, at_once: int
+    ) -> None:
+        """Scores of 16 keys or 32, and the highest so far in each lane."""
         e = self.e
-        block, _ = self._block(key)
-        sums = [[e.variable(e.splat(0.0)) for _ in range(self.vectors)] for _ in queries]
+        blocks = [self._keys_at(e.add(key, number * KEYS)) for number in range(at_once)]
+        # Blocks lie anywhere, so the processor cannot guess the next ones: ask for the next keys, and for the values of these.
+        ahead = self._keys_at(e.least(e.add(key, at_once * KEYS), CHUNK))
+        values = self._values_at(key)
+        sums = [[e.variable(e.splat(0.0)) for _ in range(self.vectors * at_once)] for _ in queries]
         with e.range(0, self.head_dim) as column:
-            keys = [e.load_vector(block, e.add(e.mul(column, self.block_size), half * e.lanes)) for half in range(self.vectors)]
+            row = e.mul(column, self.block_size)
+            e.prefetch(ahead, row)
+            e.prefetch(values, e.mul(column, KEYS))
+            keys = [e.load_vector(block, e.add(row, half * e.lanes)) for block in blocks for half in range(self.vectors)]
             for query, row_sums in zip(queries, sums, strict=True):
                 number = e.splat(e.load(query, column))
                 for vector, total in zip(keys, row_sums, strict=True):
                     total.set(e.fma(number, vector, total.get()))
-        numbers = [e.lane_numbers(e.add(position, half * e.lanes)) for half in range(self.vectors)]
+        numbers = [e.lane_numbers(e.add(position, half * e.lanes)) for half in range(self.vectors * at_once)]
         for place, row_sums in enumerate(sums):
             low, high = (e.load_i64(bound, index[place]) for bound in (self.low, self.high))
             for half, total in enumerate(row_sums):
@@ -243,20 +261,20 @@ class _Attention:
         e.store(e.fma(e.load(self.totals, line), shrink, e.reduce_add(total.get())), self.totals, line)
         return shrink
 
-    def _gather(self, index: list[ir.Value], shrinks: list[ir.Value], column: ir.Value, num_keys: ir.Value) -> None:
-        """Adds the weighted values of 16 columns to the lines' sums."""
+    def _gather(self, index: list[ir.Value], shrinks: list[ir.Value], column: ir.Value, num_keys: ir.Value, at_once: int) -> None:
+        """Adds the weighted values of 16 columns or 32 to the lines' sums."""
         e = self.e
+        vectors = range(self.vectors * at_once)
         places = [e.at(self.sums, e.add(e.mul(line, self.head_dim), column)) for line in index]
         sums = [
-            [e.variable(e.b.fmul(e.load_vector(place, half * e.lanes), e.splat(shrink))) for half in range(self.vectors)]
+            [e.variable(e.b.fmul(e.load_vector(place, half * e.lanes), e.splat(shrink))) for half in vectors]
             for place, shrink in zip(places, shrinks, strict=True)
         ]
         with e.range(0, num_keys, KEYS) as key:
-            _, block = self._block(key)
-            values = e.at(block, column)
+            values = e.at(self._values_at(key), column)
             # Past the last key that any line sees lies what earlier owners of the block left: not even times zero.
             with e.range(0, e.least(e.sub(num_keys, key), KEYS)) as number:
-                loaded = [e.load_vector(values, e.add(e.mul(number, self.head_dim), half * e.lanes)) for half in range(self.vectors)]
+                loaded = [e.load_vector(values, e.add(e.mul(number, self.head_dim), half * e.lanes)) for half in vectors]
                 for place, row_sums in enumerate(sums):
                     weight = e.splat(e.load(self.scores, e.add(e.add(key, number), place * CHUNK)))
                     for vector, total in zip(loaded, row_sums, strict=True):

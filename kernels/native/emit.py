@@ -112,6 +112,11 @@ class Emitter:
     def store(self, value: ir.Value, base: ir.Value, offset: int | ir.Value) -> None:
         self.b.store(value, self.at(base, offset), align=4)
 
+    def prefetch(self, base: ir.Value, offset: ir.Value) -> None:
+        """Asks for the cache line of an address that will be read soon; any address is allowed."""
+        read, keep, data = (ir.Constant(I32, number) for number in (0, 3, 1))
+        self.call("llvm.prefetch.p0", ir.VoidType(), self.at(base, offset), read, keep, data)
+
     def scratch(self, floats: int) -> ir.Value:
         """Room for `floats` numbers on the stack, aligned to 64 bytes."""
         slot = self._slots.alloca(ir.ArrayType(F32, floats))

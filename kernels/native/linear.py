@@ -12,6 +12,7 @@ to the last bit. 2 cores, AVX2, all products of a 135M-parameter Llama, millisec
 
 from __future__ import annotations
 
+import mmap
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING
@@ -53,7 +54,15 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
     columns, depth = weight.shape
     padded = weight.new_zeros(-(-columns // width) * width, depth)
     padded[:columns] = weight
-    return padded.view(-1, width, depth).transpose(1, 2).contiguous()
+    return _in_large_pages(padded.view(-1, width, depth).transpose(1, 2))
+
+
+def _in_large_pages(panels: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy in memory that the system may back with large pages: every step streams all weights past the page table."""
+    pages = mmap.mmap(-1, max(panels.numel() * 4, mmap.PAGESIZE))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=panels.dtype, count=panels.numel()).view(panels.shape).copy_(panels)
 
 
 def pack_gated(weight: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,161 @@
+"""Compiled CPU kernels against float64 definitions, and their promise: a row's result is the same to the last bit in any batch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+import kernels
+from kernels import native
+from kernels.reference.rotary_kv_write import rotary_kv_write
+from tests.unit.kernels.naive import naive_attention
+from tests.unit.kernels.test_attention import CASES, Case
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="needs llvmlite, a processor with AVX2, and torch on GNU OpenMP")
+
+BLOCK = 16
+
+
+def long_enough(case: Case) -> Case:
+    """Blocks and heads of sizes that the kernels take; shared prefixes that span whole chunks."""
+    lengths = [length + 170 for length in case.kv_lengths] if case.shared_blocks else case.kv_lengths
+    shared = 20 if case.shared_blocks else 0
+    return replace(case, block_size=BLOCK, head_dim=-(-case.head_dim // 16) * 16, kv_lengths=lengths, shared_blocks=shared)
+
+
+class Cache:
+    """A scattered cache with transposed keys; what was never written is not a number among values, and huge among keys."""
+
+    def __init__(self, case: Case, seed: int = 7) -> None:
+        generator = np.random.default_rng(seed)
+        torch.manual_seed(seed)
+        count, width = len(case.kv_lengths), -(-max(case.kv_lengths) // BLOCK)
+        self.case = case
+        self.tables = generator.permutation(np.arange(1, 1 + count * width)).reshape(count, width).astype(np.int32)
+        self.tables[:, : case.shared_blocks] = self.tables[0, : case.shared_blocks]
+        blocks = count * width + 2
+        self.k = torch.full((blocks, case.kv_heads, case.head_dim, BLOCK), 1e4).transpose(2, 3)
+        self.v = torch.full((blocks, case.kv_heads, BLOCK, case.head_dim), float("nan"))
+        prefix = torch.randn(2, case.shared_blocks * BLOCK, case.kv_heads, case.head_dim)
+        self.keys, self.values = [], []
+        for table, length in zip(self.tables, case.kv_lengths, strict=True):
+            pair = torch.cat((prefix, torch.randn(2, length - prefix.shape[1], case.kv_heads, case.head_dim)), dim=1)
+            for position in range(length):
+                at = table[position // BLOCK], slice(None), position % BLOCK
+                self.k[at], self.v[at] = pair[0, position], pair[1, position]
+            self.keys.append(pair[0])
+            self.values.append(pair[1])
+        self.q = torch.randn(sum(case.query_lengths), case.heads, case.head_dim) * 2
+
+    def attend(self, members: list[int]) -> torch.Tensor:
+        """Attention of a step with these sequences alone."""
+        case = self.case
+        starts = np.concatenate([[0], np.cumsum(case.query_lengths)])
+        rows = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in members])
+        counts = [case.query_lengths[s] for s in members]
+        plan = kernels.plan_attention(
+            torch.from_numpy(self.tables[members]),
+            torch.tensor([0, *np.cumsum(counts)], dtype=torch.int32),
+            torch.tensor([case.kv_lengths[s] for s in members], dtype=torch.int32),
+            torch.zeros(len(rows), dtype=torch.int64),
+            cache=self.k,
+            num_heads=case.heads,
+            window=case.window,
+        )
+        return kernels.attention(self.q[torch.from_numpy(rows)], self.k, self.v, plan, case.head_dim**-0.5, case.soft_cap)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_attention_equals_the_definition(name: str) -> None:
+    case = long_enough(CASES[name])
+    cache = Cache(case)
+    found = cache.attend(list(range(len(case.kv_lengths))))
+    expected = naive_attention(cache.q, cache.keys, cache.values, case.query_lengths, case.head_dim**-0.5, case.window, case.soft_cap)
+    assert (found.double() - expected).abs().max() < 5e-6
+
+
+@pytest.mark.parametrize("name", ["prefill, drafts and decoding in one step", "shared prefix", "shared prefix, decoding", "window"])
+def test_attention_of_a_sequence_does_not_depend_on_its_company(name: str) -> None:
+    case = long_enough(CASES[name])
+    cache = Cache(case)
+    together = cache.attend(list(range(len(case.kv_lengths)))).split(case.query_lengths)
+    for sequence, rows in enumerate(together):
+        assert torch.equal(cache.attend([sequence]), rows)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 13, 96, 101])
+@pytest.mark.parametrize(("columns", "depth"), [(48, 33), (50, 1153), (96, 576)])
+def test_a_product_equals_its_definition_and_each_row_alone(rows: int, columns: int, depth: int) -> None:
+    torch.manual_seed(0)
+    x, weight, bias, residual = torch.randn(rows, depth), torch.randn(columns, depth), torch.randn(columns), torch.randn(rows, columns)
+    packed = kernels.pack_linear(weight, bias)
+    assert packed.layout == "panels"
+    found = kernels.linear(x, packed, residual)
+    assert torch.allclose(found.double(), x.double() @ weight.double().T + bias.double() + residual.double(), atol=2e-4)
+    for row in (0, rows - 1):
+        assert torch.equal(kernels.linear(x[row : row + 1], packed, residual[row : row + 1])[0], found[row])
+
+
+@pytest.mark.parametrize(
+    ("activation", "definition"),
+    [
+        ("silu", functional.silu),
+        ("gelu_tanh", lambda gate: functional.gelu(gate, approximate="tanh")),
+        ("relu", functional.relu),
+        ("gelu", functional.gelu),
+    ],
+)
+def test_a_gated_product_equals_its_definition(activation: str, definition) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(7, 40), torch.randn(2 * 48, 40)
+    packed = kernels.pack_gated_linear(weight, activation)
+    assert (packed.layout == "gated panels") == (activation != "gelu")
+    gate, up = (x.double() @ weight.double().T).chunk(2, dim=-1)
+    expected = definition(gate) * up
+    assert torch.allclose(kernels.gated_linear(x, packed, activation).double(), expected, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_activations_far_from_zero_stay_finite() -> None:
+    weight = torch.cat((torch.full((16, 1), -1.0), torch.ones(16, 1)))
+    packed = kernels.pack_gated_linear(weight, "silu")
+    found = kernels.gated_linear(torch.tensor([[1e4], [-1e4]]), packed, "silu")
+    assert torch.equal(found[0], torch.zeros(16))
+    assert torch.allclose(found[1], torch.full((16,), -1e8))
+
+
+@pytest.mark.parametrize("rotated", [0, 32, 64])
+@pytest.mark.parametrize("normed", [False, True])
+def test_keys_and_values_are_written_as_the_reference_does(rotated: int, normed: bool) -> None:
+    torch.manual_seed(0)
+    rows, heads, kv_heads, dim = 9, 4, 2, 64
+    qkv = torch.randn(rows, (heads + 2 * kv_heads) * dim)
+    angles = torch.randn(rows, rotated // 2)
+    cos, sin = torch.cat((angles.cos(),) * 2, -1), torch.cat((-angles.sin(), angles.sin()), -1)
+    turn = (cos, sin) if rotated else (None, None)
+    norms = {"q_norm": torch.rand(dim), "k_norm": torch.rand(dim), "eps": 1e-6} if normed else {}
+    slots = torch.tensor([16, 17, 40, -1, 63, 5, 31, 47, 20])
+    plain = (torch.zeros(4, kv_heads, BLOCK, dim), torch.zeros(4, kv_heads, BLOCK, dim))
+    expected = rotary_kv_write(qkv.clone(), *turn, slots, *plain, num_heads=heads, **norms)
+    k = torch.zeros(4, kv_heads, dim, BLOCK).transpose(2, 3)
+    v = torch.zeros_like(plain[1])
+    found = kernels.rotary_kv_write(qkv.clone(), *turn, slots, k, v, num_heads=heads, **norms)
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert torch.allclose(k, plain[0], atol=1e-6)
+    assert torch.equal(v, plain[1])
+
+
+def test_without_compiled_kernels_the_same_products_come_from_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(5, 64), torch.randn(64, 64)
+    compiled = kernels.linear(x, kernels.pack_linear(weight)), kernels.gated_linear(x, kernels.pack_gated_linear(weight, "silu"), "silu")
+    monkeypatch.setattr(native, "available", lambda: False)
+    packed, gated = kernels.pack_linear(weight), kernels.pack_gated_linear(weight, "silu")
+    assert "panels" not in packed.layout
+    assert "panels" not in gated.layout
+    assert torch.allclose(kernels.linear(x, packed), compiled[0], atol=1e-4)
+    assert torch.allclose(kernels.gated_linear(x, gated, "silu"), compiled[1], atol=1e-3)
+    assert not native.takes_cache(torch.float32, torch.device("cpu"), 64, 16)
