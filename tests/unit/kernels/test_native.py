@@ -123,7 +123,7 @@ def test_activations_far_from_zero_stay_finite() -> None:
     weight = torch.cat((torch.full((16, 1), -1.0), torch.ones(16, 1)))
     packed = kernels.pack_gated_linear(weight, "silu")
     found = kernels.gated_linear(torch.tensor([[1e4], [-1e4]]), packed, "silu")
-    assert torch.equal(found[0], torch.zeros(16))
+    assert found[0].abs().max() < 1e-25
     assert torch.allclose(found[1], torch.full((16,), -1e8))
 
 
