@@ -22,6 +22,8 @@ class EngineStats:
     tokens_per_second: float = 0.0
     kv_blocks: int = 0
     kv_blocks_held: int = 0
+    kv_blocks_peak: int = 0
+    """The most that were ever held."""
     steps: int = 0
     step_tokens: int = 0
     sampled: int = 0
@@ -75,6 +77,7 @@ class Meter:
             running=running,
             waiting=waiting,
             kv_blocks_held=kv_blocks_held,
+            kv_blocks_peak=max(old.kv_blocks_peak, kv_blocks_held),
             preemptions=preemptions,
             finished=finished,
             first_token_ns=first_token_ns,

@@ -702,6 +702,10 @@ class RunnerStats:
     steps: int = 0
     kv_usage: float = 0.0
     """Share of the KV cache that running lines hold, 0 to 1."""
+    kv_bytes: int = 0
+    """The loaded model's whole KV cache."""
+    kv_peak_bytes: int = 0
+    """What running lines held of it at most."""
     context: int = 0
     """Tokens that the loaded model's prompt and answer may have together; 0 where nothing is loaded."""
 

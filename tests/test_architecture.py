@@ -57,6 +57,7 @@ EXCEPTIONS = {
     ("service.adapters.engine_runner", "engine"): "the one place where the service meets the engine",
     ("service.cli.doctor", "kernels.clash"): "looks for the other package of that name; no torch behind it",
     ("service.cli.bench", "service.adapters.engine_runner"): "measures what a worker runs",
+    ("service.cli.bench.bound", "kernels.reference.linear"): "the fastest product may be our own",
     ("service.cli.drafter_cmds", "engine"): "drafters are the engine's business",
     ("service.cli.lab_cmds", "engine.lab"): "a replay runs the engine's decisions, without its torch",
     ("service.cli.models", "service.adapters.engine_runner"): "fetching a model is the engine's business",
@@ -243,7 +244,8 @@ def test_only_the_settings_read_the_environment() -> None:
     allowed = {
         "service.config",
         "service.supervisor",  # hands its own environment to its children
-        "service.cli.bench.session",  # likewise
+        "service.cli.bench.environments",  # likewise
+        "service.cli.bench.peers.vllm",  # sets vLLM's own, which it reads when it is imported
         "service.gpu_workers",  # likewise, and hides all GPUs but one from each
         "engine.threads",  # sets how OpenMP waits, before torch is loaded
         "engine.checkpoints.sources",  # the cache folder, where the engine is used as a library

@@ -64,39 +64,54 @@ def run(
 
 def bench(
     job: Annotated[Path, typer.Argument(metavar="JOB.jsonl", help="Requests in OpenAI's batch format; they are run greedily.")],
-    compare: Annotated[list[str] | None, typer.Option("--compare", help="transformers: its generate(), at its best batch size.")] = None,
+    config: Annotated[
+        list[str] | None,
+        typer.Option("--config", help="Repeatable: settings of a run of ours: drafter=off,max_sequences=8 (default: drafter=auto)."),
+    ] = None,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option("--compare", help="Repeatable: transformers, vllm, openvino, each at its best batch size."),
+    ] = None,
+    peer_drafts: Annotated[bool, typer.Option("--peer-drafts", help="Run the comparisons with their own speculation too.")] = False,
     model: Model = None,
     dtype: Annotated[str, typer.Option("--dtype", help="Number format of every configuration.")] = "float32",
-    drafter: Annotated[list[str] | None, typer.Option("--drafter", help="Repeatable: auto (the default), off, or a name.")] = None,
-    max_sequences: Annotated[int | None, typer.Option("--max-sequences", min=1, help="Longdraft's batch size (default: its own).")] = None,
-    batch_sizes: Annotated[
-        str, typer.Option("--batch-sizes", help="What the comparison tries, once; the best is repeated.")
-    ] = "8,16,32,64",
+    batch_sizes: Annotated[str, typer.Option("--batch-sizes", help="What the comparisons try, once; the best is repeated.")] = "8,16,32,64",
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Interleaved runs of each configuration.")] = 3,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first N lines.")] = None,
+    lines: Annotated[int | None, typer.Option("--lines", min=1, help="Only the first N lines.")] = None,
     check: Annotated[bool, typer.Option(help="Compare the answers with one-by-one generation (slow the first time, then cached).")] = True,
+    bound: Annotated[bool, typer.Option(help="Measure the fastest matrix product, and what it allows for this job.")] = True,
+    plot: Annotated[Path | None, typer.Option("--plot", help="A chart: FILE.png, .svg or .pdf.")] = None,
+    peers: Annotated[Path | None, typer.Option("--peers", help="Folder of the peers' environments (default: build/peers).")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure tokens per second on a job, load excluded, each run in a process of its own, beside what you would use instead."""
+    from service.cli.bench.peers import FOLDER
     from service.cli.bench.plan import BenchRequest
+    from service.cli.bench.plot import check_plot, plot_bench
     from service.cli.bench.report import print_bench
     from service.cli.bench.session import run_bench
 
+    if plot is not None:
+        check_plot(plot)
     settings, resolve = with_model(model, None)
     request = BenchRequest.of(
         job,
         settings=settings,
         resolve_model=resolve,
         dtype=dtype,
-        drafters=drafter or ["auto"],
+        configurations=config or ["drafter=auto"],
         compare=compare or [],
-        max_sequences=max_sequences,
+        peer_drafts=peer_drafts,
         batch_sizes=batch_sizes,
         repeats=repeats,
-        limit=limit,
+        limit=lines,
         check=check,
+        bound=bound,
+        peers_folder=peers or Path(FOLDER),
     )
     report = run_bench(request, cache_dir=settings.cache_dir, quiet=as_json)
+    if plot is not None:
+        plot_bench(report, plot)
     print_json(report) if as_json else print_bench(report)
 
 

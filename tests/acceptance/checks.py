@@ -51,7 +51,7 @@ def faster_than_peer(ratio: float) -> Judge:
 
     def judge(stdout: str, status: int) -> Judged:
         report = last_json(stdout)
-        runs = {run["name"].split(",")[0]: run for run in report.get("runs", ())}
+        runs = {run["kind"]: run for run in report.get("runs", ())}
         if status or runs.keys() != {"longdraft", "transformers"}:
             return report, False
         ours, theirs = (runs[name]["tokens_per_second"]["median"] for name in ("longdraft", "transformers"))

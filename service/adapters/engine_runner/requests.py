@@ -78,7 +78,7 @@ def _room(engine: Engine, asked: GenerationRequest, prompt_tokens: int) -> int:
 
 def context_of(engine: Engine) -> int:
     """Tokens that a prompt and its answer may have together: what the model knows, or what the KV cache holds."""
-    return min(engine.spec.max_positions, engine.limits.num_blocks * engine.config.block_size)
+    return min(engine.spec.max_positions, (engine.limits.num_blocks - 1) * engine.config.block_size)
 
 
 def _template(asked: GenerationRequest) -> str:

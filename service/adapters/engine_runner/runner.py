@@ -114,6 +114,8 @@ class EngineRunner:
             first_token_ns=now.first_token_ns,
             steps=self._steps_before + now.steps,
             kv_usage=now.kv_usage,
+            kv_bytes=now.kv_blocks * loaded.engine.limits.block_bytes,
+            kv_peak_bytes=now.kv_blocks_peak * loaded.engine.limits.block_bytes,
             context=context_of(loaded.engine),
         )
 

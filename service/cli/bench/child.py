@@ -12,11 +12,8 @@ from typing import Any
 
 import orjson
 
-from service.cli.bench.plan import Task
+from service.cli.bench.plan import Answer, Task
 from service.errors import LongdraftError
-
-Answer = tuple[str, int]
-"""Text and number of generated tokens, end token included."""
 
 
 @dataclass(slots=True)
@@ -26,6 +23,8 @@ class Measured:
     seconds: float
     answers: dict[str, Answer] = field(default_factory=dict)
     device: str = "cpu"
+    kv_peak_bytes: int | None = None
+    """KV cache that was held at most; None where an engine does not say."""
 
     @property
     def output_tokens(self) -> int:
@@ -40,13 +39,20 @@ def main() -> None:
     def emit(event: dict[str, Any]) -> None:
         events.write(orjson.dumps(event, option=orjson.OPT_APPEND_NEWLINE))
 
+    task = Task.decode(sys.stdin.buffer.read())
     try:
-        measured = measure(Task.decode(sys.stdin.buffer.read()), lambda done: emit({"done": done}))
+        if task.kind == "bound":
+            from service.cli.bench import bound
+
+            emit({"seconds": 0.0, "bound": bound.measure(task)})
+            return
+        measured = measure(task, lambda done: emit({"done": done}))
     except LongdraftError as error:
         emit({"error": error.message})
         return
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    emit({"seconds": measured.seconds, "answers": measured.answers, "device": measured.device, "peak_rss_bytes": peak})
+    outcome = {"seconds": measured.seconds, "answers": measured.answers, "device": measured.device, "peak_rss_bytes": peak}
+    emit({**outcome, "kv_peak_bytes": measured.kv_peak_bytes})
 
 
 def measure(task: Task, progress: Callable[[int], None]) -> Measured:

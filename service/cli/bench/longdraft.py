@@ -18,10 +18,7 @@ from service.domain.request_body import CHAT
 def run(task: Task, progress: Callable[[int], None]) -> Measured:
     """Raises Failure if a line gets no answer: a benchmark of refusals measures nothing."""
     entry = ModelEntry(**{**task.entry, "dtype": task.dtype})
-    chosen = {**(task.engine or {}), "drafter": task.drafter}
-    if task.max_sequences is not None:
-        chosen["max_sequences"] = task.max_sequences
-    runner = EngineRunner({task.model: entry}, EngineSettings(**chosen), Path(task.cache_dir))
+    runner = EngineRunner({task.model: entry}, EngineSettings(**task.options), Path(task.cache_dir))
     runner.load(task.model)
     measured = Measured(0.0, device=runner.device)
     started = time.perf_counter()
@@ -33,6 +30,7 @@ def run(task: Task, progress: Callable[[int], None]) -> Measured:
         measured.answers[str(outcome.custom_id)] = (text, outcome.usage.output_tokens)
         progress(len(measured.answers))
     measured.seconds = time.perf_counter() - started
+    measured.kv_peak_bytes = runner.stats().kv_peak_bytes
     runner.close()
     return measured
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 import orjson
 
+from service.cli.bench.peers import PEERS
 from service.cli.local_run import read_job
 from service.cli.output import Failure
-from service.config import ModelEntry, Settings
+from service.config import EngineSettings, ModelEntry, Settings
 
-PEERS = ("transformers",)
+Answer = tuple[str, int]
+"""Text and number of generated tokens, end token included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,18 +34,15 @@ class Task:
     """One run of one configuration, as it is handed to the process that does it."""
 
     kind: str
-    """`longdraft` or `transformers`."""
+    """`longdraft`, `bound`, or the name of a peer."""
     model: str
     entry: dict[str, Any]
     """The ModelEntry."""
     cache_dir: str
     dtype: str
     lines: Sequence[BenchLine]
-    drafter: str = "auto"
-    max_sequences: int | None = None
-    batch_size: int = 1
-    engine: Mapping[str, Any] | None = None
-    """The operator's EngineSettings."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Longdraft: EngineSettings. A peer: what its driver takes."""
 
     def encode(self) -> bytes:
         return orjson.dumps(asdict(self))
@@ -64,12 +63,16 @@ class BenchRequest:
     lines: tuple[BenchLine, ...]
     settings: Settings
     dtype: str
-    drafters: tuple[str, ...]
+    ours: tuple[Mapping[str, Any], ...]
+    """Longdraft's configurations: what each changes in EngineSettings."""
     peers: tuple[str, ...]
-    max_sequences: int | None
+    peer_drafts: bool
+    """Also with the peers' own speculation."""
     batch_sizes: tuple[int, ...]
     repeats: int
     check: bool
+    bound: bool
+    peers_folder: Path
 
     @classmethod
     def of(
@@ -79,18 +82,22 @@ class BenchRequest:
         settings: Settings,
         resolve_model: Callable[[str], str | None],
         dtype: str,
-        drafters: Sequence[str],
+        configurations: Sequence[str],
         compare: Sequence[str],
-        max_sequences: int | None,
+        peer_drafts: bool,
         batch_sizes: str,
         repeats: int,
         limit: int | None,
         check: bool,
+        bound: bool,
+        peers_folder: Path,
     ) -> Self:
         """Raises Failure where the job is not one clean job of one model, or an option names something unknown."""
         for peer in compare:
             if peer not in PEERS:
-                raise Failure(f"--compare {peer} is not known; there is: {', '.join(PEERS)}.")
+                raise Failure(f"--compare {peer} is not known; there are: {', '.join(PEERS)}.")
+            if dtype != "float32" and peer != "transformers":
+                raise Failure(f"--compare {peer} runs in float32 only; --dtype is {dtype}.")
         model, lines = _lines(job, settings, resolve_model)
         return cls(
             job=job.name,
@@ -99,29 +106,46 @@ class BenchRequest:
             lines=tuple(lines[:limit]),
             settings=settings,
             dtype=dtype,
-            drafters=tuple(drafters),
+            ours=tuple(_configuration(text, settings.engine) for text in configurations),
             peers=tuple(compare),
-            max_sequences=max_sequences,
+            peer_drafts=peer_drafts,
             batch_sizes=_sizes(batch_sizes),
             repeats=repeats,
             check=check,
+            bound=bound,
+            peers_folder=peers_folder,
         )
 
-    def task(self, kind: str, **options: Any) -> Task:
+    def task(self, kind: str, options: Mapping[str, Any] | None = None, *, dtype: str | None = None) -> Task:
         return Task(
             kind=kind,
             model=self.model,
             entry=self.entry.model_dump(mode="json"),
             cache_dir=str(self.settings.cache_dir),
+            dtype=dtype or self.dtype,
             lines=self.lines,
-            engine=self.settings.engine.model_dump(),
-            **{"dtype": self.dtype, **options},
+            options=options or {},
         )
 
+    def engine_options(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """The operator's EngineSettings with a configuration's changes."""
+        return {**self.settings.engine.model_dump(mode="json"), **changes}
+
     def digest(self, *more: object) -> str:
-        """Names this job on this model: the key under which reference answers and sweeps are kept."""
-        content = orjson.dumps([self.entry.model_dump(), [asdict(line) for line in self.lines], *map(str, more)])
-        return hashlib.blake2b(content, digest_size=12).hexdigest()
+        """Names this job on this model: the key under which sweeps are kept."""
+        return _digest([self.entry.model_dump(), [asdict(line) for line in self.lines], *map(str, more)])
+
+    def model_digest(self, *more: object) -> str:
+        """Names the model alone."""
+        return _digest([self.entry.source, self.entry.revision, *map(str, more)])
+
+    def line_digest(self, line: BenchLine) -> str:
+        """Names a request by what decides its answer."""
+        return _digest([line.endpoint, {name: value for name, value in line.body.items() if name != "model"}])
+
+
+def _digest(content: Any) -> str:
+    return hashlib.blake2b(orjson.dumps(content, option=orjson.OPT_SORT_KEYS), digest_size=12).hexdigest()
 
 
 def _lines(job: Path, settings: Settings, resolve_model: Callable[[str], str | None]) -> tuple[str, list[BenchLine]]:
@@ -140,6 +164,21 @@ def _lines(job: Path, settings: Settings, resolve_model: Callable[[str], str | N
             body = orjson.loads(file.read(place.length))["body"]
             lines.append(BenchLine(place.line_no, place.custom_id, plan.endpoint, {**body, "model": model, "temperature": 0}))
     return model, lines
+
+
+def _configuration(text: str, base: EngineSettings) -> Mapping[str, Any]:
+    """`drafter=off,max_sequences=8` as values of EngineSettings."""
+    changes: dict[str, Any] = {}
+    for part in filter(None, text.split(",")):
+        name, equals, value = part.partition("=")
+        if not equals or name not in EngineSettings.model_fields:
+            raise Failure(f"--config takes NAME=VALUE,...; names are {', '.join(EngineSettings.model_fields)}; got {part!r}.")
+        changes[name] = value
+    try:
+        checked = EngineSettings(**{**base.model_dump(), **changes}).model_dump(mode="json")
+    except ValueError as error:
+        raise Failure(f"--config {text}: {error}") from None
+    return {name: checked[name] for name in changes}
 
 
 def _sizes(text: str) -> tuple[int, ...]:

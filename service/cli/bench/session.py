@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -16,11 +17,18 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from service.cli.bench import bound, environments, statistics
+from service.cli.bench.peers import PEERS, Family
 from service.cli.bench.plan import BenchRequest, Task
+from service.cli.bench.prompts import Prompts, wire_job
 from service.cli.output import Failure, console
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+
+_IN_OUR_ENVIRONMENT = ("longdraft", "transformers", "bound")
+_REFERENCE_LINES = 16
+"""A process of the reference: what is lost if it is interrupted."""
 
 Answers = dict[str, list[Any]]
 """custom_id -> [text, generated tokens]."""
@@ -33,31 +41,39 @@ class Configuration:
     name: str
     task: Task
     speeds: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
     peak_rss_bytes: int = 0
+    kv_peak_bytes: int | None = None
     output_tokens: int = 0
     identical: list[int] = field(default_factory=list)
 
     def add(self, outcome: dict[str, Any], reference: Answers | None) -> None:
         answers = outcome["answers"]
         self.output_tokens = sum(tokens for _, tokens in answers.values())
+        self.seconds.append(outcome["seconds"])
         self.speeds.append(self.output_tokens / outcome["seconds"])
         self.peak_rss_bytes = max(self.peak_rss_bytes, outcome["peak_rss_bytes"])
+        self.kv_peak_bytes = outcome.get("kv_peak_bytes")
         if reference is not None:
-            self.identical.append(sum(answers.get(custom_id) == answer for custom_id, answer in reference.items()))
+            self.identical.append(sum(list(answers.get(custom_id, ())) == answer for custom_id, answer in reference.items()))
 
     def row(self, reference: Answers | None) -> dict[str, Any]:
         speeds = {"median": median(self.speeds), "min": min(self.speeds), "max": max(self.speeds)}
         return {
             "name": self.name,
+            "kind": self.task.kind,
+            "options": dict(self.task.options) if self.task.kind != "longdraft" else None,
             "tokens_per_second": {name: round(value, 2) for name, value in speeds.items()},
+            "seconds": [round(value, 3) for value in self.seconds],
             "output_tokens": self.output_tokens,
             "peak_rss_bytes": self.peak_rss_bytes,
+            "kv_peak_bytes": self.kv_peak_bytes,
             "identical_to_reference": [min(self.identical), len(reference)] if reference is not None else None,
         }
 
 
 def run_bench(request: BenchRequest, *, cache_dir: Path, quiet: bool) -> dict[str, Any]:
-    """The whole benchmark: reference (cached), sweep of the comparison (cached), then the interleaved repeats.
+    """The whole benchmark: reference (cached), sweep of the comparison (cached), the bound, then the interleaved repeats.
 
     Raises Failure where a run fails, with its reason.
     """
@@ -66,13 +82,34 @@ def run_bench(request: BenchRequest, *, cache_dir: Path, quiet: bool) -> dict[st
         session = _Session(request, store, display)
         reference = session.reference() if request.check else None
         configurations = session.configurations()
+        rates = session.run(request.task("bound"), "the fastest matrix product")["bound"] if request.bound else None
         device = "cpu"
         for repeat in range(request.repeats):
             for configuration in configurations:
                 outcome = session.run(configuration.task, f"{configuration.name} ({repeat + 1}/{request.repeats})")
                 configuration.add(outcome, reference)
                 device = outcome["device"]
-    return {"job": request.job, "device": describe(device), "runs": [configuration.row(reference) for configuration in configurations]}
+    return _report(request, device, configurations, reference, rates)
+
+
+def _report(
+    request: BenchRequest, device: str, configurations: list[Configuration], reference: Answers | None, rates: dict[str, Any] | None
+) -> dict[str, Any]:
+    report: dict[str, Any] = {
+        "job": request.job,
+        "lines": len(request.lines),
+        "device": describe(device),
+        "dtype": request.dtype,
+        "repeats": request.repeats,
+        "runs": [configuration.row(reference) for configuration in configurations],
+    }
+    first, *others = configurations
+    report["ratios"] = [{"of": first.name, "to": other.name, **statistics.ratio(first.speeds, other.speeds).row()} for other in others]
+    if rates is not None:
+        report["bound"] = bound.of_job(rates, first.output_tokens)
+        for run in report["runs"]:
+            run["of_bound"] = round(run["tokens_per_second"]["median"] / report["bound"]["tokens_per_second"], 3)
+    return report
 
 
 @dataclass(slots=True)
@@ -80,58 +117,85 @@ class _Session:
     request: BenchRequest
     store: Path
     display: Progress
+    prompts: Prompts | None = None
 
     def reference(self) -> Answers:
-        """Answers of transformers' `generate`, one line at a time, float32: what every configuration should say."""
-        task = self.request.task("transformers", dtype="float32", batch_size=1)
-        path = self.store / f"reference-{self.request.digest(version('transformers'))}.json"
-        kept: Answers | None = _read(path)
-        if kept is None:
-            kept = self.run(task, "reference, one by one (kept for the next time)")["answers"]
+        """Answers of transformers' `generate`, one line at a time, float32: what every configuration should say.
+
+        Kept line by line, so that the first lines of a job, or a job that was interrupted, need no second look.
+        """
+        path = self.store / f"reference-{self.request.model_digest(version('transformers'))}.json"
+        kept: dict[str, list[Any]] = _read(path) or {}
+        keys = {line.custom_id: self.request.line_digest(line) for line in self.request.lines}
+        missing = tuple(line for line in self.request.lines if keys[line.custom_id] not in kept)
+        for first in range(0, len(missing), _REFERENCE_LINES):
+            part = missing[first : first + _REFERENCE_LINES]
+            task = replace(self.request.task("transformers", {"batch_size": 1}, dtype="float32"), lines=part)
+            answers = self.run(task, f"reference, one by one, {first} of {len(missing)} (kept for the next time)")["answers"]
+            kept |= {keys[custom_id]: answer for custom_id, answer in answers.items()}
             _write(path, kept)
-        return kept
+        return {custom_id: kept[key] for custom_id, key in keys.items()}
 
     def configurations(self) -> list[Configuration]:
         found = []
-        for drafter in self.request.drafters:
-            name = f"longdraft, drafter {drafter}"
-            if self.request.max_sequences is not None:
-                name += f", {self.request.max_sequences} sequences"
-            found.append(Configuration(name, self.request.task("longdraft", drafter=drafter, max_sequences=self.request.max_sequences)))
+        for changes in self.request.ours:
+            name = ", ".join(["longdraft", *(f"{name} {value}" for name, value in changes.items())])
+            found.append(Configuration(name, self.request.task("longdraft", self.request.engine_options(changes))))
         for peer in self.request.peers:
-            size = self._best_batch_size(peer)
-            found.append(Configuration(f"{peer}, static batches of {size}", self.request.task(peer, batch_size=size)))
+            families = [family for family in PEERS[peer].families if self.request.peer_drafts or not family.drafts]
+            found += [self._best(peer, family) for family in families]
         return found
 
-    def _best_batch_size(self, peer: str) -> int:
+    def _best(self, peer: str, family: Family) -> Configuration:
         """Tries each size once on the whole job; what was found is kept for this job, model, format and machine."""
-        sizes = sorted({min(size, len(self.request.lines)) for size in self.request.batch_sizes})
-        if len(sizes) == 1:
-            return sizes[0]
-        path = self.store / f"sweep-{self.request.digest(peer, version(peer), self.request.dtype, platform.node(), os.cpu_count())}.json"
-        speeds: dict[str, float] = _read(path) or {}
-        for size in sizes:
-            if str(size) not in speeds:
-                outcome = self.run(self.request.task(peer, batch_size=size), f"{peer}, trying batches of {size}")
-                speeds[str(size)] = sum(tokens for _, tokens in outcome["answers"].values()) / outcome["seconds"]
-                _write(path, speeds)
-        return max(sizes, key=lambda size: speeds[str(size)])
+        wanted = family.sizes or self.request.batch_sizes
+        sizes = sorted({min(size, len(self.request.lines)) for size in wanted})
+        made = {size: self.request.task(peer, family.options(size)) for size in sizes}
+        best = sizes[0]
+        if len(sizes) > 1:
+            key = self.request.digest(peer, family.name, self._version(peer), self.request.dtype, platform.node(), os.cpu_count())
+            path = self.store / f"sweep-{key}.json"
+            speeds: dict[str, float] = _read(path) or {}
+            for size in sizes:
+                if str(size) not in speeds:
+                    outcome = self.run(made[size], f"{peer}, trying {family.name.format(size)}")
+                    speeds[str(size)] = sum(tokens for _, tokens in outcome["answers"].values()) / outcome["seconds"]
+                    _write(path, speeds)
+            best = max(sizes, key=lambda size: speeds[str(size)])
+        return Configuration(f"{peer}, {family.name.format(best)}", made[best])
+
+    def _version(self, peer: str) -> str:
+        return version("transformers") if peer == "transformers" else environments.stamp(self.request.peers_folder, peer)
 
     def run(self, task: Task, label: str) -> dict[str, Any]:
-        """One run in a process of its own."""
+        """One run in a process of its own. Raises Failure with its reason."""
         bar = self.display.add_task(label, total=len(task.lines))
-        process = subprocess.Popen(  # our own module
-            [sys.executable, "-m", "service.cli.bench.child"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        if task.kind in _IN_OUR_ENVIRONMENT:
+            command, environment, data = [sys.executable, "-m", "service.cli.bench.child"], None, task.encode()
+        else:
+            prompts = self.prompts = self.prompts or Prompts(task)
+            scratch = self.store / "peers" / f"{task.kind}-{self.request.model_digest()}"
+            scratch.parent.mkdir(parents=True, exist_ok=True)
+            command, environment = environments.driver(self.request.peers_folder, task.kind)
+            data = orjson.dumps(wire_job(prompts, scratch, len(os.sched_getaffinity(0)), dict(task.options)))
+        process = subprocess.Popen(  # noqa: S603 - our own module, in our environment or a peer's
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, start_new_session=True
         )
         try:
-            outcome = self._follow(process, task, bar)
+            outcome = self._follow(process, task, data, bar)
         finally:
-            process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with the servers that it started
             process.wait()
         self.display.remove_task(bar)
+        if "tokens" in outcome:
+            assert self.prompts is not None
+            outcome["answers"] = {
+                prompt.custom_id: list(self.prompts.answer(prompt, outcome["tokens"][prompt.custom_id])) for prompt in self.prompts.all
+            }
         return outcome
 
-    def _follow(self, process: subprocess.Popen[bytes], task: Task, bar: Any) -> dict[str, Any]:
+    def _follow(self, process: subprocess.Popen[bytes], task: Task, data: bytes, bar: Any) -> dict[str, Any]:
         import threading
 
         assert process.stdin is not None
@@ -140,8 +204,9 @@ class _Session:
         noise: list[bytes] = []
         drain = threading.Thread(target=lambda stream: noise.extend(stream), args=(process.stderr,), daemon=True)
         drain.start()
-        process.stdin.write(task.encode())
-        process.stdin.close()
+        with suppress(BrokenPipeError):  # it has died, and says why below
+            process.stdin.write(data)
+            process.stdin.close()
         for line in process.stdout:
             event: dict[str, Any] = orjson.loads(line)
             if "error" in event:

