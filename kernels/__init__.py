@@ -119,6 +119,11 @@ def _native() -> ModuleType | None:
     return module if module.available() else None
 
 
+@cache
+def _compiled(module: str, op: str) -> Callable[..., Any]:
+    return getattr(import_module(f"kernels.native.{module}"), op)
+
+
 def stores_keys_transposed(dtype: torch.dtype, device: torch.device, head_dim: int, block_size: int) -> bool:
     """Whether a KV cache's keys are to lie as [num_blocks, kv_heads, head_dim, block_size] in memory (and be seen transposed back, like
     values, [num_blocks, kv_heads, block_size, head_dim]): what the compiled attention reads. The ops tell by the strides.
@@ -134,7 +139,7 @@ def _transposed(keys: torch.Tensor) -> bool:
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x / sqrt(mean(x**2) + eps) * weight over the last dimension. See `kernels.reference.rms_norm`."""
     if x.device.type == "cpu" and (native := _native()) is not None and native.takes_norm(x, weight):
-        return import_module("kernels.native.rows").rms_norm(x, weight, eps)
+        return _compiled("rows", "rms_norm")(x, weight, eps)
     return _implementation("rms_norm", x.device.type)(x, weight, eps)
 
 
@@ -168,7 +173,7 @@ def linear(x: torch.Tensor, packed: PackedLinear | Fp8Linear, residual: torch.Te
 def gated_linear(x: torch.Tensor, packed: PackedLinear | Fp8Linear, activation: str) -> torch.Tensor:
     """activation(x @ gate.T) * (x @ up.T) -> [T, out], of a weight from `pack_gated_linear` (for the same activation) or `pack_linear`."""
     if getattr(packed, "layout", "") == "gated panels":
-        return import_module("kernels.native.linear").gated_product(x, packed.weight, activation)
+        return _compiled("linear", "gated_product")(x, packed.weight, activation)
     return gated_activation(linear(x, packed), activation)
 
 
@@ -188,7 +193,7 @@ def plan_attention(
     window: int | None = None,
 ) -> AttentionPlan | NativePlan:
     """What attention needs to know of a step, worked out once for all layers. See `kernels.reference.attention_plan`."""
-    native = import_module("kernels.native.attention_plan").plan_attention if _transposed(cache) else None
+    native = _compiled("attention_plan", "plan_attention") if _transposed(cache) else None
     plan = native or _implementation("plan_attention", cache.device.type)
     return plan(block_tables, query_start, kv_lengths, slots, cache=cache, num_heads=num_heads, window=window)
 
@@ -203,7 +208,7 @@ def attention(
 ) -> torch.Tensor:
     """Paged, causal, variable-length attention over a plan of `plan_attention`. See `kernels.reference.attention`."""
     if _transposed(k_cache):
-        return import_module("kernels.native.attention").attention(q, k_cache, v_cache, plan, scale, soft_cap)
+        return _compiled("attention", "attention")(q, k_cache, v_cache, plan, scale, soft_cap)
     return _implementation("attention", q.device.type)(q, k_cache, v_cache, plan, scale, soft_cap)
 
 
@@ -251,7 +256,7 @@ def rotary_kv_write(
 ) -> torch.Tensor:
     """Normalises and rotates queries and keys, writes keys and values, returns queries. See `kernels.reference.rotary_kv_write`."""
     if _transposed(k_cache) and import_module("kernels.native").takes_rotation(cos):
-        return import_module("kernels.native.rows").rotary_kv_write(
+        return _compiled("rows", "rotary_kv_write")(
             qkv, cos, sin, slots, k_cache, v_cache, num_heads=num_heads, q_norm=q_norm, k_norm=k_norm, eps=eps
         )
     return _implementation("rotary_kv_write", qkv.device.type)(
