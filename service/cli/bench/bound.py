@@ -83,21 +83,27 @@ def _fastest(weights: list[torch.Tensor]) -> tuple[float, tuple[int, str]]:
 
     from kernels.reference import linear as ours
 
-    def plain(rows: int) -> Callable[[], object]:
-        inputs = {width: torch.randn(rows, width) for width in {weight.shape[1] for weight in weights}}
-        return lambda: [torch.nn.functional.linear(inputs[weight.shape[1]], weight) for weight in weights]
+    def laid_out(
+        pack: Callable[[torch.Tensor], Any], product: Callable[[torch.Tensor, Any], object]
+    ) -> Callable[[int], Callable[[], object]]:
+        packed = [pack(weight) for weight in weights]
 
-    packed = [ours.pack_linear(weight) for weight in weights]
+        def of(rows: int) -> Callable[[], object]:
+            inputs = {width: torch.randn(rows, width) for width in {weight.shape[1] for weight in weights}}
+            pairs = [(inputs[weight.shape[1]], one) for weight, one in zip(weights, packed, strict=True)]
+            return lambda: [product(x, one) for x, one in pairs]
 
-    def prepacked(rows: int) -> Callable[[], object]:
-        inputs = {width: torch.randn(rows, width) for width in {weight.shape[1] for weight in weights}}
-        pairs = [(inputs[weight.shape[1]], one) for weight, one in zip(weights, packed, strict=True)]
-        return lambda: [ours.linear(x, one) for x, one in pairs]
+        return of
 
-    found = [
-        (_seconds(layout(rows)) / rows, (rows, name)) for name, layout in (("plain", plain), ("prepacked", prepacked)) for rows in _ROWS
-    ]
-    return min(found)
+    layouts = {
+        "plain": laid_out(lambda weight: weight, torch.nn.functional.linear),
+        "ours": laid_out(ours.pack_linear, ours.linear),
+    }
+    if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call] # torch annotates it in some versions only
+        product = torch.ops.mkldnn._linear_pointwise
+        reorder = torch.ops.mkldnn._reorder_linear_weight
+        layouts["onednn"] = laid_out(lambda weight: reorder(weight, None), lambda x, one: product(x, one, None, "none", [], ""))
+    return min((_seconds(layout(rows)) / rows, (rows, name)) for name, layout in layouts.items() for rows in _ROWS)
 
 
 def _seconds(run: Callable[[], object]) -> float:

@@ -1,0 +1,93 @@
+"""The benchmarks run end to end on a tiny model. What they measure here means nothing; that they measure and judge does."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from tests.benchmarks import memory_budget, offline_engines, replay_accuracy, shared_prompts, speculation_pays
+from tests.tiny_model import make_tiny_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, model, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def go(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments), "--model", str(model), "--json"])
+        status = module.main()
+        result = json.loads(capsys.readouterr().out)
+        assert status == int(not result["pass"])
+        return result
+
+    return go
+
+
+@pytest.fixture
+def job(tmp_path):
+    path = tmp_path / "job.jsonl"
+    lines = [
+        {"custom_id": str(n), "body": {"messages": [{"role": "user", "content": f"{n} bees, {n} bees"}], "max_tokens": 16}}
+        for n in range(8)
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+def test_speculation_pays(run, job):
+    result = run(speculation_pays, job, "--sizes", "1,4", "--repeats", 1, "--max-tokens", 24)
+    assert [row["sequences"] for row in result["rows"]] == [1, 4]
+    assert result["goal"] == pytest.approx(0.98 - result["aa_half_width"], abs=1e-3)
+    assert result["virtual_worst_ratio"] > 0.8
+    assert result["model_error_median"] > 0
+
+
+def test_shared_prompts(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(shared_prompts, "_system", lambda number: f"desk {number}: " + "be brief. " * 8)
+    monkeypatch.setattr(shared_prompts, "_question", lambda rng: f"where is {rng.randrange(1000)}?")
+    result = run(shared_prompts, "--lines", 60, "--prompts", 3, "--no-sharing-lines", 20, "--write", tmp_path / "made.jsonl")
+    assert result["lines"] > 50
+    assert 0.5 < result["hit_rate"] <= result["hit_rate_of_a_perfect_cache"] + 1e-6
+    assert result["part"]["answers_equal"][0] == result["part"]["answers_equal"][1]
+    assert json.loads((tmp_path / "made.jsonl").read_text().splitlines()[0])["body"]["messages"][0]["role"] == "system"
+
+
+def test_replay_accuracy(run, job):
+    result = run(replay_accuracy, job, "--repeats", 1, "--max-sequences", 4)
+    assert len(result["rows"]) == 4
+    assert all(row["predicted"] > 0 for row in result["rows"])
+    assert set(result["ranked_right_from"]) == {"plain", "auto"}
+
+
+def test_memory_budget(run):
+    """256 bytes of KV a token: 8 sequences of 128 tokens want 256 KiB and get 64."""
+    result = run(memory_budget, "--budget-gib", 1 / (1 << 14), "--wants-gib", 1 / (1 << 12), "--sequences", 8, "--answer", 32)
+    assert result["answered"] == [8, 8]
+    assert result["kv_peak_bytes"] <= result["budget_bytes"] == 64 << 10
+    assert result["pass"]
+
+
+def test_the_best_of_each_side_is_compared():
+    def row(kind, name, speed, of_bound):
+        same = {"peak_rss_bytes": 1, "identical_to_reference": [4, 4], "of_bound": of_bound}
+        return {"kind": kind, "name": name, "tokens_per_second": {"median": speed}, **same}
+
+    runs = [
+        row("longdraft", "a", 100.0, 0.5),
+        row("longdraft", "b", 120.0, 0.92),
+        row("vllm", "c", 90.0, 0.4),
+        row("openvino", "d", 110.0, 0.8),
+    ]
+    judged = offline_engines.judge("mixed", offline_engines.COMPARISONS["mixed"], {"runs": runs, "bound": {"tokens_per_second": 130.0}})
+    assert (judged["ours"]["name"], judged["best_peer"]["name"], judged["ratio"], judged["pass"]) == ("b", "d", 1.091, True)
+    runs[1]["of_bound"] = 0.89
+    assert not offline_engines.judge("mixed", offline_engines.COMPARISONS["mixed"], {"runs": runs, "bound": {"tokens_per_second": 130.0}})[
+        "pass"
+    ]
