@@ -46,7 +46,7 @@ CHAT = "/v1/chat/completions"
         ({"max_cost": -5}, 400, "max_cost"),
         ({"webhook": {"url": "https://example.com"}}, 400, "webhook"),
         ({"input_uri": "s3://bucket/key"}, 400, "input_uri"),
-        ({"output_uri": "s3://bucket/key"}, 400, "output_uri"),
+        ({"output_uri": "ftp://bucket/key"}, 400, "output_uri"),
         ({"dry_run": "yes"}, 400, "dry_run"),
         ({"unheard_of": 1}, 400, "unheard_of"),
     ],
