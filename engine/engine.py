@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -20,7 +21,7 @@ from engine.kv_blocks import BlockPool
 from engine.kv_pool import KVPool
 from engine.lab.recorder import Recorder
 from engine.logit_rules import LogitRules
-from engine.memory import free_bytes
+from engine.memory import free_bytes, is_exhausted
 from engine.profile import measure_steps, warm_up
 from engine.row_table import RowTable
 from engine.runner import make_runner
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from engine.checkpoints import LoadedModel
     from engine.profile import Profiles
     from engine.sequence import Sequence
+
+_log = logging.getLogger(__name__)
 
 _IDLE_SECONDS = 0.005
 _RECLAIM_EVERY = 64
@@ -235,10 +238,32 @@ class Engine:
             return results
         for sequence in plan.admitted:
             self._enter(sequence)
-        proposal = self._draft(plan)
-        work = Work.of(plan, proposal, self._scheduler.tables.rows, self._pool.block_size)
-        outcome = self._execute(work)
+        proposal = Proposal.empty(len(plan.decoding))
+        try:
+            proposal = self._draft(plan)
+            work = Work.of(plan, proposal, self._scheduler.tables.rows, self._pool.block_size)
+            outcome = self._execute(work)
+        except (RuntimeError, MemoryError) as error:
+            if not is_exhausted(error):
+                raise
+            return results + self._give_up(plan, proposal, str(error))
         return results + self._book(work, outcome)
+
+    def _give_up(self, plan: StepPlan, proposal: Proposal, reason: str) -> list[Result]:
+        """Memory for a step was refused: smaller steps from now on, and whoever has no room in them starts again later."""
+        if self.spec.device.type == "cuda":
+            torch.cuda.empty_cache()
+        num_tokens = plan.num_tokens + int(proposal.chosen.sum())
+        if num_tokens < 2:
+            words = reason.partition("\n")[0]
+            closing = [self._live[chunk.sequence.serial] for chunk in plan.decoding + plan.prefill]
+            return [
+                self._close(live, FinishReason.ERROR, f"there is not enough memory for a step of one token: {words}") for live in closing
+            ]
+        preempted = self._scheduler.give_up(plan, num_tokens)
+        self._preemptions += preempted + plan.preempted
+        _log.warning("a step of %d tokens got no memory: steps hold %d now", num_tokens, self._scheduler.max_step_tokens)
+        return []
 
     def _reclaim(self) -> None:
         """Memory of drafters that do not pay goes to the KV cache, once none of them is left."""
@@ -254,7 +279,7 @@ class Engine:
     def _draft(self, plan: StepPlan) -> Proposal:
         sequences = [chunk.sequence for chunk in plan.decoding]
         names = [self._live[sequence.serial].drafter for sequence in sequences]
-        budget = self.limits.max_step_tokens - plan.num_tokens
+        budget = self._scheduler.max_step_tokens - plan.num_tokens
         proposal = self._speculator.propose(sequences, names, step=self._steps, prefill=plan.prefill_tokens, budget=budget)
         spare = self._runner.spare(plan.num_tokens + int(proposal.chosen.sum()), len(plan.decoding) + len(plan.prefill))
         proposal.chosen[:] = fill(proposal.chosen, proposal.drafted, min(spare, budget - int(proposal.chosen.sum())))

@@ -171,6 +171,11 @@ class BlockPool:
         for block in blocks:
             self._owners.pop(block, None)
 
+    def forget(self, blocks: Iterable[int]) -> None:
+        """What was to be computed was not: held blocks leave the tree, and nobody finds them any more."""
+        for block in blocks:
+            self._forget(block)
+
     def _content(self, tokens: NDArray[np.int64], index: int) -> bytes:
         return tokens[index * self.block_size : (index + 1) * self.block_size].tobytes()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 _CGROUP = Path("/sys/fs/cgroup")
+_REFUSALS = ("not enough memory", "can't allocate memory", "out of memory", "bad_alloc", "could not create a memory")
 
 
 def free_bytes(device: torch.device) -> int:
@@ -16,6 +17,13 @@ def free_bytes(device: torch.device) -> int:
         return int(torch.cuda.mem_get_info(device)[0])
     bounds = [_machine_free(), _cgroup_free()]
     return min(bound for bound in bounds if bound is not None)
+
+
+def is_exhausted(error: BaseException) -> bool:
+    """Whether `error` says that memory for a step was refused: by a GPU's allocator, by torch's on a CPU, by numpy or oneDNN."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _REFUSALS)
 
 
 def _machine_free() -> int:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from engine.kv_blocks import BlockPool
     from engine.types import Request
 
+_RECOVERY = 64
+"""Steps that must go well after one failed for want of memory before steps may become larger again."""
 _PATIENCE = 4
 """A waiting request is passed over by at most this many full batches."""
 
@@ -86,6 +88,9 @@ class Scheduler:
         self.pool = pool
         self.tables = BlockTables(max_sequences)
         self.max_step_tokens = max_step_tokens
+        """What a step may hold now: less than what was asked for while memory is short (see `give_up`)."""
+        self._most_step_tokens = max_step_tokens
+        self._went_well = 0
         self.max_sequences = max_sequences
         self._max_positions = max_positions
         self._lengths = LengthEstimator()
@@ -114,10 +119,31 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Plans one step: grows, preempts and admits as needed. Chunks must then really be run, and `complete`d."""
         plan = StepPlan()
+        self._recover()
         self._plan_decoding(plan)
         self._admit(plan)
         self._plan_prefill(plan)
         return plan
+
+    def give_up(self, plan: StepPlan, num_tokens: int) -> int:
+        """Takes back a planned step of `num_tokens` (drafts included) that did not run for want of memory; later ones hold half as much.
+
+        Whoever was not decoding yet starts again: the plan counted its KV as computed, and siblings may have built on that. Of the others
+        those stay that the smaller step has room for. Returns how many were preempted. Raises ValueError for a step that cannot shrink.
+        """
+        if num_tokens < 2:
+            raise ValueError("a step of one token cannot be made smaller")
+        self.max_step_tokens, self._went_well = max(num_tokens // 2, 1), 0
+        size = self.pool.block_size
+        for chunk in plan.prefill:
+            self.pool.forget(chunk.sequence.blocks[chunk.start // size : (chunk.start + chunk.count) // size])
+        decoding = [sequence for sequence in self.running if sequence.decoding]
+        kept = {sequence.serial for sequence in decoding[: self.max_step_tokens]}
+        leaving = [sequence for sequence in self.running if sequence.serial not in kept]
+        for sequence in reversed(leaving):
+            self._leave(sequence)
+            self.waiting.push_front(sequence)
+        return len(leaving)
 
     def grant_drafts(self, sequence: Sequence, wanted: int) -> int:
         """Makes room for up to `wanted` drafted tokens after the next one; returns how many fit without preempting anyone."""
@@ -153,6 +179,14 @@ class Scheduler:
         if complete:
             self._lengths.learn(sequence.request, sequence.num_generated)
 
+    def _recover(self) -> None:
+        """Memory that was short may have come back: every so many steps that went well, steps may hold twice as much."""
+        if self.max_step_tokens == self._most_step_tokens:
+            return
+        self._went_well += 1
+        if self._went_well > _RECOVERY:
+            self.max_step_tokens, self._went_well = min(2 * self.max_step_tokens, self._most_step_tokens), 0
+
     def _plan_decoding(self, plan: StepPlan) -> None:
         for sequence in list(self.running):
             # One that an earlier turn of this loop preempted is no longer decoding.
@@ -178,7 +212,7 @@ class Scheduler:
         return True
 
     def _admit(self, plan: StepPlan) -> None:
-        while self._slots and (sequence := self.waiting.peek()) is not None:
+        while self._slots and len(self.running) < self.max_step_tokens and (sequence := self.waiting.peek()) is not None:
             known = self.pool.match(sequence.tokens, (sequence.num_tokens - 1) // self.pool.block_size)
             needed = self.pool.blocks_for(sequence.num_tokens) - len(known)
             if self.running and needed + self._reserve() > self.pool.available_beside(known):

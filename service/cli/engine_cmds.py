@@ -51,9 +51,11 @@ def run(
     try:
         with RunBar(plan.total, quiet=as_json) as bar:
             tally = run_job(plan, job, output, runner, drafter="auto", tick=bar.update)
+            kv_peak_bytes = runner.stats().kv_peak_bytes
     finally:
         runner.close()
     summary = _summary(tally, plan.total, output, list(plan.by_model), runner.device)
+    summary |= {"peak_rss_bytes": _peak_rss(), "kv_peak_bytes": kv_peak_bytes}
     if as_json:
         print_json(summary)
     else:
@@ -155,6 +157,12 @@ def _summary(tally: Tally, total: int, output: Path, models: list[str], device: 
         "verified_tokens": work.verified,
         "accepted_tokens": work.accepted,
     }
+
+
+def _peak_rss() -> int:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _print_summary(summary: dict[str, Any]) -> None:

@@ -77,6 +77,22 @@ def test_what_cannot_be_run_is_a_400_that_names_the_value_and_the_others_run(run
     assert outcomes[2].outcome is Outcome.SUCCEEDED
 
 
+def test_what_the_kv_cache_can_never_hold_is_a_400_and_what_fills_it_runs(folder, tmp_path):
+    """Ten blocks of 16 tokens: one is never handed out, so a prompt and its answer may have 144 together, and not one more."""
+    block_bytes = 2 * 2 * 2 * 8 * 4 * 16
+    settings = EngineSettings(device="cpu", kv_memory=str(10 * block_bytes), max_sequences=4, threads=1)
+    small = EngineRunner({"tiny": ModelEntry(source=str(folder))}, settings, tmp_path)
+    small.load("tiny")
+    prompt = len("<user>hello<assistant>")
+    outcomes = run(small, chat(1, max_tokens=145 - prompt), chat(2, max_tokens=144 - prompt), chat(3))
+    assert (outcomes[1].outcome, outcomes[1].body["error"]["code"]) == (Outcome.REJECTED, "context_length_exceeded")
+    assert "144 tokens are what this worker's KV cache holds" in outcomes[1].body["error"]["message"]
+    assert outcomes[2].outcome is outcomes[3].outcome is Outcome.SUCCEEDED
+    stats = small.stats()
+    assert stats.context == 144
+    assert block_bytes < stats.kv_peak_bytes <= stats.kv_bytes == 9 * block_bytes
+
+
 def test_without_a_limit_the_answer_may_fill_the_context(runner):
     (outcome,) = runner.run([chat(1, max_tokens=None, text="fill it")])
     assert outcome.outcome is Outcome.SUCCEEDED
