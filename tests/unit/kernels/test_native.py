@@ -15,6 +15,9 @@ from kernels.reference.rotary_kv_write import rotary_kv_write
 from tests.unit.kernels.naive import naive_attention
 from tests.unit.kernels.test_attention import CASES, Case
 
+if native.available():
+    from kernels.native import attention, jit, linear, rows
+
 pytestmark = pytest.mark.skipif(not native.available(), reason="needs llvmlite, a processor with AVX2, and torch on GNU OpenMP")
 
 BLOCK = 16
@@ -146,6 +149,24 @@ def test_keys_and_values_are_written_as_the_reference_does(rotated: int, normed:
     assert torch.allclose(found, expected, atol=1e-6)
     assert torch.allclose(k, plain[0], atol=1e-6)
     assert torch.equal(v, plain[1])
+
+
+def test_processors_with_other_vectors_run_the_same_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Vectors of 16 numbers (or of 8, where the machine has 16), which LLVM puts together from what there is."""
+    other = 24 - jit.lanes()
+    made = (linear._kernel, attention._kernel, rows._norm_kernel, rows._rotate_kernel)
+    monkeypatch.setattr(jit, "lanes", lambda: other)
+    monkeypatch.setattr(linear, "lanes", lambda: other)
+    for cached in made:
+        cached.cache_clear()
+    try:
+        test_a_product_equals_its_definition_and_each_row_alone(7, 50, 33)
+        test_a_gated_product_equals_its_definition("silu", functional.silu)
+        test_attention_equals_the_definition("prefill, drafts and decoding in one step")
+        test_keys_and_values_are_written_as_the_reference_does(32, normed=True)
+    finally:
+        for cached in made:
+            cached.cache_clear()
 
 
 def test_without_compiled_kernels_the_same_products_come_from_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
