@@ -90,6 +90,16 @@ def test_a_recorded_machine_is_fitted_to_the_steps():
     assert machine.overhead(30) == pytest.approx(0.004, rel=0.02)
 
 
+def test_slow_steps_count_in_the_sum():
+    """Every tenth step lost its core: the shape of the curve comes from the others, the total from all."""
+    trace = Trace(_engine_record())
+    for number in range(200):
+        seconds = 0.02 * (5 if number % 10 == 0 else 1)
+        trace.steps.append(StepRecord(float(number), 8, 8, 80, 8, 8, seconds, 0.0, None))
+    machine = RecordedMachine(trace)
+    assert sum(machine.step(step.load) for step in trace.steps) == pytest.approx(sum(step.seconds for step in trace.steps))
+
+
 def test_requests_that_were_awaited_arrive_when_they_did(tmp_path):
     path = tmp_path / "trace.jsonl"
     running = engine(trace=path, drafter="off")
