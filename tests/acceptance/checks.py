@@ -238,7 +238,7 @@ CHECKS: Sequence[Check] = (
     ),
     Check(
         "engine/speculation-pays",
-        "over 1-256 sequences the planner against the better of plain and fixed 8: median >= 0.98 less the A/A half-width; cost model within 5%",
+        "1-256 sequences: planner against the better of plain and fixed 8: median >= 0.98 less the A/A half-width; cost model within 5%",
         module("tests.benchmarks.speculation_pays", "{data}/bench_mixed.jsonl", "{data}/bench_copy.jsonl", "--json"),
         own_verdict,
         ("bench_mixed.jsonl", "bench_copy.jsonl"),
@@ -246,7 +246,7 @@ CHECKS: Sequence[Check] = (
     ),
     Check(
         "engine/shared-prompts",
-        "2,000 lines, ten system prompts: a perfect cache's hit rate less 2 points, faster than unshared, last 5% of lines in < 15% of the time",
+        "2,000 lines, ten prompts: a perfect cache's hit rate less 2 points, faster than unshared, last 5% of lines in < 15% of the time",
         module("tests.benchmarks.shared_prompts", "--json"),
         own_verdict,
         seconds=3600,
