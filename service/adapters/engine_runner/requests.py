@@ -27,7 +27,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A line as the engine takes it: `n` requests a prompt, all with the line's id. `style`: how calls are written, if tools are offered."""
+    """A line for the engine: `n` requests a prompt, all with the line's id. `style`: how calls are written, if tools are offered."""
 
     prompts: tuple[Prompt, ...]
     requests: tuple[Request, ...]
