@@ -26,6 +26,8 @@ class Case:
     name: str
     run: Callable[[torch.device], tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]]
     tolerance: float = 0.0
+    least: float = 1e-3
+    """Results smaller than this count as if they were this large: the inputs are of order 1, and what cancels keeps their absolute error."""
 
     def check(self, device: torch.device) -> None:
         """Raises AssertionError naming the case, and how far off which result is."""
@@ -34,7 +36,7 @@ class Case:
             if one.shape != other.shape:
                 raise AssertionError(f"{self.op}/{self.name}: result {index} is {tuple(one.shape)}, not {tuple(other.shape)}")
             if other.is_floating_point():
-                error = relative_error(one, other)
+                error = relative_error(one, other, self.least)
                 if not error <= self.tolerance:  # NaN never passes
                     raise AssertionError(f"{self.op}/{self.name}: result {index} is off by {error:.3g}, allowed {self.tolerance:.3g}")
             elif not bool((one == other).all()):
@@ -42,10 +44,10 @@ class Case:
                 raise AssertionError(f"{self.op}/{self.name}: result {index} differs at {wrong}")
 
 
-def relative_error(made: torch.Tensor, exact: torch.Tensor) -> float:
-    """||made - exact|| / ||exact||, in float64; results smaller than 1e-3 count as if they were 1e-3, as the inputs are of order 1."""
+def relative_error(made: torch.Tensor, exact: torch.Tensor, least: float = 1e-3) -> float:
+    """||made - exact|| / ||exact||, in float64, where the norm of `exact` counts for no less than if each number were `least`."""
     difference = (made.double() - exact.double()).norm()
-    return float(difference / exact.double().norm().clamp(min=1e-3 * exact.numel() ** 0.5))
+    return float(difference / exact.double().norm().clamp(min=least * exact.numel() ** 0.5))
 
 
 @contextlib.contextmanager

@@ -182,7 +182,8 @@ def _row_cases(*, full: bool) -> Iterator[Case]:
             yield Case("add_rms_norm", name, partial(_add_rms_norm, rows, columns, dtype), TOLERANCES[dtype])
             for activation in ("silu", "gelu", "gelu_tanh", "relu") if columns <= 12288 else ():
                 run = partial(_gated_activation, rows, columns, dtype, activation)
-                yield Case("gated_activation", f"{activation} {name}", run, TOLERANCES[dtype])
+                # 1 + erf(gate) cancels where the gate is far below zero: the error is that of numbers of order 1, however small the result
+                yield Case("gated_activation", f"{activation} {name}", run, TOLERANCES[dtype], least=1.0)
 
 
 def _rms_norm(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Results:
