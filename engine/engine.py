@@ -21,6 +21,7 @@ from engine.kv_blocks import BlockPool
 from engine.kv_pool import KVPool
 from engine.lab.recorder import Recorder
 from engine.logit_rules import LogitRules
+from engine.logprobs import Logprobs
 from engine.memory import free_bytes, is_exhausted
 from engine.profile import measure_steps, warm_up
 from engine.row_table import RowTable
@@ -118,6 +119,7 @@ class Engine:
         self._recorder = Recorder.of(config, spec, self.limits, points, self.drafters)
         self._table = RowTable(self.limits.max_sequences, entropy)
         self._rules = LogitRules()
+        self._logprobs = Logprobs()
         self._live: dict[int, _Live] = {}
         self._meter = Meter(self._pool.capacity)
         self._finished = 0
@@ -196,11 +198,12 @@ class Engine:
             except (UnfitRequestError, UnknownDrafterError) as error:
                 self._finished += 1
                 ledger = TokenLedger(prompt=len(request.prompt_token_ids))
-                rejected.append(Result(request.id, (), "", FinishReason.ERROR, ledger, error=str(error)))
+                rejected.append(Result(request.id, (), "", FinishReason.ERROR, ledger, error=str(error), choice=request.choice))
                 continue
             self._recorder.pulled(sequence)
             watch = StopWatch(sequence, self.tokenizer, self.spec.eos_token_ids)
             self._rules.enter(sequence, watch.end_tokens)
+            self._logprobs.enter(sequence)
             self._live[sequence.serial] = _Live(sequence, watch, drafter)
         return True
 
@@ -291,10 +294,11 @@ class Engine:
         """The forward and the verdict on its rows: what a device does in a step, timed until the host has the tokens."""
         started = time.perf_counter_ns()
         output = self._runner.run(work.step, self._speculator.taps)
-        self._rules.apply(output.logits, work)
-        verdict = verify(output.logits, work.rows(self._table), self._steps, work.row_probabilities(output.logits))
+        logits, kept = self._logprobs.keep(output.logits, work)
+        self._rules.apply(logits, work)
+        verdict = verify(logits, work.rows(self._table), self._steps, work.row_probabilities(logits))
         elapsed = time.perf_counter_ns() - started
-        return Outcome.of(work, verdict, output.taps, elapsed)
+        return Outcome.of(work, verdict, output.taps, elapsed, kept)
 
     def _book(self, work: Work, outcome: Outcome) -> list[Result]:
         """Confirms tokens, ends what has ended, and tells everyone who learns from the step."""
@@ -307,6 +311,7 @@ class Engine:
         if outcome.taps:
             self._speculator.observe(Progress(chunks, step.query_start, work.counts + accepted, step.positions, step.slots, outcome.taps))
         charge(work, outcome)
+        self._logprobs.book(work, outcome)
         results = []
         generated = 0
         for index, chunk in enumerate(chunks):
@@ -341,6 +346,7 @@ class Engine:
         sequence = live.sequence
         answered = reason in (FinishReason.STOP, FinishReason.LENGTH)
         self._recorder.ended(sequence, reason)
+        prompt_logprobs, logprobs = self._logprobs.leave(sequence)
         self._remove(live, complete=answered)
         self._finished += 1
         return Result(
@@ -351,12 +357,16 @@ class Engine:
             ledger=sequence.ledger,
             drafter=live.drafter,
             error=error,
+            choice=sequence.request.choice,
+            logprobs=logprobs if answered else (),
+            prompt_logprobs=prompt_logprobs if answered else (),
         )
 
     def _remove(self, live: _Live, *, complete: bool) -> None:
         del self._live[live.sequence.serial]
         self._scheduler.finish(live.sequence, complete=complete)
         self._rules.leave(live.sequence)
+        self._logprobs.leave(live.sequence)
         if live.drafter is not None:
             self._speculator.finish(live.drafter, live.sequence, complete=complete)
 

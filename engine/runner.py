@@ -22,6 +22,8 @@ class PackedStep:
     """One step on the host. S chunks in order; chunk s has `counts[s]` confirmed tokens and `drafts[s]` drafted ones after them.
 
     A chunk that reaches its sequence's end has `drafts[s] + 1` logit rows, from `row_starts[s]` on; others have none (row_counts 0).
+    `logit_rows` also holds rows whose successor is in the prompt, where their log-probabilities are wanted: `scored` marks them (None:
+    there are none), and `row_starts` counts without them.
     """
 
     token_ids: NDArray[np.int64]
@@ -34,6 +36,7 @@ class PackedStep:
     row_starts: NDArray[np.int64]
     row_counts: NDArray[np.int64]
     shared_prefix_blocks: int
+    scored: NDArray[np.bool_] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -61,6 +64,7 @@ def pack(chunks: list[Chunk], draft_tokens: list[NDArray[np.int64]], table_rows:
     rows = np.where([chunk.samples for chunk in chunks], drafted + 1, 0)
     row_ends = np.cumsum(rows)
     logit_rows = np.arange(row_ends[-1]) + np.repeat(ends - row_ends, rows)
+    logit_rows, scored = _with_scored(chunks, ends - lengths, logit_rows)
     query_start = np.zeros(len(chunks) + 1, np.int32)
     query_start[1:] = ends
     return PackedStep(
@@ -74,7 +78,21 @@ def pack(chunks: list[Chunk], draft_tokens: list[NDArray[np.int64]], table_rows:
         row_starts=row_ends - rows,
         row_counts=rows,
         shared_prefix_blocks=_shared_blocks(tables, int(starts.min()) // block_size),
+        scored=scored,
     )
+
+
+def _with_scored(
+    chunks: list[Chunk], firsts: NDArray[np.int64], logit_rows: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.bool_] | None]:
+    """`logit_rows` with the rows of scored prompt tokens among them, ascending, and which those are."""
+    counts = np.array([chunk.scored for chunk in chunks], np.int64)
+    if not counts.any():
+        return logit_rows, None
+    wanted = np.concatenate([np.arange(first, first + count) for first, count in zip(firsts, counts, strict=True)])
+    rows = np.concatenate((wanted, logit_rows))
+    order = np.argsort(rows)
+    return rows[order], order < len(wanted)
 
 
 def _shared_blocks(tables: NDArray[np.int32], complete: int) -> int:

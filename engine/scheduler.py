@@ -26,6 +26,10 @@ _PATIENCE = 4
 """A waiting request is passed over by at most this many full batches."""
 
 
+_SCORED_TOKENS = 256
+"""Prompt tokens of a step that have logits at most: 256 rows over 150,000 tokens are 150 MB."""
+
+
 class UnfitRequestError(ValueError):
     """The request can never run here; the message says why and what would help."""
 
@@ -42,6 +46,14 @@ class Chunk:
     def samples(self) -> bool:
         """Whether this chunk reaches the last confirmed token, so that a new one is sampled."""
         return self.start + self.count == self.sequence.num_tokens
+
+    @property
+    def scored(self) -> int:
+        """How many of its leading tokens have a successor in the prompt whose log-probability is wanted."""
+        sequence = self.sequence
+        if not sequence.request.sampling.prompt_logprobs:
+            return 0
+        return max(0, min(self.start + self.count, sequence.prompt_length - 1) - self.start)
 
 
 @dataclass(slots=True)
@@ -213,7 +225,8 @@ class Scheduler:
 
     def _admit(self, plan: StepPlan) -> None:
         while self._slots and len(self.running) < self.max_step_tokens and (sequence := self.waiting.peek()) is not None:
-            known = self.pool.match(sequence.tokens, (sequence.num_tokens - 1) // self.pool.block_size)
+            shares = not sequence.request.sampling.prompt_logprobs
+            known = self.pool.match(sequence.tokens, (sequence.num_tokens - 1) // self.pool.block_size if shares else 0)
             needed = self.pool.blocks_for(sequence.num_tokens) - len(known)
             if self.running and needed + self._reserve() > self.pool.available_beside(known):
                 break
@@ -231,18 +244,24 @@ class Scheduler:
         sequence.blocks = known + self.pool.allocate(needed)
         sequence.num_matched = len(known)
         sequence.num_published = max(len(known), (sequence.num_tokens - 1) // self.pool.block_size)
-        self.pool.announce(sequence.blocks, len(known), sequence.num_published, sequence.tokens, sequence.serial)
-        sequence.private = False
+        # One whose prompt is scored computes what others may know already, and keeps it to itself.
+        sequence.private = sequence.request.sampling.prompt_logprobs
+        if not sequence.private:
+            self.pool.announce(sequence.blocks, len(known), sequence.num_published, sequence.tokens, sequence.serial)
         sequence.slot = self._slots.pop()
         self.running.append(sequence)
         self.tables.write(sequence)
 
     def _plan_prefill(self, plan: StepPlan) -> None:
         budget = self.max_step_tokens - len(plan.decoding)
+        scored = _SCORED_TOKENS
         for sequence in self.running:
             if budget <= 0:
                 break
             count = 0 if sequence.decoding else min(self._computable(sequence), budget)
+            if sequence.request.sampling.prompt_logprobs:
+                count = min(count, scored)
+                scored -= count
             if count:
                 plan.prefill.append(self._chunk(sequence, count))
                 budget -= count

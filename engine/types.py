@@ -38,6 +38,10 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     min_tokens: int = 0
+    logprobs: int | None = None
+    """None: no log-probabilities; else those of the answer's tokens, with so many of the likeliest beside each."""
+    prompt_logprobs: bool = False
+    """The prompt's too, from its second token on. Its KV is then computed whole: nothing known is shared."""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -52,6 +56,9 @@ class SamplingParams:
             raise ValueError(f"repetition_penalty must be more than 0, got {self.repetition_penalty}")
         if not 0 <= self.min_tokens <= self.max_tokens:
             raise ValueError(f"min_tokens must be from 0 to max_tokens ({self.max_tokens}), got {self.min_tokens}")
+
+        if self.prompt_logprobs and self.logprobs is None:
+            raise ValueError("prompt_logprobs needs logprobs, which says how many tokens to name beside each; 0 will do")
 
     @property
     def greedy(self) -> bool:
@@ -72,7 +79,8 @@ class Request:
 
     `template` names requests that were written from one pattern (same system prompt, say): siblings share
     length statistics and draft for each other. `drafter` is `auto`, `off` or a registered name. `deadline` is a number
-    that only has to be comparable with the other requests' (Unix seconds, say); lower is sooner.
+    that only has to be comparable with the other requests' (Unix seconds, say); lower is sooner. Several requests may have one `id`
+    (answers to one line, say), told apart by `choice`; aborting it ends them all.
     """
 
     id: str
@@ -82,6 +90,7 @@ class Request:
     priority: int = 0
     deadline: float | None = None
     drafter: str = "auto"
+    choice: int = 0
 
 
 @dataclass(slots=True)
@@ -120,6 +129,15 @@ class TokenLedger:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token's natural log-probability under the model, and the likeliest tokens in its place: (token, log-probability), best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Result:
     """What became of a request. `token_ids` includes the end token (it is billed), `text` does not."""
 
@@ -130,3 +148,8 @@ class Result:
     ledger: TokenLedger = field(default_factory=TokenLedger)
     drafter: str | None = None
     error: str | None = None
+    choice: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One entry a token of `token_ids`, where the request wanted them."""
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    """One entry a prompt token from the second on, where the request wanted them."""

@@ -15,6 +15,7 @@ from engine.speculation.verify import accepted_lengths
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from engine.logprobs import Kept
     from engine.row_table import RowTable
     from engine.scheduler import Chunk, StepPlan
     from engine.speculation.speculator import Proposal
@@ -74,7 +75,7 @@ class Work:
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """Per chunk: `accepted` drafts int64 [S], the token `following` them int64 [S] (nothing for chunks that do not sample), and
-    whether all its logits were `finite` bool [S]. `nanoseconds`: the whole step's device time.
+    whether all its logits were `finite` bool [S]. `nanoseconds`: the whole step's device time. `kept`: log-probabilities that are wanted.
     """
 
     accepted: Ints
@@ -82,9 +83,10 @@ class Outcome:
     finite: NDArray[np.bool_]
     taps: dict[int, torch.Tensor]
     nanoseconds: int
+    kept: Kept | None = None
 
     @staticmethod
-    def of(work: Work, verdict: Verdict, taps: dict[int, torch.Tensor], nanoseconds: int) -> Outcome:
+    def of(work: Work, verdict: Verdict, taps: dict[int, torch.Tensor], nanoseconds: int, kept: Kept | None = None) -> Outcome:
         step = work.step
         accepted = accepted_lengths(verdict.stands, step.row_starts, np.maximum(step.row_counts - 1, 0))
         samples = step.row_counts > 0
@@ -92,4 +94,4 @@ class Outcome:
         following[samples] = verdict.tokens[(step.row_starts + accepted)[samples]]
         bad = np.concatenate(([0], np.cumsum(~verdict.finite)))
         finite = bad[step.row_starts + step.row_counts] == bad[step.row_starts]
-        return Outcome(accepted, following, finite, taps, nanoseconds)
+        return Outcome(accepted, following, finite, taps, nanoseconds, kept)

@@ -19,8 +19,8 @@ import orjson
 
 from service.config import Settings, Standin
 from service.domain.line import LineOutcome, LineWork, Outcome
-from service.domain.request_body import CHAT, GenerationRequest, LineRejected, parse_body
-from service.domain.response_body import chat_completion_body, completion_body, completion_id
+from service.domain.request_body import GenerationRequest, LineRejected, parse_body
+from service.domain.response_body import Choice, answer_body, completion_id
 from service.domain.usage import Usage, Work
 from service.errors import ModelUnavailable
 from service.ports import RunnerStats
@@ -121,13 +121,13 @@ class StandinRunner:
         except LineRejected as refusal:
             return _outcome(line, Outcome.REJECTED, status_code=refusal.status, body=refusal.body)
         usage = self._usage(line, asked)
-        build = chat_completion_body if asked.endpoint == CHAT else completion_body
-        body = build(
+        text = answer_text(line.body, self._options.answer_bytes)
+        body = answer_body(
+            asked.endpoint,
             id=completion_id(line.endpoint, line.batch_id, line.line_no),
             created=CREATED,
             model=self._loaded or line.model,
-            text=answer_text(line.body, self._options.answer_bytes),
-            finish_reason="stop",
+            choices=[Choice(text, "stop") for _ in range(asked.choices)],
             usage=usage,
             system_fingerprint="standin",
         )
@@ -144,7 +144,8 @@ class StandinRunner:
     def _usage(self, line: LineWork, asked: GenerationRequest) -> Usage:
         size = len(orjson.dumps(line.body))
         answer = max(1, self._options.answer_bytes // BYTES_PER_TOKEN)
-        return Usage(input_tokens=max(1, size // BYTES_PER_TOKEN), output_tokens=min(answer, asked.max_tokens or answer))
+        limit = answer if asked.max_tokens is None else asked.max_tokens
+        return Usage(input_tokens=max(1, size // BYTES_PER_TOKEN), output_tokens=min(answer, limit) * asked.choices)
 
     def _note(self, event: str, line: LineWork) -> None:
         if self._witness is not None:

@@ -11,19 +11,21 @@ from service.domain.money import Rates
 
 @dataclass(slots=True)
 class ModelSizes:
-    """Sums over the lines of one model. `limited_answers`: tokens that lines with a limit may generate at most."""
+    """Sums over the lines of one model. `limited_tokens`: what answers with a limit may come to at most."""
 
     lines: int = 0
     prompt_tokens: int = 0
-    limited_lines: int = 0
+    answers: int = 0
     limited_answers: int = 0
+    limited_tokens: int = 0
 
-    def add(self, prompt_tokens: int, answer_limit: int | None) -> None:
+    def add(self, prompt_tokens: int, answer_limit: int | None, answers: int = 1) -> None:
         self.lines += 1
         self.prompt_tokens += prompt_tokens
+        self.answers += answers
         if answer_limit is not None:
-            self.limited_lines += 1
-            self.limited_answers += answer_limit
+            self.limited_answers += answers
+            self.limited_tokens += answer_limit * answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +64,11 @@ class Estimate:
 
 def price_of(model: str, sizes: ModelSizes, rates: Rates, answers: AnswerLength) -> Price:
     """The three prices of a model's lines."""
-    unlimited = sizes.lines - sizes.limited_lines
-    most = sizes.limited_answers + unlimited * answers.longest
-    average = answers.average if answers.average is not None else Fraction(most, 2 * sizes.lines) if sizes.lines else Fraction(0)
-    expected = min(max(round(average * sizes.lines), sizes.lines), most)
-    tokens = sizes.lines, expected, most
+    count = sizes.answers
+    most = sizes.limited_tokens + (count - sizes.limited_answers) * answers.longest
+    average = answers.average if answers.average is not None else Fraction(most, 2 * count) if count else Fraction(0)
+    expected = min(max(round(average * count), count), most)
+    tokens = count, expected, most
     prompts = [
         sizes.prompt_tokens * rate for rate in (min(rates.input, rates.cached_input), rates.input, max(rates.input, rates.cached_input))
     ]

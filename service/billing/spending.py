@@ -19,10 +19,9 @@ def prompt_bound(request: GenerationRequest) -> int:
 
     The chat template's own words are allowed for in passing; a template that adds more is caught when the line is delivered.
     """
-    if isinstance(request.prompt, tuple):
-        return len(request.prompt)
-    texts = [request.prompt] if request.prompt is not None else [part for m in request.template_input for part in m.values()]
-    return _TEMPLATE_TOKENS + sum(_TURN_TOKENS + len(text.encode()) for text in texts)
+    tokens = sum(len(prompt) for prompt in request.prompts if not isinstance(prompt, str))
+    texts = request.prompt_texts
+    return tokens + (_TEMPLATE_TOKENS if texts else 0) + sum(_TURN_TOKENS + len(text.encode()) for text in texts)
 
 
 def worst_case(prompt_tokens: int, answer_tokens: int, rates: Rates) -> int:

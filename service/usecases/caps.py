@@ -52,7 +52,7 @@ class CapGate:
         if book is None:
             book = self._prices[lease.price_version] = uow.ledger.price_book(lease.price_version)
         answer = request.max_tokens if request.max_tokens is not None else self.context()
-        return worst_case(prompt_bound(request), answer, book.rates(lease.model))
+        return worst_case(prompt_bound(request), answer * request.choices, book.rates(lease.model))
 
 
 def never_run(work: LineWork) -> LineOutcome:

@@ -25,7 +25,7 @@ from service.usecases.user_buckets import BucketProblem, explained, find_input, 
 READ_BYTES = 1 << 20
 HISTORY = timedelta(days=30)
 """How far back answers of the same model are looked at."""
-TURN_TOKENS, TEMPLATE_TOKENS = 4, 8
+TURN_TOKENS, TEMPLATE_TOKENS = 3, 8
 """What a chat template adds to a message and to a conversation, roughly: its text is known to the engine alone."""
 UNKNOWN_CONTEXT = 8192
 """Tokens of an answer without a limit, at most."""
@@ -85,11 +85,10 @@ def estimate_batch(
 
 def prompt_tokens(request: GenerationRequest, count: CountTokens) -> int:
     """Tokens of a prompt: exact for text and token ids, with an allowance for what a chat template adds."""
-    if isinstance(request.prompt, tuple):
-        return len(request.prompt)
-    if request.prompt is not None:
-        return count(request.prompt)
-    return TEMPLATE_TOKENS + sum(TURN_TOKENS + count(turn["content"]) for turn in request.template_input)
+    if request.messages is None:
+        return sum(count(prompt) if isinstance(prompt, str) else len(prompt) for prompt in request.prompts)
+    texts = request.prompt_texts
+    return TEMPLATE_TOKENS + TURN_TOKENS * len(request.messages) + sum(count(text) for text in texts)
 
 
 def guess_tokens(text: str) -> int:
@@ -130,7 +129,8 @@ class _Count:
         counter = self.tokenizers(model)
         if counter is None:
             self.guessed.add(model)
-        self.sizes.setdefault(model, ModelSizes()).add(prompt_tokens(request, counter or guess_tokens), request.max_tokens)
+        prompt = prompt_tokens(request, counter or guess_tokens)
+        self.sizes.setdefault(model, ModelSizes()).add(prompt, request.max_tokens, request.choices)
 
     def _duplicate(self, line: CheckedLine) -> InputError | None:
         custom_id, line_no = line.staged.custom_id or "", line.staged.line_no
@@ -175,7 +175,7 @@ def _priced(count: _Count, book: PriceBook, answers: dict[str, Fraction]) -> Est
             (
                 f"prompt tokens guessed at {BYTES_PER_TOKEN} bytes each" if model in count.guessed else "prompt tokens counted",
                 f"answers as long as those of the last {HISTORY.days} days" if model in answers else "answers half as long as their limit",
-                *([f"answers without a limit have at most {UNKNOWN_CONTEXT} tokens"] if sizes.limited_lines < sizes.lines else []),
+                *([f"answers without a limit have at most {UNKNOWN_CONTEXT} tokens"] if sizes.limited_answers < sizes.answers else []),
             )
         )
         for model, sizes in sorted(count.sizes.items())

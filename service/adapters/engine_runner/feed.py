@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from engine.drafters.builtin import OFF
 from engine.engine import Engine
 from engine.types import FinishReason, Request, Result, TokenLedger
-from service.adapters.engine_runner.requests import build_request
+from service.adapters.engine_runner.answers import Answers
+from service.adapters.engine_runner.requests import Prepared, prepare, request_id
 from service.domain.line import LineOutcome, LineWork, Outcome
-from service.domain.request_body import CHAT, GenerationRequest, LineRejected, parse_body
-from service.domain.response_body import chat_completion_body, completion_body, completion_id
-from service.domain.usage import Usage, Work
+from service.domain.request_body import GenerationRequest, LineRejected, parse_body
+from service.domain.response_body import Made, answer_body, completion_id
+from service.domain.usage import Work
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The model that is loaded. `name`: as it is registered. `fingerprint`: what decides an answer besides the request."""
+    """The model that is loaded. `name`: as it is registered. `made`: what decides an answer besides the request and the drafter."""
 
     name: str
     engine: Engine
-    fingerprint: str
+    made: Made
+
+    @property
+    def fingerprint(self) -> str:
+        """`made` in short, drafter aside."""
+        revision = hashlib.blake2b(self.made.revision.encode(), digest_size=4).hexdigest()
+        return f"ld-{self.made.engine}-{self.made.dtype}-{revision}"
+
+
+@dataclass(slots=True)
+class _Line:
+    """A line whose answers the engine is making. results: by choice, as they come."""
+
+    work: LineWork
+    asked: GenerationRequest
+    prepared: Prepared
+    results: dict[int, Result] = field(default_factory=dict)
 
 
 class Feed:
@@ -35,8 +53,9 @@ class Feed:
 
     def __init__(self, loaded: Loaded, lines: Iterator[LineWork | None]) -> None:
         self._loaded = loaded
+        self._answers = Answers(loaded.engine.tokenizer)
         self._lines = lines
-        self._running: dict[str, tuple[LineWork, GenerationRequest]] = {}
+        self._running: dict[str, _Line] = {}
         self._rejected: list[LineOutcome] = []
         self.exhausted = False
 
@@ -49,44 +68,55 @@ class Feed:
                 return
             if line is None:
                 yield None
-            elif (request := self._admit(line)) is not None:
-                yield request
+            else:
+                yield from self._admit(line)
 
     def take_rejected(self) -> list[LineOutcome]:
         rejected, self._rejected = self._rejected, []
         return rejected
 
     def outcome(self, result: Result) -> LineOutcome | None:
-        """None for an aborted request: nobody wants it any more."""
-        line, asked = self._running.pop(result.id)
-        if result.finish_reason is FinishReason.ABORTED:
+        """The line's outcome with the last of its results, None before. None for an aborted line too: nobody wants it any more."""
+        line = self._running[result.id]
+        line.results[result.choice] = result
+        if len(line.results) < len(line.prepared.requests):
             return None
-        work = _work(result.ledger)
-        if result.finish_reason is FinishReason.ERROR:
-            message = result.error or "the engine gave no reason"
-            return _outcome(line, Outcome.FAILED, error_code="engine_error", error_message=message, work=work)
-        usage = Usage(input_tokens=result.ledger.prompt, cached_tokens=result.ledger.cached, output_tokens=result.ledger.generated)
-        build = chat_completion_body if asked.endpoint == CHAT else completion_body
-        body = build(
-            id=completion_id(line.endpoint, line.batch_id, line.line_no),
+        del self._running[result.id]
+        results = [line.results[choice] for choice in sorted(line.results)]
+        if any(one.finish_reason is FinishReason.ABORTED for one in results):
+            return None
+        work = sum((_work(one.ledger) for one in results), Work())
+        failed = next((one for one in results if one.finish_reason is FinishReason.ERROR), None)
+        if failed is not None:
+            message = failed.error or "the engine gave no reason"
+            return _outcome(line.work, Outcome.FAILED, error_code="engine_error", error_message=message, work=work)
+        return self._answered(line, results, work)
+
+    def _answered(self, line: _Line, results: list[Result], work: Work) -> LineOutcome:
+        asked, drafter = line.asked, results[0].drafter
+        usage = self._answers.usage(asked, line.prepared, results)
+        id = completion_id(line.work.endpoint, line.work.batch_id, line.work.line_no)
+        body = answer_body(
+            asked.endpoint,
+            id=id,
             created=int(time.time()),
             model=self._loaded.name,
-            text=result.text,
-            finish_reason=result.finish_reason.value,
+            choices=self._answers.choices(id, asked, line.prepared, results),
             usage=usage,
-            system_fingerprint=f"{self._loaded.fingerprint}-{result.drafter or OFF}",
+            system_fingerprint=f"{self._loaded.fingerprint}-{drafter or OFF}",
+            made=replace(self._loaded.made, drafter=drafter or OFF),
         )
-        return _outcome(line, Outcome.SUCCEEDED, status_code=200, body=body, usage=usage, work=work, drafter=result.drafter)
+        return _outcome(line.work, Outcome.SUCCEEDED, status_code=200, body=body, usage=usage, work=work, drafter=drafter)
 
-    def _admit(self, line: LineWork) -> Request | None:
+    def _admit(self, line: LineWork) -> tuple[Request, ...]:
         try:
             asked = parse_body(line.endpoint, line.body)
-            request = build_request(self._loaded.engine, line, asked)
+            prepared = prepare(self._loaded.engine, line, asked)
         except LineRejected as refusal:
             self._rejected.append(_outcome(line, Outcome.REJECTED, status_code=refusal.status, body=refusal.body))
-            return None
-        self._running[request.id] = (line, asked)
-        return request
+            return ()
+        self._running[request_id(line.key)] = _Line(line, asked, prepared)
+        return prepared.requests
 
 
 def _outcome(line: LineWork, outcome: Outcome, **values: Any) -> LineOutcome:

@@ -3,69 +3,139 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from engine.drafters.registry import UnknownDrafterError
 from engine.engine import Engine
 from engine.types import Request, SamplingParams
 from service.domain.line import LineWork
 from service.domain.request_body import GenerationRequest, LineRejected
+from service.domain.tool_calls import ToolStyle, tool_style
 
 TEMPLATE_CHARACTERS = 64
 """Lines whose prompts begin alike this far were written from one pattern, as far as drafting and length statistics care."""
 
 
-def build_request(engine: Engine, line: LineWork, asked: GenerationRequest) -> Request:
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt of a line. `text`: as rendered, for chats."""
+
+    tokens: tuple[int, ...]
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A line for the engine: `n` requests a prompt, all with the line's id. `style`: how calls are written, if tools are offered."""
+
+    prompts: tuple[Prompt, ...]
+    requests: tuple[Request, ...]
+    style: ToolStyle | None = None
+
+
+def prepare(engine: Engine, line: LineWork, asked: GenerationRequest) -> Prepared:
     """Raises LineRejected where the model cannot take it: no chat template, foreign tokens, a context that is too long."""
-    prompt = _encode(engine, asked)
-    sampling = SamplingParams(
-        max_tokens=_room(engine, asked, len(prompt)),
+    try:
+        engine.drafters.resolve(line.drafter)
+    except UnknownDrafterError as error:
+        raise LineRejected(f"{error}.", param="drafter", code="unsupported_value") from None
+    _check_tokens(engine, "logit_bias", [token for token, _ in asked.logit_bias])
+    _check_tokens(engine, "stop_token_ids", asked.stop_token_ids)
+    if asked.answer_format is not None or asked.tool_choice not in ("none", "auto"):
+        param = asked.answer_format.param if asked.answer_format is not None else "tool_choice"
+        raise LineRejected(f"'{param}' is not supported: answers are not constrained to a format.", param=param, code="unsupported_value")
+    style = _style(engine, asked)
+    prompts = _encode(engine, asked)
+    requests: list[Request] = []
+    for number, prompt in enumerate(prompts):
+        param = "messages" if asked.messages is not None else "prompt" if len(prompts) == 1 else f"prompt[{number}]"
+        limit = _room(engine, asked, len(prompt.tokens), param)
+        for sample in range(asked.n):
+            request = Request(
+                id=request_id(line.key),
+                prompt_token_ids=prompt.tokens,
+                sampling=_sampling(asked, limit, sample),
+                template=line.template or _template(asked),
+                priority=line.priority,
+                deadline=line.deadline,
+                drafter=line.drafter,
+                choice=len(requests),
+            )
+            requests.append(request)
+    return Prepared(prompts, tuple(requests), style)
+
+
+def _sampling(asked: GenerationRequest, limit: int, sample: int) -> SamplingParams:
+    if asked.min_tokens > limit:
+        raise LineRejected(
+            f"Invalid 'min_tokens': {asked.min_tokens}; there is room for {limit} tokens.", param="min_tokens", code="invalid_value"
+        )
+    return SamplingParams(
+        max_tokens=limit,
         temperature=asked.temperature,
         top_p=asked.top_p,
         top_k=asked.top_k,
         seed=asked.seed,
         stop=asked.stop,
-    )
-    try:
-        engine.drafters.resolve(line.drafter)
-    except UnknownDrafterError as error:
-        raise LineRejected(f"{error}.", param="drafter", code="unsupported_value") from None
-    return Request(
-        id=request_id(line.key),
-        prompt_token_ids=prompt,
-        sampling=sampling,
-        template=line.template or _template(asked),
-        priority=line.priority,
-        deadline=line.deadline,
-        drafter=line.drafter,
+        stop_token_ids=asked.stop_token_ids,
+        ignore_eos=asked.ignore_eos,
+        sample=sample,
+        presence_penalty=asked.presence_penalty,
+        frequency_penalty=asked.frequency_penalty,
+        repetition_penalty=asked.repetition_penalty,
+        logit_bias=asked.logit_bias,
+        min_tokens=asked.min_tokens,
+        logprobs=asked.logprobs,
+        prompt_logprobs=asked.echo and asked.logprobs is not None,
     )
 
 
-def _encode(engine: Engine, asked: GenerationRequest) -> tuple[int, ...]:
+def _style(engine: Engine, asked: GenerationRequest) -> ToolStyle | None:
+    if not asked.template_tools:
+        return None
+    style = tool_style(engine.tokenizer.chat_template)
+    if style is None:
+        raise LineRejected(
+            'This model\'s chat template does not know tools. Allowed: no tools, or tool_choice "none".',
+            param="tools",
+            code="unsupported_value",
+        )
+    return style
+
+
+def _encode(engine: Engine, asked: GenerationRequest) -> tuple[Prompt, ...]:
     tokenizer = engine.tokenizer
     if asked.messages is not None:
         try:
-            return tokenizer.encode_chat(asked.template_input)
+            text = tokenizer.render_chat(asked.template_input, tools=asked.template_tools)
         except Exception as error:  # noqa: BLE001 - a chat template is a program that came with the model; it may raise anything
             raise LineRejected(
                 f"The model's chat template refuses these messages: {error}", param="messages", code="invalid_value"
             ) from None
-    if isinstance(asked.prompt, tuple):
-        largest = engine.spec.vocab_size - 1
-        if (highest := max(asked.prompt)) > largest:
-            raise LineRejected(f"Invalid 'prompt': token {highest}; this model's are 0 to {largest}.", param="prompt", code="invalid_value")
-        return asked.prompt
-    assert asked.prompt is not None
-    return tokenizer.encode(asked.prompt)
+        return (Prompt(tokenizer.encode_rendered(text), text),)
+    for prompt in asked.prompts:
+        if not isinstance(prompt, str):
+            _check_tokens(engine, "prompt", prompt)
+    return tuple(Prompt(tokenizer.encode(prompt) if isinstance(prompt, str) else prompt) for prompt in asked.prompts)
 
 
-def _room(engine: Engine, asked: GenerationRequest, prompt_tokens: int) -> int:
-    """How many tokens the answer may have: what was asked for, else what is left. Raises LineRejected where that does not fit."""
-    param = "prompt" if asked.messages is None else "messages"
+def _check_tokens(engine: Engine, param: str, tokens: Sequence[int]) -> None:
+    largest = engine.spec.vocab_size - 1
+    if (highest := max(tokens, default=0)) > largest:
+        raise LineRejected(f"Invalid '{param}': token {highest}; this model's are 0 to {largest}.", param=param, code="invalid_value")
+
+
+def _room(engine: Engine, asked: GenerationRequest, prompt_tokens: int, param: str) -> int:
+    """How many tokens the answer may have: what was asked for, else what is left. Raises LineRejected where that does not fit.
+
+    Where only the prompt is scored, one token is generated all the same, for nobody.
+    """
     if prompt_tokens == 0:
         raise LineRejected(f"Invalid '{param}': it has no tokens.", param=param, code="invalid_value")
     limit = context_of(engine)
     why = "this model's maximum context length" if limit == engine.spec.max_positions else "what this worker's KV cache holds"
-    wanted = asked.max_tokens if asked.max_tokens is not None else 1
+    wanted = max(asked.max_tokens, 1) if asked.max_tokens is not None else 1
     if prompt_tokens + wanted > limit:
         raise LineRejected(
             f"{limit} tokens are {why}; you asked for {prompt_tokens + wanted}: {prompt_tokens} in '{param}' and {wanted} for the answer. "
@@ -73,7 +143,7 @@ def _room(engine: Engine, asked: GenerationRequest, prompt_tokens: int) -> int:
             param=param if prompt_tokens >= limit or asked.max_tokens is None else "max_tokens",
             code="context_length_exceeded",
         )
-    return asked.max_tokens if asked.max_tokens is not None else limit - prompt_tokens
+    return wanted if asked.max_tokens is not None else limit - prompt_tokens
 
 
 def context_of(engine: Engine) -> int:
@@ -82,7 +152,7 @@ def context_of(engine: Engine) -> int:
 
 
 def _template(asked: GenerationRequest) -> str:
-    start = asked.messages[0].content if asked.messages else asked.prompt
+    start = asked.messages[0].content if asked.messages else asked.prompts[0]
     return hashlib.blake2b(repr(start[:TEMPLATE_CHARACTERS] if start else "").encode(), digest_size=8).hexdigest()
 
 

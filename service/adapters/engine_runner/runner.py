@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from importlib.metadata import version
@@ -12,6 +11,7 @@ from pathlib import Path
 from engine.checkpoints import LoadedModel, fetch, load_model
 from engine.checkpoints.cache import SharedFolders
 from engine.config import EngineConfig
+from engine.drafters.builtin import OFF
 from engine.engine import Engine
 from engine.profile import Profiles
 from service.adapters.engine_options import kv_budget
@@ -19,6 +19,7 @@ from service.adapters.engine_runner.feed import Feed, Loaded
 from service.adapters.engine_runner.requests import context_of, request_id
 from service.config import EngineSettings, ModelEntry
 from service.domain.line import LineOutcome, LineWork
+from service.domain.response_body import Made
 from service.errors import ModelUnavailable
 from service.ports import RunnerStats
 
@@ -72,7 +73,7 @@ class EngineRunner:
             raise ModelUnavailable(f"The model {model!r} does not run here: {error}.") from error
         self._load_ns += weights_ready - started
         self._profile_ns += time.perf_counter_ns() - weights_ready
-        self._loaded = Loaded(model, engine, _fingerprint(engine))
+        self._loaded = Loaded(model, engine, _made(model, engine))
 
     def run(self, lines: Iterable[LineWork | None]) -> Iterator[LineOutcome]:
         """Outcomes as lines finish. A body that cannot be run is REJECTED with OpenAI's 400; the others go on."""
@@ -174,8 +175,7 @@ def _load_checkpoint(model: str, entry: ModelEntry, config: EngineConfig, cache_
         raise ModelUnavailable(message, lasting=not isinstance(error, OSError)) from error
 
 
-def _fingerprint(engine: Engine) -> str:
-    """Names what decides an answer besides the request: engine version, number format, weights."""
-    dtype = str(engine.spec.dtype).removeprefix("torch.")
-    revision = hashlib.blake2b(f"{engine.spec.name}@{engine.spec.revision}".encode(), digest_size=4).hexdigest()
-    return f"ld-{version('longdraft')}-{dtype}-{revision}"
+def _made(model: str, engine: Engine) -> Made:
+    """What decides an answer besides the request: weights, number format, engine version."""
+    spec = engine.spec
+    return Made(model, f"{spec.name}@{spec.revision}", str(spec.dtype).removeprefix("torch."), version("longdraft"), OFF)

@@ -65,13 +65,14 @@ class Prompts:
 
     def _prompt(self, line: BenchLine) -> Prompt:
         asked = parse_body(line.endpoint, line.body)
+        if asked.choices > 1:
+            raise ValueError(f"line {line.custom_id!r} asks for {asked.choices} answers; the benchmark compares one answer a line")
         if asked.messages is not None:
             text = self._tokenizer.apply_chat_template(asked.template_input, tokenize=False, add_generation_prompt=True)
             tokens = self._tokenizer.encode(text, add_special_tokens=False)
-        elif isinstance(asked.prompt, tuple):
-            tokens = list(asked.prompt)
         else:
-            tokens = self._tokenizer.encode(asked.prompt)
+            prompt = asked.prompts[0]
+            tokens = list(prompt) if isinstance(prompt, tuple) else self._tokenizer.encode(prompt)
         return Prompt(line.custom_id, asked, tokens, asked.max_tokens or self._context - len(tokens))
 
     def _decode(self, tokens: list[int]) -> str:

@@ -130,23 +130,60 @@ def string_map(param: str, value: Any) -> None:
         )
 
 
-def token_or_text_prompt(param: str, value: Any) -> str | tuple[int, ...]:
-    """The `prompt` of /v1/completions: text, or token ids; an array of exactly one of these means that one."""
-    if isinstance(value, list) and value and isinstance(value[0], str | list):
-        if len(value) > 1:
+MAX_BIASES, MAX_STOP_TOKENS = 1024, 64
+
+
+def token_biases(param: str, value: Any) -> tuple[tuple[int, float], ...]:
+    """`{"token id": bias}`, as OpenAI has it: what is added to the token's logit, -100 to 100."""
+    if not isinstance(value, dict):
+        raise wrong_type(param, 'an object such as {"1234": -100}', value)
+    if len(value) > MAX_BIASES:
+        raise LineRejected(
+            f"Invalid '{param}': {len(value)} tokens, at most {MAX_BIASES} are allowed.", param=param, code="object_above_max_properties"
+        )
+    biases: dict[int, float] = {}
+    for name, bias in value.items():
+        if not (name.isascii() and name.isdigit()) or int(name[:12]) > INT32_MAX:
             raise LineRejected(
-                f"Invalid '{param}': {len(value)} prompts in one line; write one line for each prompt.",
-                param=param,
-                code="array_above_max_length",
+                f"Invalid '{param}': {show(name)} is not a token id, which is an integer of 0 or more.", param=param, code="invalid_value"
             )
-        value = value[0]
+        biases[int(name[:12])] = number(-100, 100)(f"{param}.{name[:12]}", bias)
+    return tuple(biases.items())
+
+
+def token_ids(param: str, value: Any) -> tuple[int, ...]:
+    """An array of token ids."""
+    if not isinstance(value, list):
+        raise wrong_type(param, "an array of token ids", value)
+    if len(value) > MAX_STOP_TOKENS:
+        raise LineRejected(
+            f"Invalid '{param}': {len(value)} tokens, at most {MAX_STOP_TOKENS} are allowed.", param=param, code="array_above_max_length"
+        )
+    return tuple(_token(f"{param}[{position}]", token) for position, token in enumerate(value))
+
+
+def prompts(param: str, value: Any) -> tuple[str | tuple[int, ...], ...]:
+    """The `prompt` of /v1/completions: text, token ids, or an array of either."""
+    several = isinstance(value, list) and bool(value) and isinstance(value[0], str | list)
+    if not several:
+        return (_prompt(param, value),)
+    return tuple(_prompt(f"{param}[{index}]", item) for index, item in enumerate(value))
+
+
+def _prompt(param: str, value: Any) -> str | tuple[int, ...]:
+    prompt: str | tuple[int, ...]
     if isinstance(value, list):
-        for position, token in enumerate(value):
-            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token <= INT32_MAX:
-                raise wrong_type(f"{param}[{position}]", "a token id (an integer of 0 or more)", token)
-        value = tuple(value)
-    elif not isinstance(value, str):
+        prompt = tuple(_token(f"{param}[{position}]", token) for position, token in enumerate(value))
+    elif isinstance(value, str):
+        prompt = value
+    else:
         raise wrong_type(param, "a string or an array of token ids", value)
-    if not value:
+    if not prompt:
         raise LineRejected(f"Invalid '{param}': it is empty; at least 1 character or token is needed.", param=param, code="invalid_value")
-    return value  # type: ignore[no-any-return]  # narrowed to str or tuple above
+    return prompt
+
+
+def _token(param: str, token: Any) -> int:
+    if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token <= INT32_MAX:
+        raise wrong_type(param, "a token id (an integer of 0 or more)", token)
+    return token

@@ -18,13 +18,17 @@ from service.domain.requests.checks import (
     integer,
     number,
     only,
+    prompts,
     stop_sequences,
     string,
     string_map,
-    token_or_text_prompt,
+    token_biases,
+    token_ids,
     wrong_type,
 )
+from service.domain.requests.formats import parse_regex, parse_response_format
 from service.domain.requests.messages import parse_messages
+from service.domain.requests.tools import parse_tool_choice, parse_tools
 
 
 class Treatment(StrEnum):
@@ -75,51 +79,59 @@ def _top_k(param: str, value: Any) -> int:
     return max(0, int(integer(-1, INT32_MAX)(param, value)))
 
 
+def _chat_logprobs(param: str, value: Any) -> int | None:
+    """Without `top_logprobs`: those of the tokens themselves."""
+    return 0 if _boolean(param, value) else None
+
+
 def _retention(param: str, value: Any) -> None:
     if value not in ("in_memory", "in-memory", "24h"):
         raise LineRejected(f'Invalid \'{param}\'. Allowed: "in_memory", "24h".', param=param, code="invalid_value")
 
 
+MAX_CHOICES = 128
+"""Answers to one line: prompts times `n`."""
+
 _BATCH = "the answers of a batch are written whole"
-_ONE = "one answer is generated for a line; repeat the line under another custom_id for more"
-_PENALTY = "penalties are not applied"
-_TOOLS = "tool calls are not supported"
+_ONE = "one candidate is generated for an answer; ask for more answers with n"
+_FUNCTIONS = "it was replaced by tools and tool_choice, which are supported"
 _TEXT = "the models here read and write text only"
 
 _SHARED: dict[str, Field] = {
     "model": _takes("model", _model, required=True),
-    "max_tokens": _takes("max_tokens", integer(1, INT32_MAX)),
     "temperature": _takes("temperature", number(0, 2)),
     "top_p": _takes("top_p", number(0, 1)),
     "top_k": _takes("top_k", _top_k),
     "seed": _takes("seed", integer(-(2**63), 2**63 - 1)),
     "stop": _takes("stop", stop_sequences),
-    "n": _neutral(1, why=_ONE),
+    "stop_token_ids": _takes("stop_token_ids", token_ids),
+    "ignore_eos": _takes("ignore_eos", _boolean),
+    "n": _takes("n", integer(1, MAX_CHOICES)),
+    "presence_penalty": _takes("presence_penalty", number(-2, 2)),
+    "frequency_penalty": _takes("frequency_penalty", number(-2, 2)),
+    "repetition_penalty": _takes("repetition_penalty", number(0.01, 10)),
+    "logit_bias": _takes("logit_bias", token_biases),
+    "min_tokens": _takes("min_tokens", integer(0, INT32_MAX)),
+    "guided_regex": _takes("answer_format", parse_regex),
     "stream": _neutral(False, why=_BATCH),
     "stream_options": _neutral(why=_BATCH),
-    "presence_penalty": _neutral(0, why=_PENALTY),
-    "frequency_penalty": _neutral(0, why=_PENALTY),
-    "repetition_penalty": _neutral(1, why=_PENALTY),
-    "logit_bias": _neutral({}, why="token biases are not applied"),
     "min_p": _neutral(0, why="this filter is not applied; top_p and top_k are"),
-    "min_tokens": _neutral(0, why="a minimum length is not enforced"),
-    "ignore_eos": _neutral(False, why="answers end where the model ends them"),
-    "stop_token_ids": _neutral([], why="stop by text with 'stop'"),
     "user": _label(string(512)),
 }
 
 CHAT_FIELDS: Mapping[str, Field] = {
     **_SHARED,
     "messages": _takes("messages", parse_messages, required=True),
+    "max_tokens": _takes("max_tokens", integer(1, INT32_MAX)),
     "max_completion_tokens": _takes("max_tokens", integer(1, INT32_MAX)),
-    "logprobs": _neutral(False, why="log-probabilities are not returned"),
-    "top_logprobs": _neutral(0, why="log-probabilities are not returned"),
-    "response_format": _neutral({"type": "text"}, why="answers are not constrained to a format"),
-    "tools": _neutral([], why=_TOOLS),
-    "tool_choice": _neutral("none", "auto", why=_TOOLS),
-    "parallel_tool_calls": _label(_boolean),  # says how tools are called; without tools it says nothing
-    "functions": _neutral([], why=_TOOLS),
-    "function_call": _neutral("none", "auto", why=_TOOLS),
+    "logprobs": _takes("logprobs", _chat_logprobs),
+    "top_logprobs": _takes("logprobs", integer(0, 20)),
+    "response_format": _takes("answer_format", parse_response_format),
+    "tools": _takes("tools", parse_tools),
+    "tool_choice": _takes("tool_choice", parse_tool_choice),
+    "parallel_tool_calls": _takes("parallel_tool_calls", _boolean),
+    "functions": _neutral([], why=_FUNCTIONS),
+    "function_call": _neutral("none", "auto", why=_FUNCTIONS),
     "modalities": _neutral(["text"], why=_TEXT),
     "audio": _neutral(why=_TEXT),
     "prediction": _neutral(why="drafts come from the server's own drafters"),
@@ -139,9 +151,10 @@ CHAT_FIELDS: Mapping[str, Field] = {
 
 COMPLETION_FIELDS: Mapping[str, Field] = {
     **_SHARED,
-    "prompt": _takes("prompt", token_or_text_prompt, required=True),
+    "prompt": _takes("prompts", prompts, required=True),
+    "max_tokens": _takes("max_tokens", integer(0, INT32_MAX)),
+    "logprobs": _takes("logprobs", integer(0, 5)),
+    "echo": _takes("echo", _boolean),
     "best_of": _neutral(1, why=_ONE),
-    "echo": _neutral(False, why="the prompt is not repeated in the answer"),
-    "logprobs": _neutral(why="log-probabilities are not returned"),
     "suffix": _neutral("", why="text is continued, not filled in"),
 }

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from service.domain.requests.checks import LineRejected, show, wrong_type
 
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 """OpenAI's roles -> the template's. Chat templates of open models know `system`, which is what `developer` replaced."""
 
 _OPTIONAL: dict[str, tuple[Any, ...]] = {
     # What an earlier answer carries when it is sent back: accepted where it says nothing.
     "refusal": (None,),
-    "tool_calls": (None, []),
     "function_call": (None,),
     "audio": (None,),
     "annotations": (None, []),
 }
+
+
+_OWN = {"assistant": "tool_calls", "tool": "tool_call_id"}
+"""What one role alone may carry. Elsewhere it is accepted where it says nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +32,19 @@ class Message:
     role: str
     content: str
     name: str | None = None
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+    """Calls of an earlier answer, as templates take them: arguments as an object."""
+    tool_call_id: str | None = None
 
-    def as_template_input(self) -> dict[str, str]:
-        turn = {"role": self.role, "content": self.content}
-        return turn if self.name is None else {**turn, "name": self.name}
+    def as_template_input(self) -> dict[str, Any]:
+        turn: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.name is not None:
+            turn["name"] = self.name
+        if self.tool_calls:
+            turn["tool_calls"] = [dict(call) for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            turn["tool_call_id"] = self.tool_call_id
+        return turn
 
 
 def parse_messages(param: str, value: Any) -> tuple[Message, ...]:
@@ -51,18 +65,42 @@ def _message(param: str, item: Any) -> Message:
             f"'{param}.role' {show(role)} is not supported. Allowed: {', '.join(ROLES)}.", param=f"{param}.role", code="unsupported_value"
         )
     for name, content in item.items():
-        if name in ("role", "content", "name"):
+        if name in ("role", "content", "name") or name == _OWN.get(role):
             continue
-        if name not in _OPTIONAL:
+        if name not in _OPTIONAL and name not in _OWN.values():
             raise LineRejected(f"Unknown parameter: '{param}.{name}'.", param=f"{param}.{name}", code="unknown_parameter")
-        if content not in _OPTIONAL[name]:
+        if content not in _OPTIONAL.get(name, (None, [])):
             raise LineRejected(
                 f"'{param}.{name}' is not supported by this server; leave it out.", param=f"{param}.{name}", code="unsupported_value"
             )
     name = item.get("name")
     if name is not None and not (isinstance(name, str) and 1 <= len(name) <= 64):
         raise wrong_type(f"{param}.name", "a string of 1 to 64 characters", name)
-    return Message(role=ROLES[role], content=_content(f"{param}.content", item.get("content")), name=name)
+    calls = _calls(f"{param}.tool_calls", item["tool_calls"]) if role == "assistant" and item.get("tool_calls") else ()
+    content = "" if calls and item.get("content") is None else _content(f"{param}.content", item.get("content"))
+    call_id = item.get("tool_call_id")
+    if role == "tool" and not (isinstance(call_id, str) and 1 <= len(call_id) <= 256):
+        raise wrong_type(f"{param}.tool_call_id", "the id of the call that this answers", call_id)
+    return Message(ROLES[role], content, name, calls, call_id if role == "tool" else None)
+
+
+def _calls(param: str, value: Any) -> tuple[Mapping[str, Any], ...]:
+    if not isinstance(value, list):
+        raise wrong_type(param, "an array of calls", value)
+    return tuple(_call(f"{param}[{index}]", item) for index, item in enumerate(value))
+
+
+def _call(param: str, item: Any) -> Mapping[str, Any]:
+    function = item.get("function") if isinstance(item, dict) and item.get("type") == "function" else None
+    if not isinstance(function, dict) or not isinstance(item.get("id"), str) or not isinstance(function.get("name"), str):
+        raise wrong_type(param, 'a call, {"id": "...", "type": "function", "function": {"name": "...", "arguments": "{...}"}}', item)
+    try:
+        arguments = json.loads(function["arguments"])
+    except (KeyError, TypeError, ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise wrong_type(f"{param}.function.arguments", "the JSON text of an object", function.get("arguments"))
+    return {"id": item["id"], "type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
 def _content(param: str, value: Any) -> str:

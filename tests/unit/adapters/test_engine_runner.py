@@ -118,6 +118,86 @@ def test_a_feeder_that_waits_for_a_rejection_gets_it(runner):
     assert seen == [1, 2]
 
 
+def completion(number, prompt, **body):
+    body = {"model": "tiny", "prompt": prompt, "max_tokens": 4, "temperature": 0, **body}
+    return LineWork("b", number, 1, f"c{number}", "tiny", COMPLETIONS, body)
+
+
+def test_samples_of_a_line_share_its_prompt_and_its_bill(runner):
+    one, three = chat(1, "tell me a story", seed=3, temperature=1), chat(2, "tell me a story", seed=3, temperature=1, n=3)
+    first = run(runner, one)[1]
+    outcome = run(runner, three)[2]
+    answer = ChatCompletion.model_validate(outcome.body, strict=True)
+    texts = [choice.message.content for choice in answer.choices]
+    assert [choice.index for choice in answer.choices] == [0, 1, 2]
+    assert len(set(texts)) == 3
+    assert texts[0] == first.body["choices"][0]["message"]["content"]
+    assert outcome.usage.input_tokens == first.usage.input_tokens
+    assert outcome.usage.output_tokens > first.usage.output_tokens
+
+
+def test_several_prompts_are_answered_in_order(runner):
+    together = run(runner, completion(1, ["abc", "xyz"], n=2, seed=1, temperature=1))[1]
+    alone = [run(runner, completion(1, prompt, n=2, seed=1, temperature=1))[1] for prompt in ("abc", "xyz")]
+    assert [c["text"] for c in together.body["choices"]] == [c["text"] for one in alone for c in one.body["choices"]]
+    assert together.usage.input_tokens == sum(one.usage.input_tokens for one in alone)
+
+
+def test_scores_cover_the_text(runner):
+    answer = run(runner, chat(1, logprobs=True, top_logprobs=2, stop="e"))[1].body["choices"][0]
+    entries = answer["logprobs"]["content"]
+    assert b"".join(bytes(entry["bytes"]) for entry in entries).decode(errors="replace") == answer["message"]["content"]
+    assert all(entry["logprob"] <= 0 and len(entry["top_logprobs"]) == 2 for entry in entries)
+    assert all(entry["top_logprobs"][0]["logprob"] >= entry["logprob"] for entry in entries)
+
+
+def test_an_echoed_prompt_is_scored_without_generating(runner):
+    outcome = run(runner, completion(1, "hello", echo=True, logprobs=1, max_tokens=0))[1]
+    choice = outcome.body["choices"][0]
+    assert choice["text"] == "hello"
+    assert choice["logprobs"]["tokens"] == list("hello")
+    assert choice["logprobs"]["text_offset"] == [0, 1, 2, 3, 4]
+    assert choice["logprobs"]["token_logprobs"][0] is None
+    assert outcome.usage.output_tokens == 0
+    longer = run(runner, completion(1, "hello", echo=True, logprobs=1))[1].body["choices"][0]
+    assert longer["logprobs"]["token_logprobs"][:5] == pytest.approx(choice["logprobs"]["token_logprobs"], abs=1e-4)
+    plain = run(runner, completion(1, "hello"))[1].body["choices"][0]
+    assert longer["text"] == "hello" + plain["text"]
+
+
+def test_rules_reach_the_engine(runner):
+    plain = run(runner, chat(1, max_tokens=3))[1].body["choices"][0]["message"]["content"]
+    tokenizer = runner._loaded.engine.tokenizer
+    (letter,) = tokenizer.encode("q")
+    assert run(runner, chat(1, max_tokens=3, logit_bias={str(letter): 100}))[1].body["choices"][0]["message"]["content"] == "qqq"
+    banned = {str(token): -100 for token in tokenizer.encode(plain)}
+    assert not set(run(runner, chat(1, max_tokens=3, logit_bias=banned))[1].body["choices"][0]["message"]["content"]) & set(plain)
+    stopped = run(runner, chat(1, max_tokens=9, logit_bias={str(letter): 100}, stop_token_ids=[letter], min_tokens=4))[1]
+    assert stopped.body["choices"][0]["finish_reason"] == "stop"
+    assert stopped.usage.output_tokens == 5
+
+
+def test_an_answer_says_what_made_it(runner):
+    made = run(runner, chat(1))[1].body["longdraft"]
+    assert (made["model"], made["dtype"], made["drafter"]) == ("tiny", "float32", runner._loaded.engine.drafters.resolve("auto"))
+    assert "@" in made["revision"]
+    assert made["engine"]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"logit_bias": {"999": 1}}, "logit_bias"),
+        ({"stop_token_ids": [999]}, "stop_token_ids"),
+        ({"max_tokens": None, "min_tokens": CONTEXT}, "min_tokens"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+    ],
+)
+def test_what_the_model_does_not_have_is_a_400(runner, body, param):
+    outcome = run(runner, chat(1, **body))[1]
+    assert (outcome.status_code, outcome.body["error"]["param"]) == (400, param)
+
+
 def test_aborted_lines_yield_nothing_and_the_others_finish(runner):
     def lines():
         yield chat(1, max_tokens=200)

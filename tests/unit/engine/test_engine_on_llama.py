@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -144,3 +144,56 @@ def test_samples_of_one_seed_differ_and_repeat(loaded: Loaded) -> None:
     answers = [run(loaded, [request], drafter=drafter)[0]["0"] for request in made for drafter in ("off", "suffix")]
     assert answers[::2] == answers[1::2]
     assert len(set(answers)) == 4
+
+
+@pytest.mark.parametrize("drafter", ["off", "suffix"])
+def test_log_probabilities_are_transformers(fixed_costs: None, reference: LlamaForCausalLM, loaded: Loaded, drafter: str) -> None:
+    """Of answers and prompts, in the company of requests that want none and of rules that must not change them."""
+    made = requests(8, temperature=0.7, seed=5, logprobs=3, prompt_logprobs=True, repetition_penalty=1.1)
+    made += [replace(request, id=f"plain {request.id}") for request in requests(8, temperature=0.0)]
+    engine = Engine(loaded, EngineConfig(kv_bytes=8 << 20, max_sequences=8, max_step_tokens=48, seed=3, drafter=drafter))
+    prompts = {request.id: request.prompt_token_ids for request in made}
+    for result in engine.run(iter(made)):
+        if result.id.startswith("plain"):
+            assert result.logprobs == result.prompt_logprobs == ()
+            continue
+        prompt = prompts[result.id]
+        with torch.inference_mode():
+            want = torch.log_softmax(reference(torch.tensor([[*prompt, *result.token_ids]])).logits[0, :-1], dim=1)
+        entries = result.prompt_logprobs + result.logprobs
+        assert [entry.token_id for entry in entries] == [*prompt[1:], *result.token_ids]
+        for row, entry in zip(want, entries, strict=True):
+            assert entry.logprob == pytest.approx(float(row[entry.token_id]), abs=1e-4)
+            assert [logprob for _, logprob in entry.top] == pytest.approx(row.topk(3).values.tolist(), abs=1e-4)
+            assert all(float(row[token]) == pytest.approx(logprob, abs=1e-4) for token, logprob in entry.top)
+    assert drafter == "off" or engine.stats().accepted > 0
+
+
+def test_preempted_prompts_are_scored_once(loaded: Loaded) -> None:
+    made = requests(8, temperature=0.0, logprobs=0, prompt_logprobs=True)
+    block = 2 * 3 * 2 * 8 * 4 * 16
+    roomy = Engine(loaded, EngineConfig(kv_bytes=8 << 20, max_sequences=8, drafter="off"))
+    tight = Engine(loaded, EngineConfig(kv_bytes=8 * block, max_sequences=8, max_step_tokens=16, drafter="off"))
+    want = {result.id: result for result in roomy.run(iter(made))}
+    for result in tight.run(iter(made)):
+        assert [entry.token_id for entry in result.prompt_logprobs] == [entry.token_id for entry in want[result.id].prompt_logprobs]
+        assert [e.logprob for e in result.logprobs] == pytest.approx([e.logprob for e in want[result.id].logprobs], abs=1e-4)
+    assert tight.stats().preemptions > 0
+
+
+def test_eight_samples_hold_the_prompts_blocks_once(loaded: Loaded) -> None:
+    """A prompt of 20 blocks of 16 tokens: what eight answers hold beyond one answer's is their own tails."""
+    prompt = tuple(random.Random(2).randrange(VOCAB) for _ in range(321))
+
+    def held(samples: int) -> int:
+        engine = Engine(loaded, EngineConfig(kv_bytes=8 << 20, max_sequences=8, max_step_tokens=96, drafter="off"))
+        params = [SamplingParams(max_tokens=20, seed=1, sample=sample) for sample in range(samples)]
+        made = [Request("x", prompt, sampling, choice=choice) for choice, sampling in enumerate(params)]
+        results = list(engine.run(iter(made)))
+        assert {result.choice for result in results} == set(range(samples))
+        assert len({result.token_ids for result in results}) == samples
+        assert sum(result.ledger.prefilled for result in results) == len(prompt) + (samples - 1) * (len(prompt) - 320)
+        return engine.stats().kv_blocks_peak
+
+    one, eight = held(1), held(8)
+    assert (one, eight) == (22, 20 + 8 * 2)
