@@ -15,9 +15,13 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
+COLDEST = 1e-5
+"""Below this temperature sampling is greedy: float32 logits divided by less run out of range, and nothing but ties would be drawn."""
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are chosen. `temperature == 0` is greedy; `top_k == 0` and `top_p == 1` are off.
+    """How tokens are chosen. `temperature < COLDEST` is greedy; `top_k == 0` and `top_p == 1` are off.
 
     `seed` makes the text a function of (prompt, params, model) alone, whatever else shares the batch; `sample` tells several answers to
     one prompt under one seed apart. Penalties and `logit_bias` (token, added to its logit) change logits before temperature, see
@@ -56,13 +60,12 @@ class SamplingParams:
             raise ValueError(f"repetition_penalty must be more than 0, got {self.repetition_penalty}")
         if not 0 <= self.min_tokens <= self.max_tokens:
             raise ValueError(f"min_tokens must be from 0 to max_tokens ({self.max_tokens}), got {self.min_tokens}")
-
         if self.prompt_logprobs and self.logprobs is None:
             raise ValueError("prompt_logprobs needs logprobs, which says how many tokens to name beside each; 0 will do")
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0.0
+        return self.temperature < COLDEST
 
     @property
     def penalises(self) -> bool:

@@ -16,11 +16,16 @@ from uuid import uuid4
 
 import psycopg
 import pytest
+from hypothesis import HealthCheck, settings
 from psycopg import sql
 
 from service.adapters.schema import upgrade
 from service.config import S3
 from service.embedded import Endpoints, embedded_servers
+
+# How long an example takes says something about what else this machine does, and nothing about the code.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

@@ -68,7 +68,7 @@ def price_of(model: str, sizes: ModelSizes, rates: Rates, answers: AnswerLength)
     most = sizes.limited_tokens + (count - sizes.limited_answers) * answers.longest
     average = answers.average if answers.average is not None else Fraction(most, 2 * count) if count else Fraction(0)
     expected = min(max(round(average * count), count), most)
-    tokens = count, expected, most
+    tokens = min(count, most), expected, most  # prompts that are only scored have answers of no token
     prompts = [
         sizes.prompt_tokens * rate for rate in (min(rates.input, rates.cached_input), rates.input, max(rates.input, rates.cached_input))
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from engine.tokenizer import Tokenizer
 from engine.types import Result, TokenLogprob
@@ -17,16 +17,16 @@ from service.domain.usage import Usage
 class Answers:
     """Reads results with the model's tokenizer. `results` are in the order of choices: all of a prompt's, then the next prompt's."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, end_tokens: Collection[int]) -> None:
         self._tokenizer = tokenizer
+        self._end_tokens = frozenset(end_tokens)
         self._thinks = thinks(tokenizer.chat_template)
 
     def choices(self, completion_id: str, asked: GenerationRequest, prepared: Prepared, results: Sequence[Result]) -> list[Choice]:
         made = []
         for index, result in enumerate(results):
-            prompt = prepared.prompts[index // asked.n]
             if asked.messages is None:
-                made.append(self._text_choice(asked, prompt, result))
+                made.append(self._text_choice(asked, prepared, index // asked.n, result))
             else:
                 made.append(self._chat_choice(completion_id, asked, prepared, index, result))
         return made
@@ -42,7 +42,8 @@ class Answers:
             reasoning_tokens=reasoning,
         )
 
-    def _text_choice(self, asked: GenerationRequest, prompt: Prompt, result: Result) -> Choice:
+    def _text_choice(self, asked: GenerationRequest, prepared: Prepared, number: int, result: Result) -> Choice:
+        prompt = prepared.prompts[number]
         scoring = asked.max_tokens == 0
         text = "" if scoring else result.text
         scores = None
@@ -51,7 +52,8 @@ class Answers:
             if asked.echo:
                 scores = [ScoredToken(self._bytes(prompt.tokens[0]), None), *map(self._score, result.prompt_logprobs), *scores]
         if asked.echo:
-            text = self._tokenizer.decode(prompt.tokens) + text
+            said = asked.prompts[number]
+            text = (said if isinstance(said, str) else self._tokenizer.decode(prompt.tokens)) + text
         return Choice(text, "length" if scoring else result.finish_reason.value, scores)
 
     def _chat_choice(self, completion_id: str, asked: GenerationRequest, prepared: Prepared, index: int, result: Result) -> Choice:
@@ -61,7 +63,7 @@ class Answers:
             text, reasoning = thoughts.content, thoughts.reasoning or None
         calls = []
         if prepared.style is not None:
-            spoken = self._tokenizer.decode(self._spoken(result), special=True)
+            spoken = self._tokenizer.decode(self._spoken(asked, result), special=True)
             if self._thinks:
                 spoken = split_thoughts(spoken, prepared.prompts[0].text).content
             left, found = parse_calls(prepared.style, spoken)
@@ -72,11 +74,11 @@ class Answers:
                 text, reason = left, "tool_calls"
         return Choice(text, reason, None if asked.logprobs is None else self._scores(result), reasoning, calls)
 
-    def _spoken(self, result: Result) -> tuple[int, ...]:
-        """The answer's tokens without its end token."""
+    def _spoken(self, asked: GenerationRequest, result: Result) -> tuple[int, ...]:
+        """The answer's tokens without the one that ended it: an end of turn is text to the parsers of calls."""
         tokens = result.token_ids
-        ends = {self._tokenizer.hf.eos_token_id}
-        return tokens[:-1] if tokens and tokens[-1] in ends else tokens
+        ended = tokens and (tokens[-1] in self._end_tokens or tokens[-1] in asked.stop_token_ids)
+        return tokens[:-1] if ended else tokens
 
     def _thinking(self, prompt: Prompt, result: Result) -> int:
         return count_thinking(len(result.token_ids), lambda count: self._tokenizer.decode(result.token_ids[:count]), prompt.text)

@@ -53,7 +53,7 @@ class Feed:
 
     def __init__(self, loaded: Loaded, lines: Iterator[LineWork | None]) -> None:
         self._loaded = loaded
-        self._answers = Answers(loaded.engine.tokenizer)
+        self._answers = Answers(loaded.engine.tokenizer, loaded.engine.spec.eos_token_ids)
         self._lines = lines
         self._running: dict[str, _Line] = {}
         self._rejected: list[LineOutcome] = []

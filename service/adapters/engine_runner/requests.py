@@ -16,6 +16,9 @@ from service.domain.tool_calls import ToolStyle, tool_style
 TEMPLATE_CHARACTERS = 64
 """Lines whose prompts begin alike this far were written from one pattern, as far as drafting and length statistics care."""
 
+MAX_SCORES = 1 << 19
+"""Log-probabilities in one answer. Each is some 60 bytes of JSON: a line may not bring more than the worker's memory bears."""
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
@@ -63,7 +66,21 @@ def prepare(engine: Engine, line: LineWork, asked: GenerationRequest) -> Prepare
                 choice=len(requests),
             )
             requests.append(request)
+    _check_scores(asked, requests)
     return Prepared(prompts, tuple(requests), style)
+
+
+def _check_scores(asked: GenerationRequest, requests: Sequence[Request]) -> None:
+    if asked.logprobs is None:
+        return
+    tokens = sum(request.sampling.max_tokens + (len(request.prompt_token_ids) if asked.echo else 0) for request in requests)
+    if tokens * (1 + asked.logprobs) > MAX_SCORES:
+        raise LineRejected(
+            f"'logprobs' of up to {tokens} tokens with {asked.logprobs} others each are more than {MAX_SCORES} numbers for one line. "
+            "Lower max_tokens, n, or the number of log-probabilities.",
+            param="logprobs",
+            code="invalid_value",
+        )
 
 
 def _sampling(asked: GenerationRequest, limit: int, sample: int) -> SamplingParams:

@@ -6,6 +6,7 @@ Error codes are the ones OpenAI's API answers with, so clients that branch on th
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -131,6 +132,7 @@ def string_map(param: str, value: Any) -> None:
 
 
 MAX_BIASES, MAX_STOP_TOKENS = 1024, 64
+_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 
 
 def token_biases(param: str, value: Any) -> tuple[tuple[int, float], ...]:
@@ -143,11 +145,12 @@ def token_biases(param: str, value: Any) -> tuple[tuple[int, float], ...]:
         )
     biases: dict[int, float] = {}
     for name, bias in value.items():
-        if not (name.isascii() and name.isdigit()) or int(name[:12]) > INT32_MAX:
+        # Only the usual spelling, so that two keys never mean one token.
+        if not _TOKEN_ID.fullmatch(name) or int(name) > INT32_MAX:
             raise LineRejected(
                 f"Invalid '{param}': {show(name)} is not a token id, which is an integer of 0 or more.", param=param, code="invalid_value"
             )
-        biases[int(name[:12])] = number(-100, 100)(f"{param}.{name[:12]}", bias)
+        biases[int(name)] = number(-100, 100)(f"{param}.{name}", bias)
     return tuple(biases.items())
 
 

@@ -191,6 +191,7 @@ def test_an_answer_says_what_made_it(runner):
         ({"stop_token_ids": [999]}, "stop_token_ids"),
         ({"max_tokens": None, "min_tokens": CONTEXT}, "min_tokens"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"n": 128, "logprobs": True, "top_logprobs": 20, "max_tokens": 200}, "logprobs"),
     ],
 )
 def test_what_the_model_does_not_have_is_a_400(runner, body, param):
