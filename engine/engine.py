@@ -6,7 +6,6 @@ import logging
 import os
 import threading
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +16,7 @@ from engine.config import EngineConfig, derive_limits
 from engine.drafters.base import Host, Progress
 from engine.drafters.builtin import OFF
 from engine.drafters.registry import Catalogue, UnknownDrafterError
+from engine.flight import DeviceClock, Flight, HostClock, Live
 from engine.kv_blocks import BlockPool
 from engine.kv_pool import KVPool
 from engine.lab.recorder import Recorder
@@ -28,21 +28,24 @@ from engine.row_table import RowTable
 from engine.runner import make_runner
 from engine.scheduler import Chunk, Scheduler, StepPlan, UnfitRequestError
 from engine.speculation.cost_model import CostModel, Load
+from engine.speculation.judge import DeviceJudge, HostJudge
 from engine.speculation.speculator import Proposal, Speculator
-from engine.speculation.verify import verify
 from engine.stats import EngineStats, Meter
 from engine.stopping import StopWatch
 from engine.tiers import fill
 from engine.tokenizer import Tokenizer
 from engine.types import FinishReason, Request, Result, TokenLedger
-from engine.work import Outcome, Work
+from engine.work import Work
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from engine.checkpoints import LoadedModel
     from engine.profile import Profiles
+    from engine.runner import Runner
     from engine.sequence import Sequence
+    from engine.speculation.judge import Judge
+    from engine.work import Outcome
 
 _log = logging.getLogger(__name__)
 
@@ -51,17 +54,12 @@ _RECLAIM_EVERY = 64
 _NOTHING = np.empty(0, np.int64)
 
 
-@dataclass(slots=True)
-class _Live:
-    """A request that is in the engine."""
-
-    sequence: Sequence
-    watch: StopWatch
-    drafter: str | None
-
-
 class Engine:
-    """Runs one loaded model. `run` is driven by one thread; `abort` and `stats` may be called from any."""
+    """Runs one loaded model. `run` is driven by one thread; `abort` and `stats` may be called from any.
+
+    On a GPU a step without drafts is launched before the one before it is read: the device has the tokens that it starts from, and the
+    host prepares it meanwhile. What was found to have ended runs one step too many, whose token is dropped. The texts are the same.
+    """
 
     def __init__(self, loaded: LoadedModel, config: EngineConfig | None = None, profiles: Profiles | None = None) -> None:
         """`profiles`: where the machine's profile is looked for before it is measured, and kept."""
@@ -83,6 +81,9 @@ class Engine:
             device=spec.device,
         )
         self._runner = make_runner(loaded.model, kv, self.limits.max_sequences)
+        self._judge = make_judge(self._runner)
+        self._clock = DeviceClock(spec.device) if spec.device.type == "cuda" else HostClock()
+        self._flight: Flight | None = None
         self._pool = BlockPool(self.limits.num_blocks, config.block_size, share_prefixes=config.share_prefixes)
         self._scheduler = Scheduler(
             self._pool,
@@ -120,7 +121,7 @@ class Engine:
         self._table = RowTable(self.limits.max_sequences, entropy)
         self._rules = LogitRules()
         self._logprobs = Logprobs()
-        self._live: dict[int, _Live] = {}
+        self._live: dict[int, Live] = {}
         self._meter = Meter(self._pool.capacity)
         self._finished = 0
         self._preemptions = 0
@@ -149,7 +150,7 @@ class Engine:
         source = iter(requests)
         try:
             open_ended = True
-            while open_ended or self._live:
+            while open_ended or self._live or self._flight is not None:
                 rejected: list[Result] = []
                 if open_ended:
                     open_ended = self._pull(source, rejected)
@@ -157,10 +158,14 @@ class Engine:
                 yield from self._take_aborts()
                 if self._live:
                     yield from self._step()
+                elif self._flight is not None:
+                    yield from self._land()
                 elif open_ended:
                     time.sleep(_IDLE_SECONDS)
         finally:
+            self._flight = None
             for live in list(self._live.values()):
+                live.sequence.retract()
                 self._remove(live, complete=False)
             self._recorder.flush()
             self._running.release()
@@ -204,7 +209,7 @@ class Engine:
             watch = StopWatch(sequence, self.tokenizer, self.spec.eos_token_ids)
             self._rules.enter(sequence, watch.end_tokens)
             self._logprobs.enter(sequence)
-            self._live[sequence.serial] = _Live(sequence, watch, drafter)
+            self._live[sequence.serial] = Live(sequence, watch, drafter)
         return True
 
     def _check_vocabulary(self, request: Request) -> None:
@@ -226,31 +231,55 @@ class Engine:
         with self._aborts_lock:
             ids, self._aborts = self._aborts, set()
         hit = [live for live in self._live.values() if live.sequence.request.id in ids]
-        return [self._close(live, FinishReason.ABORTED) for live in hit]
+        return [result for live in hit for result in self._close(live, FinishReason.ABORTED)]
 
     def _step(self) -> list[Result]:
-        """Schedule, draft, run, verify, book."""
+        """Schedule, draft, run, verify, book; or all but the last, and book the step before this one."""
         self._steps += 1
         if self._steps % _RECLAIM_EVERY == 0:
             self._reclaim()
+        results = [] if self._may_run_ahead() else self._land()
         plan = self._scheduler.schedule()
-        results = [self._close(self._live[sequence.serial], FinishReason.ERROR, self._outgrown(sequence)) for sequence in plan.unfit]
+        for sequence in plan.unfit:
+            results += self._close(self._live[sequence.serial], FinishReason.ERROR, self._outgrown(sequence))
         if plan.num_tokens == 0:
-            if not results:
+            if self._flight is not None:
+                return results + self._land()
+            if self._live and not results:
                 raise RuntimeError(f"the scheduler found nothing to run for {len(self._live)} requests")
             return results
         for sequence in plan.admitted:
             self._enter(sequence)
         proposal = Proposal.empty(len(plan.decoding))
         try:
-            proposal = self._draft(plan)
-            work = Work.of(plan, proposal, self._scheduler.tables.rows, self._pool.block_size)
-            outcome = self._execute(work)
+            if self._flight is None:
+                proposal = self._draft(plan)
+            flight = self._launch(Work.of(plan, proposal, self._scheduler.tables.rows, self._pool.block_size))
         except (RuntimeError, MemoryError) as error:
             if not is_exhausted(error):
                 raise
+            results += self._land()
             return results + self._give_up(plan, proposal, str(error))
-        return results + self._book(work, outcome)
+        before, self._flight = self._flight, flight
+        if not flight.promised:
+            return results + self._land()
+        for chunk in flight.work.chunks:
+            self._scheduler.promise(chunk)
+        return results if before is None else results + self._book(before)
+
+    def _may_run_ahead(self) -> bool:
+        """Whether the next step can be launched while the last one is in flight: nothing in it hangs on a token that is not known yet."""
+        flight = self._flight
+        if flight is None:
+            return False
+        promised = [live.sequence for live in flight.lives if live.sequence.promised]
+        if any(self._rules.reads_text(sequence) or self._logprobs.wants(sequence) for sequence in promised):
+            return False
+        if not self._scheduler.grows_freely():  # who is preempted starts again from its text
+            return False
+        going = [sequence for sequence in self._scheduler.running if sequence.decoding and sequence.room > 0]
+        names = [self._live[sequence.serial].drafter for sequence in going]
+        return self._speculator.idle(going, names, step=self._steps, prefill=len(flight.work.step.token_ids) - flight.work.num_decoding)
 
     def _give_up(self, plan: StepPlan, proposal: Proposal, reason: str) -> list[Result]:
         """Memory for a step was refused: smaller steps from now on, and whoever has no room in them starts again later."""
@@ -259,10 +288,9 @@ class Engine:
         num_tokens = plan.num_tokens + int(proposal.chosen.sum())
         if num_tokens < 2:
             words = reason.partition("\n")[0]
-            closing = [self._live[chunk.sequence.serial] for chunk in plan.decoding + plan.prefill]
-            return [
-                self._close(live, FinishReason.ERROR, f"there is not enough memory for a step of one token: {words}") for live in closing
-            ]
+            message = f"there is not enough memory for a step of one token: {words}"
+            closing = [live for chunk in plan.decoding + plan.prefill if (live := self._live.get(chunk.sequence.serial)) is not None]
+            return [result for live in closing for result in self._close(live, FinishReason.ERROR, message)]
         preempted = self._scheduler.give_up(plan, num_tokens)
         self._preemptions += preempted + plan.preempted
         _log.warning("a step of %d tokens got no memory: steps hold %d now", num_tokens, self._scheduler.max_step_tokens)
@@ -290,18 +318,34 @@ class Engine:
             proposal.chosen[row] = self._scheduler.grant_drafts(sequences[row], int(proposal.chosen[row]))
         return proposal
 
-    def _execute(self, work: Work) -> Outcome:
-        """The forward and the verdict on its rows: what a device does in a step, timed until the host has the tokens."""
-        started = time.perf_counter_ns()
-        output = self._runner.run(work.step, self._speculator.taps)
+    def _launch(self, work: Work) -> Flight:
+        """The forward and the verdict on its rows: what a device does in a step. Where it works by itself, nobody waits for it here."""
+        step, rows = work.step, work.rows(self._table)
+        timing = self._clock.start()
+        output = self._runner.run(step, self._speculator.taps)
         logits, kept = self._logprobs.keep(output.logits, work)
         self._rules.apply(logits, work)
-        verdict = verify(logits, work.rows(self._table), self._steps, work.row_probabilities(logits))
-        elapsed = time.perf_counter_ns() - started
-        return Outcome.of(work, verdict, output.taps, elapsed, kept)
+        pending = self._judge(logits, rows, step.row_counts, work.slots, self._steps, work.row_probabilities(logits))
+        timing.stop()
+        taps = output.taps
+        promised = self._runner.latest is not None and not work.proposal.drafted.any()
+        if promised and taps:
+            # Every row is of confirmed text, and the next step overwrites what is tapped.
+            self._speculator.observe(Progress(work.chunks, step.query_start, work.counts, step.positions, step.slots, taps))
+            taps = {}
+        lives = [self._live[chunk.sequence.serial] for chunk in work.chunks]
+        for live in lives:
+            live.in_flight += 1
+        return Flight(work, lives, pending, timing, taps, kept, promised)
 
-    def _book(self, work: Work, outcome: Outcome) -> list[Result]:
+    def _land(self) -> list[Result]:
+        """Reads the step that is in flight, if any."""
+        flight, self._flight = self._flight, None
+        return [] if flight is None else self._book(flight)
+
+    def _book(self, flight: Flight) -> list[Result]:
         """Confirms tokens, ends what has ended, and tells everyone who learns from the step."""
+        work, outcome = flight.work, flight.land()
         step, chunks, accepted = work.step, work.chunks, outcome.accepted
         estimate(work, outcome, self._speculator.cost)  # before the model has seen this step
         self._recorder.ran(work, outcome, self._speculator.cost)
@@ -314,42 +358,53 @@ class Engine:
         self._logprobs.book(work, outcome)
         results = []
         generated = 0
-        for index, chunk in enumerate(chunks):
-            result, kept = self._confirm(work, outcome, index, chunk)
+        for index, (chunk, live) in enumerate(zip(chunks, flight.lives, strict=True)):
+            live.in_flight -= 1
+            ended, kept = self._confirm(flight, outcome, index, chunk)
             generated += kept
-            if result is not None:
-                results.append(result)
+            results += ended
         self._measure(work, outcome, generated)
         return results
 
-    def _confirm(self, work: Work, outcome: Outcome, index: int, chunk: Chunk) -> tuple[Result | None, int]:
-        """Adds what one chunk brought to its sequence. Returns the result if it ended, and how many tokens it gained."""
-        if not chunk.samples:
-            self._scheduler.complete(chunk, _NOTHING, chunk.count)
-            return None, 0
-        sequence = chunk.sequence
-        live = self._live[sequence.serial]
+    def _confirm(self, flight: Flight, outcome: Outcome, index: int, chunk: Chunk) -> tuple[list[Result], int]:
+        """Adds what one chunk brought to its sequence. Returns its result if there is one to give out, and how many tokens it gained."""
+        work, live, sequence = flight.work, flight.lives[index], chunk.sequence
+        samples, ledger = bool(work.step.row_counts[index]), sequence.ledger
+        accepted = int(outcome.accepted[index])
+        if live.result is not None:  # it ended before this step was read
+            for name in ("sampled", "dropped", "steps") if samples else ():
+                setattr(ledger, name, getattr(ledger, name) + 1)
+            return ([] if live.in_flight else [live.result]), 0
+        if not samples:
+            if flight.promised:
+                self._scheduler.settle(chunk, None)
+            else:
+                self._scheduler.complete(chunk, _NOTHING, chunk.count)
+            return [], 0
         if not outcome.finite[index]:
             return self._close(live, FinishReason.ERROR, "the model's output for this request is not a number (NaN or infinite logits)"), 0
-        accepted = int(outcome.accepted[index])
         tokens = [*work.drafts[index][:accepted].tolist(), int(outcome.following[index])]
-        kept, reason = live.watch.scan(tokens, sequence.room)
-        ledger = sequence.ledger
+        kept, reason = live.watch.scan(tokens, sequence.room + sequence.promised)
         ledger.sampled += len(tokens)
         ledger.generated += kept
         ledger.dropped += len(tokens) - kept
         ledger.steps += 1
-        self._scheduler.complete(chunk, np.array(tokens[:kept], np.int64), chunk.count + min(accepted, kept))
-        return None if reason is None else self._close(live, reason), kept
+        if flight.promised:
+            self._scheduler.settle(chunk, tokens[0])
+        else:
+            self._scheduler.complete(chunk, np.array(tokens[:kept], np.int64), chunk.count + min(accepted, kept))
+        return ([] if reason is None else self._close(live, reason)), kept
 
-    def _close(self, live: _Live, reason: FinishReason, error: str | None = None) -> Result:
+    def _close(self, live: Live, reason: FinishReason, error: str | None = None) -> list[Result]:
+        """Takes a request out. Its result, or nothing as long as a step with it is in flight, whose time it will be charged."""
         sequence = live.sequence
+        sequence.retract()
         answered = reason in (FinishReason.STOP, FinishReason.LENGTH)
         self._recorder.ended(sequence, reason)
         prompt_logprobs, logprobs = self._logprobs.leave(sequence)
         self._remove(live, complete=answered)
         self._finished += 1
-        return Result(
+        live.result = Result(
             id=sequence.request.id,
             token_ids=tuple(sequence.output.tolist()) if answered else (),
             text=live.watch.text(sequence) if answered else "",
@@ -361,8 +416,9 @@ class Engine:
             logprobs=logprobs if answered else (),
             prompt_logprobs=prompt_logprobs if answered else (),
         )
+        return [] if live.in_flight else [live.result]
 
-    def _remove(self, live: _Live, *, complete: bool) -> None:
+    def _remove(self, live: Live, *, complete: bool) -> None:
         del self._live[live.sequence.serial]
         self._scheduler.finish(live.sequence, complete=complete)
         self._rules.leave(live.sequence)
@@ -397,3 +453,8 @@ class Engine:
             accepted=int(outcome.accepted.sum()),
             busy_ns=outcome.nanoseconds + int(proposal.nanoseconds.sum()),
         )
+
+
+def make_judge(runner: Runner) -> Judge:
+    """Where the host does not wait for steps, their verdicts stay on the device as well."""
+    return HostJudge() if runner.latest is None else DeviceJudge(runner.latest)

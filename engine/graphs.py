@@ -6,7 +6,7 @@ new tiers once the memory for graphs is used up, run eagerly. The same code runs
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -102,7 +102,7 @@ class StaticInputs:
     def __init__(self, tier: Tier, rows: int, width: int, block_size: int, device: torch.device, taps: tuple[int, ...]) -> None:
         self._tier, self._rows, self._width = tier, rows, width
         slots = tier.sequences + 1
-        self._sizes = (tier.tokens, tier.tokens, tier.tokens, rows), (slots * width, slots + 1, slots)
+        self._sizes = (tier.tokens, tier.tokens, tier.tokens, tier.tokens, rows), (slots * width, slots + 1, slots)
         self._device = device
         self._longs = torch.zeros(sum(self._sizes[0]), dtype=torch.int64, device=device)
         self._ints = torch.zeros(sum(self._sizes[1]), dtype=torch.int32, device=device)
@@ -113,7 +113,7 @@ class StaticInputs:
         ]
         self._copied = [torch.cuda.Event() if pinned else None for _ in range(_STAGES)]
         self._turn = 0
-        token_ids, positions, kv_slots, logit_rows = self._longs.split(self._sizes[0])
+        token_ids, positions, kv_slots, self.sources, logit_rows = self._longs.split(self._sizes[0])
         tables, query_start, kv_lengths = self._ints.split(self._sizes[1])
         self.batch = ForwardBatch(
             token_ids=token_ids,
@@ -136,7 +136,8 @@ class StaticInputs:
         event = self._copied[turn]
         if event is not None:
             event.synchronize()  # of two loads ago: long done unless the host runs far ahead
-        parts = (padded.token_ids, padded.positions, padded.slots, padded.logit_rows)
+        assert padded.sources is not None
+        parts = (padded.token_ids, padded.positions, padded.slots, padded.sources, padded.logit_rows)
         for target, source in zip(longs.split(self._sizes[0]), parts, strict=True):
             target.copy_(torch.from_numpy(source))
         for target, values in zip(ints.split(self._sizes[1]), (padded.tables, padded.query_start, padded.kv_lengths), strict=True):
@@ -153,7 +154,7 @@ class GraphRunner(Runner):
     def __init__(
         self, model: TargetModel, kv: KVPool, max_sequences: int, capture: Capture | None = None, memory: int | None = None
     ) -> None:
-        super().__init__(model, kv)
+        super().__init__(model, kv, max_sequences)
         device = model.spec.device
         self.tiers = Tiers(MAX_TOKENS, max_sequences)
         self._capture = capture if capture is not None else CudaCapture(device)
@@ -189,5 +190,10 @@ class GraphRunner(Runner):
         tier, rows, taps = key
         inputs = StaticInputs(tier, rows, self._width, self.kv.block_size, self.model.spec.device, taps)
         inputs.load(step)
-        self._graphs[key] = inputs, self._capture(lambda: self.model.forward(inputs.batch, self.kv))
+
+        def forward() -> ForwardOutput:
+            token_ids = self.resolve(inputs.batch.token_ids, inputs.sources)
+            return self.model.forward(replace(inputs.batch, token_ids=token_ids), self.kv)
+
+        self._graphs[key] = inputs, self._capture(forward)
         return self._graphs[key]

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
+from engine.transfer import to_device
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -66,6 +68,8 @@ class SequenceRules:
         biased = self._place(np.array(list(biases), np.int64))
         self._bias[biased] = np.array(list(biases.values()), np.float32)
         self._counting = sampling.penalises
+        self.reads_text = sampling.penalises or constraint is not None
+        """Whether what is changed depends on the answer so far, and not on its length alone."""
         if sampling.repetition_penalty != 1.0:
             prompted = self._place(np.unique(prompt))
             self._in_prompt[prompted] = True
@@ -125,6 +129,11 @@ class LogitRules:
         rules = self._of.get(sequence.serial)
         return None if rules is None else rules.constraint
 
+    def reads_text(self, sequence: Sequence) -> bool:
+        """Whether the sequence's rules need to know its last token."""
+        rules = self._of.get(sequence.serial)
+        return rules is not None and rules.reads_text
+
     @torch.inference_mode()
     def apply(self, logits: torch.Tensor, work: Work) -> None:
         """Changes the step's `logits` [R, vocab] in place."""
@@ -148,7 +157,7 @@ class LogitRules:
 
 def edit(logits: torch.Tensor, edits: Edits) -> None:
     """Applies single changes in place. logits: float32 [R, vocab]."""
-    rows, tokens, bias, repetition, subtract = (torch.from_numpy(part).to(logits.device) for part in edits)
+    rows, tokens, bias, repetition, subtract = (to_device(part, logits.device) for part in edits)
     values = logits[rows, tokens] + bias
     logits[rows, tokens] = torch.where(values < 0, values * repetition, values / repetition) - subtract
 
@@ -156,10 +165,10 @@ def edit(logits: torch.Tensor, edits: Edits) -> None:
 def allow(logits: torch.Tensor, rows: Ints, masks: NDArray[np.int32]) -> None:
     """Sets what the `masks` [N, ceil(vocab / 32)] of `rows` [N] leave out to -inf, in place."""
     device = logits.device
-    octets = torch.from_numpy(np.ascontiguousarray(masks, "<i4").view(np.uint8)).to(device)
+    octets = to_device(np.ascontiguousarray(masks, "<i4").view(np.uint8), device)
     bits = octets[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=device) & 1
     refused = bits.view(len(rows), -1)[:, : logits.shape[1]] == 0
-    at = torch.from_numpy(rows).to(device)
+    at = to_device(rows, device)
     logits[at] = logits[at].masked_fill_(refused, -torch.inf)
 
 

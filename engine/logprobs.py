@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from engine.transfer import to_device
 from engine.types import TokenLogprob
 
 if TYPE_CHECKING:
@@ -49,6 +50,9 @@ class Logprobs:
         if sequence.request.sampling.logprobs is not None:
             self._of[sequence.serial] = _Log()
 
+    def wants(self, sequence: Sequence) -> bool:
+        return sequence.serial in self._of
+
     def leave(self, sequence: Sequence) -> tuple[tuple[TokenLogprob, ...], tuple[TokenLogprob, ...]]:
         """Of the prompt and of the answer; forgets both."""
         log = self._of.pop(sequence.serial, None)
@@ -79,9 +83,9 @@ class Logprobs:
                 count += height
         if not count:
             return logits, None
-        values = torch.log_softmax(logits[torch.from_numpy(np.concatenate(rows)).to(logits.device)], dim=1)
+        values = torch.log_softmax(logits[to_device(np.concatenate(rows), logits.device)], dim=1)
         if step.scored is not None:
-            logits = logits[torch.from_numpy(answers).to(logits.device)]
+            logits = logits[to_device(answers, logits.device)]
         return logits, Kept(values, prompt_places, answer_places)
 
     def book(self, work: Work, outcome: Outcome) -> None:
@@ -94,6 +98,8 @@ class Logprobs:
         owners: list[tuple[list[TokenLogprob], int]] = []
         for index, place in kept.prompt_places.items():
             chunk = work.chunks[index]
+            if chunk.sequence.serial not in self._of:
+                continue  # it has ended since the step was launched
             log = self._of[chunk.sequence.serial].prompt
             known = len(log) - chunk.start  # more than 0 where a preempted prompt is computed again
             new = chunk.sequence.tokens[chunk.start + known + 1 : chunk.start + chunk.scored + 1].tolist()
@@ -102,6 +108,8 @@ class Logprobs:
             owners += [(log, _width(chunk.sequence))] * len(new)
         for index, place in kept.answer_places.items():
             sequence, accepted = work.chunks[index].sequence, int(outcome.accepted[index])
+            if sequence.serial not in self._of:
+                continue
             new = [*work.drafts[index][:accepted].tolist(), int(outcome.following[index])]
             rows += range(place, place + len(new))
             tokens += new

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from engine.batch import ForwardBatch, ForwardOutput, TargetModel
+from engine.transfer import to_device
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -23,7 +24,8 @@ class PackedStep:
 
     A chunk that reaches its sequence's end has `drafts[s] + 1` logit rows, from `row_starts[s]` on; others have none (row_counts 0).
     `logit_rows` also holds rows whose successor is in the prompt, where their log-probabilities are wanted: `scored` marks them (None:
-    there are none), and `row_starts` counts without them.
+    there are none), and `row_starts` counts without them. `sources`: int64 [T], the slot whose latest token a row's is, where
+    the device alone knows it, else -1; None: `token_ids` has all.
     """
 
     token_ids: NDArray[np.int64]
@@ -37,6 +39,7 @@ class PackedStep:
     row_counts: NDArray[np.int64]
     shared_prefix_blocks: int
     scored: NDArray[np.bool_] | None = None
+    sources: NDArray[np.int64] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -79,7 +82,18 @@ def pack(chunks: list[Chunk], draft_tokens: list[NDArray[np.int64]], table_rows:
         row_counts=rows,
         shared_prefix_blocks=_shared_blocks(tables, int(starts.min()) // block_size),
         scored=scored,
+        sources=_sources(chunks, ends),
     )
+
+
+def _sources(chunks: list[Chunk], ends: NDArray[np.int64]) -> NDArray[np.int64] | None:
+    """See `PackedStep`; a chunk of a sequence with a promised token ends with it."""
+    promised = [index for index, chunk in enumerate(chunks) if chunk.sequence.promised]
+    if not promised:
+        return None
+    sources = np.full(ends[-1], -1, np.int64)
+    sources[ends[promised] - 1] = [chunks[index].sequence.slot for index in promised]
+    return sources
 
 
 def _with_scored(
@@ -104,24 +118,33 @@ def _shared_blocks(tables: NDArray[np.int32], complete: int) -> int:
 
 
 class Runner:
-    """The target model with its KV cache."""
+    """The target model with its KV cache.
 
-    def __init__(self, model: TargetModel, kv: KVPool) -> None:
+    `latest`: int64 [slots], the token that each slot's sequence sampled last, for steps that are launched before the host knows it; None
+    where the host waits for every step.
+    """
+
+    def __init__(self, model: TargetModel, kv: KVPool, slots: int | None = None) -> None:
+        """slots: of `latest`."""
         self.model = model
         self.kv = kv
+        self.latest = None if slots is None else torch.zeros(slots, dtype=torch.int64, device=model.spec.device)
 
     @torch.inference_mode()
     def run(self, step: PackedStep, taps: tuple[int, ...] = ()) -> ForwardOutput:
         """One forward; KV of every token of the step is written. Logits: float32 [rows, vocab] on the model's device."""
         device = self.model.spec.device
+        token_ids = to_device(step.token_ids, device)
+        if step.sources is not None:
+            token_ids = self.resolve(token_ids, to_device(step.sources, device))
         batch = ForwardBatch(
-            token_ids=_to(step.token_ids, device),
-            positions=_to(step.positions, device),
-            slots=_to(step.slots, device),
-            block_tables=_to(step.tables, device),
-            query_start=_to(step.query_start, device),
-            kv_lengths=_to(step.kv_lengths, device),
-            logit_rows=_to(step.logit_rows, device),
+            token_ids=token_ids,
+            positions=to_device(step.positions, device),
+            slots=to_device(step.slots, device),
+            block_tables=to_device(step.tables, device),
+            query_start=to_device(step.query_start, device),
+            kv_lengths=to_device(step.kv_lengths, device),
+            logit_rows=to_device(step.logit_rows, device),
             max_query=int(np.diff(step.query_start).max()),
             max_kv=int(step.kv_lengths.max()),
             shared_prefix_blocks=step.shared_prefix_blocks,
@@ -129,22 +152,23 @@ class Runner:
         )
         return self.model.forward(batch, self.kv)
 
+    def resolve(self, token_ids: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
+        """int64 [T] with the tokens that only the device knows; see `PackedStep`."""
+        assert self.latest is not None
+        return torch.where(sources >= 0, self.latest[sources.clamp(min=0)], token_ids)
+
     def spare(self, tokens: int, sequences: int) -> int:  # noqa: ARG002 - a step in its own shape has none
         """Rows that a step of this size would compute beyond its own."""
         return 0
 
 
 def make_runner(model: TargetModel, kv: KVPool, max_sequences: int) -> Runner:
-    """The runner for the model's device: captured graphs on a GPU, for models that bear it."""
+    """The runner for the model's device: on a GPU one that needs no host between steps, in captured graphs for models that bear it."""
     if model.spec.device.type == "cuda":
         from engine.graphs import GraphRunner
         from engine.models.decoder import LeanDecoder
 
         if isinstance(model, LeanDecoder):  # transformers' modules may ask the device for numbers, which no capture allows
             return GraphRunner(model, kv, max_sequences)
+        return Runner(model, kv, max_sequences)
     return Runner(model, kv)
-
-
-def _to(array: NDArray[np.generic], device: torch.device) -> torch.Tensor:
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

@@ -41,7 +41,7 @@ def truncate(
     """Temperature, then top-k, then top-p, in transformers' order, looking at the `width` largest logits of each row.
 
     logits: [R, vocab]; temperature float32, top_k int64 (0 = off), top_p float32 (1 = off): [R]. Logits tied with the k-th
-    stay in. Top-p keeps a token while those above it hold less than top_p. Also returns bool [R]: whether `width` was enough.
+    stay in. Top-p keeps a token while those strictly above it hold less than top_p. Also returns bool [R]: whether `width` was enough.
     """
     scaled = logits / temperature[:, None]
     values, ids = scaled.topk(width, dim=1)
@@ -51,7 +51,10 @@ def truncate(
     enough = ~limited | ~keep[:, -1]
     total = torch.where(limited, values.masked_fill(~keep, -torch.inf).logsumexp(1), scaled.logsumexp(1))
     mass = (values - total[:, None]).exp() * keep
-    above = mass.cumsum(1) - mass
+    # What is strictly above: equal logits share the sum before the first of them, so they stay or go together.
+    fresh = torch.ones_like(keep)
+    fresh[:, 1:] = values[:, 1:] < values[:, :-1]
+    above = torch.where(fresh, mass.cumsum(1) - mass, 0.0).cummax(1).values
     keep &= (above < top_p[:, None]) | (top_p >= 1.0)[:, None]
     mass = mass * keep
     enough = enough & ~keep[:, -1] if width < logits.shape[1] else torch.ones_like(limited)

@@ -171,7 +171,31 @@ class Scheduler:
         sequence.num_computed = chunk.start + num_valid
         sequence.decoding = bool(len(sampled))
         sequence.reach(sequence.num_computed)
-        full = sequence.num_computed // self.pool.block_size
+        self._publish(sequence, sequence.num_computed)
+
+    def promise(self, chunk: Chunk) -> None:
+        """Books a chunk without drafts that was launched: the token that it samples counts, and is known once it is `settle`d."""
+        sequence = chunk.sequence
+        sequence.decoding = chunk.samples
+        if sequence.decoding:
+            sequence.promise()
+        sequence.num_computed = chunk.start + chunk.count
+        sequence.reach(sequence.num_computed)
+
+    def settle(self, chunk: Chunk, token: int | None) -> None:
+        """The token that was promised for a chunk, None for one that sampled nothing."""
+        if token is not None:
+            chunk.sequence.fulfil(token)
+        self._publish(chunk.sequence, chunk.start + chunk.count)
+
+    def grows_freely(self) -> bool:
+        """Whether the next step has blocks for all who decode, so that nobody is preempted."""
+        going = [sequence for sequence in self.running if sequence.decoding and sequence.room > 0]
+        return sum(max(self.pool.blocks_for(s.num_tokens) - len(s.blocks), 0) for s in going) <= self.pool.num_free
+
+    def _publish(self, sequence: Sequence, num_computed: int) -> None:
+        """Enters full blocks into the prefix tree; the tokens before `num_computed` are known."""
+        full = num_computed // self.pool.block_size
         changed = False
         while sequence.num_published < full and not sequence.private:
             index = sequence.num_published
@@ -202,7 +226,8 @@ class Scheduler:
     def _plan_decoding(self, plan: StepPlan) -> None:
         for sequence in list(self.running):
             # One that an earlier turn of this loop preempted is no longer decoding.
-            if sequence.decoding and self._grow(sequence, sequence.num_tokens, plan):
+            # Nor does one go on whose last token is on its way.
+            if sequence.decoding and sequence.room > 0 and self._grow(sequence, sequence.num_tokens, plan):
                 plan.decoding.append(Chunk(sequence, sequence.num_computed, 1))
 
     def _grow(self, sequence: Sequence, num_tokens: int, plan: StepPlan) -> bool:

@@ -18,6 +18,8 @@ class Sequence:
     A running sequence always has `num_computed < num_tokens`: what is left is its prompt (or, after a preemption, all of
     it), or, once it is `decoding`, just the last sampled token. Drafted tokens are never part of it: rejecting them moves no
     number here.
+
+    The last `promised` tokens are on the device and not known here yet: they count, and hold 0 until they are fulfilled.
     """
 
     __slots__ = (
@@ -32,6 +34,7 @@ class Sequence:
         "num_published",
         "num_tokens",
         "private",
+        "promised",
         "prompt_length",
         "request",
         "serial",
@@ -52,6 +55,7 @@ class Sequence:
         """Row in the block table while running, -1 otherwise."""
         self.high_water = 0
         """Positions that were ever computed: below it, computing again is recomputation."""
+        self.promised = 0
         self.leave()
 
     def leave(self) -> None:
@@ -97,3 +101,18 @@ class Sequence:
             self._buffer = grown
         self._buffer[self.num_tokens : end] = tokens
         self.num_tokens = end
+
+    def promise(self) -> None:
+        """One token more, which a step that was launched will sample."""
+        self.append(np.zeros(1, np.int64))
+        self.promised += 1
+
+    def fulfil(self, token: int) -> None:
+        """The oldest promised token is this one."""
+        self._buffer[self.num_tokens - self.promised] = token
+        self.promised -= 1
+
+    def retract(self) -> None:
+        """What was promised is not wanted any more."""
+        self.num_tokens -= self.promised
+        self.promised = 0

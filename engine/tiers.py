@@ -89,6 +89,7 @@ def pad(step: PackedStep, tier: Tier, rows: int, width: int) -> PackedStep:
         row_starts=step.row_starts,
         row_counts=step.row_counts,
         shared_prefix_blocks=0,
+        sources=np.concatenate((np.full(count, -1, np.int64) if step.sources is None else step.sources, np.full(pads, -1, np.int64))),
     )
 
 

@@ -10,7 +10,7 @@ import torch
 
 from engine.runner import PackedStep, pack
 from engine.speculation.cost_model import Load
-from engine.speculation.verify import accepted_lengths
+from engine.transfer import to_device
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from engine.row_table import RowTable
     from engine.scheduler import Chunk, StepPlan
     from engine.speculation.speculator import Proposal
-    from engine.speculation.verify import Rows, Verdict
+    from engine.speculation.verify import Rows
 
     Ints = NDArray[np.int64]
 
@@ -57,14 +57,18 @@ class Work:
         generated = np.array([chunk.sequence.num_generated for chunk, _ in sampling], np.int64)
         return table.rows(slots, generated, self.step.row_counts[self.step.row_counts > 0], [draft for _, draft in sampling])
 
+    @property
+    def slots(self) -> Ints:
+        """int64 [S]: the slot of each chunk's sequence, as long as it holds one."""
+        return np.array([chunk.sequence.slot for chunk in self.chunks], np.int64)
+
     def row_probabilities(self, logits: torch.Tensor) -> torch.Tensor | None:
         """[R, vocab] what each row's draft was sampled from (a point mass where its drafter is certain); None if all are certain."""
         if not self.proposal.probabilities:
             return None
         full = torch.zeros_like(logits)
-        for draft, start in zip(self.drafts, self.step.row_starts.tolist(), strict=True):
-            if len(draft):
-                full[torch.arange(start, start + len(draft)), torch.from_numpy(draft)] = 1.0
+        rows = [np.arange(start, start + len(draft)) for draft, start in zip(self.drafts, self.step.row_starts.tolist(), strict=True)]
+        full[to_device(np.concatenate(rows), full.device), to_device(np.concatenate(self.drafts), full.device)] = 1.0
         for members, probabilities in self.proposal.probabilities:
             for place, row in enumerate(members.tolist()):
                 start, count = int(self.step.row_starts[row]), len(self.drafts[row])
@@ -84,14 +88,3 @@ class Outcome:
     taps: dict[int, torch.Tensor]
     nanoseconds: int
     kept: Kept | None = None
-
-    @staticmethod
-    def of(work: Work, verdict: Verdict, taps: dict[int, torch.Tensor], nanoseconds: int, kept: Kept | None = None) -> Outcome:
-        step = work.step
-        accepted = accepted_lengths(verdict.stands, step.row_starts, np.maximum(step.row_counts - 1, 0))
-        samples = step.row_counts > 0
-        following = np.full(len(samples), -1, np.int64)
-        following[samples] = verdict.tokens[(step.row_starts + accepted)[samples]]
-        bad = np.concatenate(([0], np.cumsum(~verdict.finite)))
-        finite = bad[step.row_starts + step.row_counts] == bad[step.row_starts]
-        return Outcome(accepted, following, finite, taps, nanoseconds, kept)

@@ -115,6 +115,10 @@ class DraftPolicy(Protocol):
         """Drafts to ask of a request's drafter, `most` at most; nothing of this step may have been drawn yet."""
         ...
 
+    def idle(self, requests: int, cost: StepCost) -> bool:
+        """Whether no draft would be verified, however good."""
+        ...
+
     def choose(self, survival: Floats, cost: StepCost, *, random: bool) -> Ints:
         """int64 [S]: how many drafts of each request to verify, together at most as many as `cost` covers. survival: float64 [S, D]."""
         ...
@@ -129,6 +133,10 @@ class FixedLength:
     def depth(self, requests: int, cost: StepCost, most: int) -> int:
         del requests, cost
         return min(self._length, most)
+
+    def idle(self, requests: int, cost: StepCost) -> bool:
+        del requests, cost
+        return False
 
     def choose(self, survival: Floats, cost: StepCost, *, random: bool) -> Ints:
         del random  # the choice looks at no draft
@@ -150,6 +158,9 @@ class Planner:
     def depth(self, requests: int, cost: StepCost, most: int) -> int:
         """All where drafts that are certain to stand would pay, else one each, which keeps the calibration learning."""
         return most if worth_drafting(requests, cost) else 1
+
+    def idle(self, requests: int, cost: StepCost) -> bool:
+        return not worth_drafting(requests, cost)
 
     def choose(self, survival: Floats, cost: StepCost, *, random: bool) -> Ints:
         offer = Offer(survival)

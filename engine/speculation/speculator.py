@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     Ints = NDArray[np.int64]
 
 _DEPTH_MEMORY = 0.8
+_LOOK_EVERY = 32
+"""Steps after which drafters are asked even where no draft can pay, so that the calibration goes on learning."""
 _FIRST_DEPTH = 8
 """Draft tokens a request at first; then a little more than what was lately verified."""
 
@@ -151,6 +153,20 @@ class Speculator:
                 self._take(name, rows, self._ask(name, rows, sequences, limits, step, proposal), sequences, proposal)
         proposal.chosen = self._policy.choose(proposal.survival, cost, random=bool(proposal.probabilities))
         return proposal
+
+    def idle(self, sequences: list[Sequence], names: list[str | None], *, step: int, prefill: int) -> bool:
+        """Whether drafts could be left out of the next step: nobody wants any, or none would pay, however good they were.
+
+        Asked before the last tokens of `sequences` are known, without which nobody can draft. step, prefill: as in `propose`.
+        """
+        if not sequences or not self._cost.ready or all(name is None for name in names):
+            return True
+        if step % _LOOK_EVERY == 0:
+            return False
+        kv_tokens = sum(sequence.num_tokens for sequence in sequences)
+        most = self._max_draft * len(sequences)
+        cost = StepCost.of(self._cost, decoding=len(sequences), prefill=prefill, kv_tokens=kv_tokens, drafts=most)
+        return self._policy.idle(len(sequences), cost)
 
     def settle(self, proposal: Proposal, sequences: list[Sequence], accepted: Ints, following: Ints) -> None:
         """Learns from a verified step. accepted: int64 [S]; following: int64 [S], the target's token after the accepted ones."""

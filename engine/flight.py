@@ -1,0 +1,115 @@
+"""Steps that were launched and whose results are still to come, and how long the device took for them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from engine.work import Outcome
+
+if TYPE_CHECKING:
+    from engine.logprobs import Kept
+    from engine.sequence import Sequence
+    from engine.speculation.judge import Pending
+    from engine.stopping import StopWatch
+    from engine.types import Result
+    from engine.work import Work
+
+
+@dataclass(slots=True)
+class Live:
+    """A request that is in the engine. in_flight: steps that were launched with it and not read yet.
+
+    result: what became of it, where it ended while another step with it was in flight; it is given out once that one is accounted for.
+    """
+
+    sequence: Sequence
+    watch: StopWatch
+    drafter: str | None
+    in_flight: int = 0
+    result: Result | None = None
+
+
+class Timing(Protocol):
+    """One step's time."""
+
+    def stop(self) -> None:
+        """Everything of the step is launched."""
+        ...
+
+    def nanoseconds(self) -> int:
+        """What the device took for it, once its result was read. Steps that overlap share no nanosecond."""
+        ...
+
+
+class HostClock:
+    """For devices that have done what they were told when the call returns."""
+
+    def start(self) -> Timing:
+        return _HostTiming(time.perf_counter_ns())
+
+
+@dataclass(slots=True)
+class _HostTiming:
+    started: int
+    stopped: int = 0
+
+    def stop(self) -> None:
+        self.stopped = time.perf_counter_ns()
+
+    def nanoseconds(self) -> int:
+        return self.stopped - self.started
+
+
+class DeviceClock:
+    """For a GPU: by events in its stream. A step that was launched early begins when the one before it has ended."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.current_stream(device)
+        self._last: torch.cuda.Event | None = None
+
+    def start(self) -> Timing:
+        timing = _DeviceTiming(self._stream, self._last)
+        self._last = timing.ended
+        return timing
+
+
+class _DeviceTiming:
+    def __init__(self, stream: torch.cuda.Stream, before: torch.cuda.Event | None) -> None:
+        self._stream, self._before = stream, before
+        self._started, self.ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self._started.record(stream)
+
+    def stop(self) -> None:
+        self.ended.record(self._stream)
+
+    def nanoseconds(self) -> int:
+        self.ended.synchronize()
+        milliseconds = self._started.elapsed_time(self.ended)
+        if self._before is not None and self._before.query():
+            milliseconds = min(milliseconds, self._before.elapsed_time(self.ended))
+        return max(round(milliseconds * 1e6), 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """`lives`: whose chunks the step has. taps: what is left for drafters to see once it is known which drafts stood.
+
+    promised: the scheduler went on as if it were known; so the next step can be launched before this one is read.
+    """
+
+    work: Work
+    lives: list[Live]
+    pending: Pending
+    timing: Timing
+    taps: dict[int, torch.Tensor]
+    kept: Kept | None
+    promised: bool
+
+    def land(self) -> Outcome:
+        """Waits for the result."""
+        decision = self.pending.read()
+        return Outcome(decision.accepted, decision.following, decision.finite, self.taps, self.timing.nanoseconds(), self.kept)
