@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-import mmap
-
 import torch
 
 import kernels
+from kernels import pages
 
 
 class KVPool:
@@ -39,10 +37,5 @@ class KVPool:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros. On a CPU as pages that the system hands out when they are first written: a small job then never pays for a large pool."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        pages.madvise(mmap.MADV_HUGEPAGE)  # blocks lie anywhere: with small pages each one costs a walk of the page table
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
+    """Zeros. On a CPU as pages that are taken when they are first written: a small job then never pays for a large pool."""
+    return torch.zeros(shape, dtype=dtype, device=device) if device.type != "cpu" else pages.zeros(shape, dtype)

@@ -27,7 +27,7 @@ class Case:
     run: Callable[[torch.device], tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]]
     tolerance: float = 0.0
     least: float = 1e-3
-    """Results smaller than this count as if they were this large: the inputs are of order 1, and what cancels keeps their absolute error."""
+    """Smaller results count as if they were this large: inputs are of order 1, and what cancels keeps their absolute error."""
 
     def check(self, device: torch.device) -> None:
         """Raises AssertionError naming the case, and how far off which result is."""

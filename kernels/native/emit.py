@@ -112,10 +112,10 @@ class Emitter:
     def store(self, value: ir.Value, base: ir.Value, offset: int | ir.Value) -> None:
         self.b.store(value, self.at(base, offset), align=4)
 
-    def prefetch(self, base: ir.Value, offset: ir.Value) -> None:
-        """Asks for the cache line of an address that will be read soon; any address is allowed."""
-        read, keep, data = (ir.Constant(I32, number) for number in (0, 3, 1))
-        self.call("llvm.prefetch.p0", ir.VoidType(), self.at(base, offset), read, keep, data)
+    def prefetch(self, base: ir.Value, offset: ir.Value, *, near: bool = True, write: bool = False) -> None:
+        """Asks for the cache line of an address that will be wanted soon; any address is allowed. `near`: into the first-level cache."""
+        access, keep, data = (ir.Constant(I32, number) for number in (int(write), 3 if near else 2, 1))
+        self.call("llvm.prefetch.p0", ir.VoidType(), self.at(base, offset), access, keep, data)
 
     def scratch(self, floats: int) -> ir.Value:
         """Room for `floats` numbers on the stack, aligned to 64 bytes."""
@@ -257,5 +257,24 @@ class Emitter:
         self.b.cbranch(self.less(first, count), body, end)
         self.b.position_at_end(body)
         yield first, self.least(self.add(first, at_once), count)
+        self.b.branch(head)
+        self.b.position_at_end(end)
+
+    @contextmanager
+    def shares_ahead(self, counter: ir.Value, count: ir.Value, at_once: ir.Value) -> Iterator[tuple[ir.Value, ir.Value, ir.Value]]:
+        """Like `shares`, and a thread knows where its next items begin while it works: yields first, last and what follows.
+
+        A thread's last turn has nothing to follow: there it is the number of items.
+        """
+        head, body, end = (self.function.append_basic_block(name) for name in ("look", "work", "done"))
+        mine = self.variable(self.b.atomic_rmw("add", counter, at_once, "monotonic"))
+        self.b.branch(head)
+        self.b.position_at_end(head)
+        first = mine.get()
+        self.b.cbranch(self.less(first, count), body, end)
+        self.b.position_at_end(body)
+        following = self.b.atomic_rmw("add", counter, at_once, "monotonic")
+        mine.set(following)
+        yield first, self.least(self.add(first, at_once), count), self.least(following, count)
         self.b.branch(head)
         self.b.position_at_end(end)

@@ -12,7 +12,6 @@ to the last bit. 2 cores, AVX2, all products of a 135M-parameter Llama, millisec
 
 from __future__ import annotations
 
-import mmap
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING
@@ -21,6 +20,7 @@ import torch
 
 from kernels.native.emit import I64
 from kernels.native.jit import Kernel, build, lanes, threads_for
+from kernels.pages import zeros
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,8 +33,10 @@ _ROWS = 6
 _PANELS = {1: 4, 2: 2, 3: 2}
 """Panels that a tile of so many rows takes at once; one from four rows on."""
 _GROUP = 4
-"""Panels that a thread takes at a time."""
+"""Most panels that a thread takes at a time."""
 _UNROLL = 2
+_CACHE_LINE = 16
+"""float32 numbers."""
 _CACHED_ROWS = 96
 """Rows that are worked off for one panel before the next: they are to stay in the second-level cache. A multiple of `_ROWS`."""
 _CACHED_DEPTH = 576
@@ -54,15 +56,8 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
     columns, depth = weight.shape
     padded = weight.new_zeros(-(-columns // width) * width, depth)
     padded[:columns] = weight
-    return _in_large_pages(padded.view(-1, width, depth).transpose(1, 2))
-
-
-def _in_large_pages(panels: torch.Tensor) -> torch.Tensor:
-    """A contiguous copy in memory that the system may back with large pages: every step streams all weights past the page table."""
-    pages = mmap.mmap(-1, max(panels.numel() * 4, mmap.PAGESIZE))
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=panels.dtype, count=panels.numel()).view(panels.shape).copy_(panels)
+    panels = padded.view(-1, width, depth).transpose(1, 2)
+    return zeros(panels.shape, panels.dtype).copy_(panels)  # every step streams all weights past the page table
 
 
 def pack_gated(weight: torch.Tensor) -> torch.Tensor:
@@ -100,8 +95,11 @@ def gated_product(x: torch.Tensor, packed: torch.Tensor, activation: str) -> tor
 def _run(
     kernel: Kernel, x: torch.Tensor, packed: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None
 ) -> None:
+    threads = threads_for(x.numel() * out.shape[1] // 8)
+    # Threads are to end together, so each takes from a small weight one panel after the other; few rows take several at once.
+    group = _GROUP if x.shape[0] in _PANELS else max(min(_GROUP, packed.shape[0] // (8 * threads)), 1)
     kernel(
-        threads_for(x.numel() * out.shape[1] // 8),
+        threads,
         x.data_ptr(),
         x.stride(0),
         x.shape[0],
@@ -112,6 +110,7 @@ def _run(
         out.stride(0),
         0 if bias is None else bias.data_ptr(),
         0 if residual is None else residual.data_ptr(),
+        group,
     )
 
 
@@ -130,21 +129,41 @@ class _Product:
         self.weight, self.panels, self.out, self.out_stride = e.pointer(4), e.argument(5), e.pointer(6), e.argument(7)
         self.bias = e.pointer(8) if has_bias else None
         self.residual = e.pointer(9) if has_residual else None
-        self.counter = e.at(e.function.args[0], 10, I64)
+        self.group = e.argument(10)
+        self.counter = e.at(e.function.args[0], 11, I64)
         self.width = 2 * e.lanes
         self.sums = e.scratch(max(_CACHED_ROWS * self.width, _ROWS * self.width * _GROUP))
 
     def emit(self) -> None:
         e = self.e
-        with e.shares(self.counter, self.panels, _GROUP) as (first, last), e.range(0, self.rows, _CACHED_ROWS) as top:
+        with (
+            e.shares_ahead(self.counter, self.panels, self.group) as (first, last, following),
+            e.range(0, self.rows, _CACHED_ROWS) as top,
+        ):
             bottom = e.least(e.add(top, _CACHED_ROWS), self.rows)
             rest = e.b.urem(e.sub(bottom, top), e.const(_ROWS))
             whole = e.sub(bottom, rest)
-            with e.range(first, last) as panel, self._stretches() as stretch, e.range(top, whole, _ROWS) as row:
-                self._tile(_ROWS, 1, row, e.sub(row, top), panel, stretch)
+            with e.range(first, last) as panel:
+                after = e.add(panel, 1)
+                after = e.b.select(e.less(after, last), after, following)
+                with self._stretches() as stretch, e.range(top, whole, _ROWS) as row:
+                    place = e.sub(row, top)
+                    self._tile(_ROWS, 1, row, place, panel, stretch, self._ahead(panel, after, stretch, place))
             for count in range(1, _ROWS):
                 with e.when(e.equal(rest, count)):
                     self._rest(count, whole, first, last)
+
+    def _ahead(self, panel: ir.Value, after: ir.Value, stretch: tuple[ir.Value, ir.Value], place: ir.Value) -> ir.Value:
+        """Where the weights lie that are wanted next and that this tile asks for: every other tile one half of them.
+
+        Without it the first tile of a panel waits for memory, and the tiles after it leave the memory idle.
+        """
+        e, (start, length) = self.e, stretch
+        end = e.add(start, length)
+        more = e.less(end, self.depth)
+        panel, start = e.b.select(more, panel, after), e.b.select(more, end, e.const(0))
+        half = e.mul(e.b.urem(e.div(place, _ROWS), e.const(2)), e.mul(e.div(length, 2), self.width))
+        return e.at(self.weight, e.add(e.mul(e.add(e.mul(panel, self.depth), start), self.width), half))
 
     def _rest(self, count: int, row: ir.Value, first: ir.Value, last: ir.Value) -> None:
         e, at_once = self.e, _PANELS.get(count, 1)
@@ -161,8 +180,20 @@ class _Product:
         with self.e.range(0, self.depth, _CACHED_DEPTH) as start:
             yield start, self.e.least(self.e.sub(self.depth, start), _CACHED_DEPTH)
 
-    def _tile(self, count: int, panels: int, row: ir.Value, place: ir.Value, panel: ir.Value, stretch: tuple[ir.Value, ir.Value]) -> None:
-        """`count` rows from `row` on times `panels` panels, over a stretch of K; `sums` keeps these rows at `place` between stretches."""
+    def _tile(
+        self,
+        count: int,
+        panels: int,
+        row: ir.Value,
+        place: ir.Value,
+        panel: ir.Value,
+        stretch: tuple[ir.Value, ir.Value],
+        ahead: ir.Value | None = None,
+    ) -> None:
+        """`count` rows from `row` on times `panels` panels, over a stretch of K; `sums` keeps these rows at `place` between stretches.
+
+        `ahead`: weights to ask for meanwhile, half as many as this tile reads of a panel.
+        """
         e, (start, length) = self.e, stretch
         vectors = 2 * panels
         kept = e.at(self.sums, e.mul(place, self.width))
@@ -179,6 +210,9 @@ class _Product:
         ]
         even = e.mul(e.div(length, _UNROLL), _UNROLL)
         with e.range(0, even, _UNROLL) as k:
+            if ahead is not None:
+                for line in range(self.width * _UNROLL // 2 // _CACHE_LINE):
+                    e.prefetch(ahead, e.add(e.mul(k, self.width // 2), line * _CACHE_LINE), near=False)
             for step in range(_UNROLL):
                 self._multiply(sums, lines, weights, e.add(k, step))
         with e.range(even, length) as k:

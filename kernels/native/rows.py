@@ -102,23 +102,35 @@ def _emit_rotate(e: Emitter) -> None:
     qkv, stride, rows = e.pointer(0), e.argument(1), e.argument(2)
     cos, sin, slots, keys, values = e.pointer(3), e.pointer(4), e.pointer(5), e.pointer(6), e.pointer(7)
     num_heads, kv_heads, head_dim, block_size, rotated = (e.argument(index) for index in range(8, 13))
-    with e.shares(e.at(e.function.args[0], 13, I64), rows, _ROWS_AT_ONCE) as (first, last), e.range(first, last) as row:
-        line = e.at(qkv, e.mul(row, stride))
-        turn = (e.at(cos, e.mul(row, rotated)), e.at(sin, e.mul(row, rotated)))
-        with e.range(0, e.add(num_heads, kv_heads)) as head:
-            _rotate(e, e.at(line, e.mul(head, head_dim)), turn, e.div(rotated, 2))
+
+    def place_of(row: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """Key heads that the row writes (none where its slot is negative: it is kept nowhere), its block's place, its place inside."""
         slot = e.load_i64(slots, row)
-        block, offset = e.div(slot, block_size), e.b.urem(slot, block_size)
-        # A row with a negative slot is kept nowhere.
-        with e.range(0, e.b.select(e.less(slot, 0), e.const(0), kv_heads)) as head:
-            place = e.mul(e.add(e.mul(block, kv_heads), head), e.mul(head_dim, block_size))
-            key = e.at(line, e.mul(e.add(head, num_heads), head_dim))
-            value = e.at(line, e.mul(e.add(head, e.add(num_heads, kv_heads)), head_dim))
-            with e.range(0, head_dim) as column:
-                e.store(e.load(key, column), keys, e.add(e.add(place, e.mul(column, block_size)), offset))
-            target = e.at(values, e.add(place, e.mul(offset, head_dim)))
-            with e.range(0, head_dim, e.lanes) as column:
-                e.store(e.load_vector(value, column), target, column)
+        kept = e.b.select(e.less(slot, 0), e.const(0), kv_heads)
+        return kept, e.mul(e.div(slot, block_size), e.mul(kv_heads, e.mul(head_dim, block_size))), e.b.urem(slot, block_size)
+
+    with e.shares(e.at(e.function.args[0], 13, I64), rows, _ROWS_AT_ONCE) as (first, last):
+        with e.range(first, last) as row:
+            # A token's keys lie one cache line apart: they are all asked for at once, and come while the heads turn.
+            kept, block, offset = place_of(row)
+            with e.range(0, e.mul(kept, head_dim)) as line:
+                e.prefetch(keys, e.add(e.add(block, e.mul(line, block_size)), offset), near=False, write=True)
+            line = e.at(qkv, e.mul(row, stride))
+            turn = (e.at(cos, e.mul(row, rotated)), e.at(sin, e.mul(row, rotated)))
+            with e.range(0, e.add(num_heads, kv_heads)) as head:
+                _rotate(e, e.at(line, e.mul(head, head_dim)), turn, e.div(rotated, 2))
+        with e.range(first, last) as row:
+            kept, block, offset = place_of(row)
+            line = e.at(qkv, e.mul(row, stride))
+            with e.range(0, kept) as head:
+                place = e.add(block, e.mul(head, e.mul(head_dim, block_size)))
+                key = e.at(line, e.mul(e.add(head, num_heads), head_dim))
+                value = e.at(line, e.mul(e.add(head, e.add(num_heads, kv_heads)), head_dim))
+                with e.range(0, head_dim) as column:
+                    e.store(e.load(key, column), keys, e.add(e.add(place, e.mul(column, block_size)), offset))
+                target = e.at(values, e.add(place, e.mul(offset, head_dim)))
+                with e.range(0, head_dim, e.lanes) as column:
+                    e.store(e.load_vector(value, column), target, column)
 
 
 def _rotate(e: Emitter, head: ir.Value, turn: tuple[ir.Value, ir.Value], half: ir.Value) -> None:
