@@ -51,6 +51,8 @@ _log = logging.getLogger(__name__)
 
 _IDLE_SECONDS = 0.005
 _RECLAIM_EVERY = 64
+_FIRST_TOKENS = 192
+"""Tokens a sequence that the KV cache has memory for before the first request."""
 _NOTHING = np.empty(0, np.int64)
 
 
@@ -80,6 +82,8 @@ class Engine:
             dtype=spec.dtype,
             device=spec.device,
         )
+        first_blocks = min(self.limits.max_sequences * _FIRST_TOKENS // config.block_size, self.limits.num_blocks // 4)
+        threading.Thread(target=kv.take_pages, args=(first_blocks,), daemon=True).start()  # while kernels are compiled
         self._runner = make_runner(loaded.model, kv, self.limits.max_sequences)
         self._judge = make_judge(self._runner)
         self._clock = DeviceClock(spec.device) if spec.device.type == "cuda" else HostClock()

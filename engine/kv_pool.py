@@ -31,6 +31,12 @@ class KVPool:
         self.keys: list[torch.Tensor] = list(keys)
         self.values: list[torch.Tensor] = list(self._storage[1])
 
+    def take_pages(self, num_blocks: int) -> None:
+        """Has the system give the pages of the first blocks before they are written. Slow on machines that are virtual; any thread may."""
+        if self._storage.device.type == "cpu":
+            for part in self._storage.flatten(0, 1):
+                pages.take(part[:num_blocks])
+
     @property
     def nbytes(self) -> int:
         return self._storage.nbytes

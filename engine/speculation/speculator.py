@@ -10,7 +10,7 @@ import numpy as np
 
 from engine.drafters.base import DraftBatch, Drafts, Progress, Remembers
 from engine.drafters.builtin import PORTFOLIO, TEXT
-from engine.speculation.calibration import Calibration
+from engine.speculation.calibration import Calibration, Discount
 from engine.speculation.cost_model import CostModel, Load
 from engine.speculation.planner import FixedLength, Planner, StepCost
 from engine.speculation.portfolio import Portfolio
@@ -82,6 +82,7 @@ class Speculator:
         self._depths: dict[str, float] = {}
         self._drafters: dict[str, Drafter] = {}
         self._calibrations: dict[str, Calibration] = {}
+        self._discounts: dict[str, Discount] = {}
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -119,6 +120,7 @@ class Speculator:
         for name in gone:
             self._drafters.pop(name, None)
             self._calibrations.pop(name, None)
+            self._discounts.pop(name, None)
             self._supply.retire(name)
         return gone
 
@@ -126,6 +128,7 @@ class Speculator:
         if name not in self._drafters:
             self._drafters[name] = self._supply.create(name)
             self._calibrations[name] = Calibration(self._drafters[name].prior, self._max_sequences)
+            self._discounts[name] = Discount()
 
     def _members(self, name: str) -> tuple[str, ...]:
         return (TEXT, *self._portfolio.neural) if name == PORTFOLIO else (name,)
@@ -188,6 +191,8 @@ class Speculator:
                 continue
             self._calibrations[name].observe(slots[members], proposal.bins[members], stood[members], seen[members])
             self._learn_depth(name, proposal.chosen[members])
+            discount = self._discounts[name]
+            discount.observe(_promised(proposal, members) / discount.factor, float(accepted[members].sum()))
             if name in self._portfolio.neural:
                 templates = [sequences[row].request.template for row in members]
                 self._portfolio.learn(name, slots[members], templates, _expected(proposal, members, accepted))
@@ -232,7 +237,7 @@ class Speculator:
 
     def _survival(self, name: str, rows: Ints, drafts: Drafts, sequences: list[Sequence]) -> Floats:
         slots = np.array([sequences[row].slot for row in rows], np.int64)
-        return self._calibrations[name].survival(slots, drafts.bins)
+        return self._calibrations[name].survival(slots, drafts.bins) * self._discounts[name].factor
 
     def _ask_portfolio(
         self, rows: Ints, sequences: list[Sequence], limits: Ints, step: int, proposal: Proposal, tokens_per_second: float
@@ -268,6 +273,12 @@ class Speculator:
 
 def _rows_of(drafts: Drafts, places: Ints) -> Drafts:
     return Drafts(drafts.token_ids[places], drafts.lengths[places], drafts.bins[places])
+
+
+def _promised(proposal: Proposal, rows: Ints) -> float:
+    """Drafts of these rows that were to be verified and expected to stand."""
+    survival = proposal.survival[rows]
+    return float(survival[np.arange(survival.shape[1]) < proposal.chosen[rows, None]].sum())
 
 
 def _expected(proposal: Proposal, rows: Ints, accepted: Ints) -> Floats:
