@@ -36,6 +36,7 @@ from engine.tiers import fill
 from engine.tokenizer import Tokenizer
 from engine.types import FinishReason, Request, Result, TokenLedger
 from engine.work import Work
+from kernels import pages
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -82,6 +83,7 @@ class Engine:
             dtype=spec.dtype,
             device=spec.device,
         )
+        pages.keep_freed()
         first_blocks = min(self.limits.max_sequences * _FIRST_TOKENS // config.block_size, self.limits.num_blocks // 4)
         threading.Thread(target=kv.take_pages, args=(first_blocks,), daemon=True).start()  # while kernels are compiled
         self._runner = make_runner(loaded.model, kv, self.limits.max_sequences)

@@ -248,12 +248,12 @@ class Emitter:
             yield
 
     @contextmanager
-    def shares(self, counter: ir.Value, count: ir.Value, at_once: int) -> Iterator[tuple[ir.Value, ir.Value]]:
+    def shares(self, counter: ir.Value, count: ir.Value, at_once: int | ir.Value) -> Iterator[tuple[ir.Value, ir.Value]]:
         """Work items handed out to threads as they ask, `at_once` together: yields [first, last). `counter` points at an int64 0."""
         head, body, end = (self.function.append_basic_block(name) for name in ("ask", "work", "done"))
         self.b.branch(head)
         self.b.position_at_end(head)
-        first = self.b.atomic_rmw("add", counter, self.const(at_once), "monotonic")
+        first = self.b.atomic_rmw("add", counter, self.integer(at_once), "monotonic")
         self.b.cbranch(self.less(first, count), body, end)
         self.b.position_at_end(body)
         yield first, self.least(self.add(first, at_once), count)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from kernels.native.emit import Emitter
 
 _ROWS_AT_ONCE = 4
+_MOST_KEYS_AT_ONCE = 16
+"""Rows of one sequence write into the same cache lines, side by side: they are to be one thread's."""
 
 
 def float_bits(value: float) -> int:
@@ -52,8 +54,9 @@ def rotary_kv_write(
             part = heads[:, first:last]
             part.copy_(rms_norm(part.reshape(-1, head_dim), weight, eps).view(part.shape))
     rotated = 0 if cos is None else cos.shape[1]
+    threads = threads_for(qkv.numel())
     _rotate_kernel()(
-        threads_for(qkv.numel()),
+        threads,
         qkv.data_ptr(),
         qkv.stride(0),
         len(qkv),
@@ -67,6 +70,7 @@ def rotary_kv_write(
         head_dim,
         block_size,
         rotated,
+        min(-(-len(qkv) // threads), _MOST_KEYS_AT_ONCE),
     )
     return qkv[:, : num_heads * head_dim].view(len(qkv), num_heads, head_dim)
 
@@ -101,7 +105,7 @@ def _rotate_kernel() -> Kernel:
 def _emit_rotate(e: Emitter) -> None:
     qkv, stride, rows = e.pointer(0), e.argument(1), e.argument(2)
     cos, sin, slots, keys, values = e.pointer(3), e.pointer(4), e.pointer(5), e.pointer(6), e.pointer(7)
-    num_heads, kv_heads, head_dim, block_size, rotated = (e.argument(index) for index in range(8, 13))
+    num_heads, kv_heads, head_dim, block_size, rotated, at_once = (e.argument(index) for index in range(8, 14))
 
     def place_of(row: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
         """Key heads that the row writes (none where its slot is negative: it is kept nowhere), its block's place, its place inside."""
@@ -109,7 +113,7 @@ def _emit_rotate(e: Emitter) -> None:
         kept = e.b.select(e.less(slot, 0), e.const(0), kv_heads)
         return kept, e.mul(e.div(slot, block_size), e.mul(kv_heads, e.mul(head_dim, block_size))), e.b.urem(slot, block_size)
 
-    with e.shares(e.at(e.function.args[0], 13, I64), rows, _ROWS_AT_ONCE) as (first, last):
+    with e.shares(e.at(e.function.args[0], 14, I64), rows, at_once) as (first, last):
         with e.range(first, last) as row:
             # A token's keys lie one cache line apart: they are all asked for at once, and come while the heads turn.
             kept, block, offset = place_of(row)
