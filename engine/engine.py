@@ -101,11 +101,10 @@ class Engine:
         cost = CostModel(self.limits.max_step_tokens)
         self.profile_reused = False
         points: list[tuple[Load, float]] = []
-        if config.drafter != OFF:
+        if config.drafter != OFF or config.trace is not None:  # a trace says what this machine could do, whoever drafted
+            sizes = (self.limits.max_sequences, self.limits.max_step_tokens)
             points, self.profile_reused = (
-                profiles.steps(self._runner, spec, self.limits.max_sequences)
-                if profiles is not None
-                else (measure_steps(self._runner, self.limits.max_sequences), False)
+                profiles.steps(self._runner, spec, *sizes) if profiles is not None else (measure_steps(self._runner, *sizes), False)
             )
             cost.profile(points)
         entropy = int.from_bytes(os.urandom(8)) if config.seed is None else config.seed

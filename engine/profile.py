@@ -23,10 +23,12 @@ if TYPE_CHECKING:
     from engine.checkpoints.cache import SharedFolders
     from engine.runner import Runner
 
-PROFILE = 2
+PROFILE = 3
 """Part of a stored profile's name: raise it when steps take another time than before (new kernels) or are measured otherwise."""
 
 _REPEATS = 2
+_DEEP = (2, 4)
+"""Tokens a sequence in the largest steps: how far past one token each it pays to draft on a full batch shows only there."""
 _FILE = "steps.json"
 
 _log = logging.getLogger(__name__)
@@ -39,15 +41,15 @@ class Profiles:
         self._directory = directory / "profiles"
         self._shared = shared
 
-    def steps(self, runner: Runner, spec: ModelSpec, max_sequences: int) -> tuple[list[tuple[Load, float]], bool]:
+    def steps(self, runner: Runner, spec: ModelSpec, max_sequences: int, max_tokens: int) -> tuple[list[tuple[Load, float]], bool]:
         """What `measure_steps` returns, and whether it was there already. A cache that cannot be used costs the measurement only."""
         measured: list[tuple[Load, float]] = []
 
         def build(folder: Path) -> None:
-            measured.extend(measure_steps(runner, max_sequences))
+            measured.extend(measure_steps(runner, max_sequences, max_tokens))
             (folder / _FILE).write_text(to_json(measured))
 
-        about = describe(spec, max_sequences)
+        about = describe(spec, max_sequences, max_tokens)
         name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
         try:
             with kernels.tuned(self._directory.parent / "kernels", spec.device):
@@ -56,14 +58,14 @@ class Profiles:
                 return from_json((folder / _FILE).read_text()), True
         except (OSError, ValueError, KeyError, TypeError) as error:
             _log.warning("the cached profile of %s cannot be used: %s", spec.name, error)
-        return measured or measure_steps(runner, max_sequences), False
+        return measured or measure_steps(runner, max_sequences, max_tokens), False
 
 
-def describe(spec: ModelSpec, max_sequences: int) -> list[str]:
+def describe(spec: ModelSpec, max_sequences: int, max_tokens: int) -> list[str]:
     """Everything that a step's time depends on, as far as it can be named."""
     on_cuda = spec.device.type == "cuda"
     device = torch.cuda.get_device_name(spec.device) if on_cuda else f"{_processor()}, {torch.get_num_threads()} threads"
-    return [str(PROFILE), spec.name, spec.revision, str(spec.dtype), device, torch.__version__, str(max_sequences)]
+    return [str(PROFILE), spec.name, spec.revision, str(spec.dtype), device, torch.__version__, str(max_sequences), str(max_tokens)]
 
 
 def to_json(points: list[tuple[Load, float]]) -> str:
@@ -95,30 +97,36 @@ def warm_up(runner: Runner) -> None:
     _seconds(runner, _dummy(1))
 
 
-def measure_steps(runner: Runner, max_sequences: int) -> list[tuple[Load, float]]:
-    """Seconds of steps with 1, 2, 4 ... `max_sequences` sequences of one token; the better of two runs each.
+def measure_steps(runner: Runner, max_sequences: int, max_tokens: int) -> list[tuple[Load, float]]:
+    """Seconds of steps with 1, 2, 4 ... `max_sequences` sequences of one token, and of some with more; the better of two runs each.
 
     Writes into block 0 alone, which no sequence ever holds. The larger sizes come first, so that one-time work (kernel
     selection, allocator growth) is over before the small ones, where it would weigh most.
     """
-    sizes = sorted({min(2**power, max_sequences) for power in range(max_sequences.bit_length() + 1)}, reverse=True)
-    _seconds(runner, _dummy(sizes[-1]))
-    return [(Load(size, size, size), min(_seconds(runner, _dummy(size)) for _ in range(_REPEATS))) for size in sizes]
+    sizes = {(min(2**power, max_sequences), 1) for power in range(max_sequences.bit_length() + 1)}
+    sizes |= {(max_sequences, each) for each in _DEEP if max_sequences * each <= max_tokens}
+    ordered = sorted(sizes, key=lambda size: -size[0] * size[1])
+    _seconds(runner, _dummy(*ordered[0]))
+    return [
+        (Load(count * each, count * each, count * each), min(_seconds(runner, _dummy(count, each)) for _ in range(_REPEATS)))
+        for count, each in ordered
+    ]
 
 
-def _dummy(size: int) -> PackedStep:
-    index = np.arange(size, dtype=np.int64)
-    zeros = np.zeros(size, np.int64)
+def _dummy(count: int, each: int = 1) -> PackedStep:
+    """`count` sequences of `each` tokens, all with logits."""
+    index = np.arange(count * each, dtype=np.int64)
+    zeros = np.zeros(count * each, np.int64)
     return PackedStep(
         token_ids=zeros,
-        positions=zeros,
-        slots=zeros,
-        tables=np.zeros((size, 1), np.int32),
-        query_start=np.arange(size + 1, dtype=np.int32),
-        kv_lengths=np.ones(size, np.int32),
+        positions=index % each,
+        slots=index % each,
+        tables=np.zeros((count, 1), np.int32),
+        query_start=np.arange(count + 1, dtype=np.int32) * np.int32(each),
+        kv_lengths=np.full(count, each, np.int32),
         logit_rows=index,
-        row_starts=index,
-        row_counts=np.ones(size, np.int64),
+        row_starts=np.arange(count, dtype=np.int64) * each,
+        row_counts=np.full(count, each, np.int64),
         shared_prefix_blocks=0,
     )
 

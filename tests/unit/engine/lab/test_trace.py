@@ -25,7 +25,7 @@ def test_a_trace_holds_the_job_and_every_step(tmp_path):
     trace, results = record(tmp_path, drafter="suffix", fixed_drafts=3)
     assert trace.engine.max_sequences == 8
     assert trace.engine.fixed_drafts == 3
-    assert len(trace.engine.profile) == 4
+    assert [tokens for tokens, *_ in trace.engine.profile] == [32, 16, 8, 4, 2, 1]
     answers = {request.number: trace.ends[request.number].output for request in trace.requests}
     assert sorted(answers.values()) == sorted(result.token_ids for result in results.values())
     assert trace.generated == sum(result.ledger.generated for result in results.values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from engine.speculation.calibration import Calibration
+from engine.speculation.calibration import Calibration, Discount
 
 
 def feed(calibration: Calibration, rates: np.ndarray, slots: int, steps: int, seed: int = 0) -> None:
@@ -49,3 +49,23 @@ def test_old_outcomes_fade() -> None:
     feed(calibration, np.array([0.0]), 4, 300)
     calibration.reset(0)
     assert calibration.survival(np.array([0]), np.array([[0]]))[0, 0] < 0.05
+
+
+def test_the_most_promising_of_many_estimates_are_discounted_to_what_they_keep() -> None:
+    rng = np.random.default_rng(1)
+    discount = Discount()
+    for _ in range(200):
+        estimates = np.clip(0.6 + 0.2 * rng.standard_normal(64), 0.0, 1.0)  # the truth is 0.6 everywhere
+        chosen = np.sort(estimates)[-16:]
+        discount.observe(float(chosen.sum()), float((rng.random(16) < 0.6).sum()))
+    assert discount.factor * chosen.mean() == pytest.approx(0.6, abs=0.06)
+    for _ in range(1000):
+        discount.observe(0.0, 0.0)
+    assert discount.factor == pytest.approx(1.0, abs=0.01)  # old evidence fades
+
+
+def test_promises_that_are_kept_are_not_discounted() -> None:
+    discount = Discount()
+    for _ in range(50):
+        discount.observe(10.0, 11.0)
+    assert discount.factor == 1.0
