@@ -38,6 +38,10 @@ def write_folder(
     return path
 
 
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    _write(path / RECORD, record)
+
+
 def set_calibration(folder: DrafterFolder, calibration: dict[str, Any]) -> None:
     _write(folder.path / CALIBRATION, calibration)
 

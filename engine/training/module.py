@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 class BlockModule(nn.Module):
     """Parameters carry DeepSpec's tensor names (dots become slashes inside torch). Embedding and output head are the target's, frozen."""
 
-    def __init__(self, spec: BlockSpec, seed: int = 0) -> None:
+    def __init__(self, spec: BlockSpec, seed: int = 0, device: torch.device | None = None) -> None:
+        """Initial weights depend on the seed alone, not on the device."""
         super().__init__()
         self.spec = spec
         generator = torch.Generator().manual_seed(seed)
@@ -27,10 +28,11 @@ class BlockModule(nn.Module):
         for name, shape in required.items():
             if name not in spec.stored:
                 self.weights[_key(name)] = nn.Parameter(_initial(name, shape, generator))
-        self._rope = read_rope(spec.layers, torch.device("cpu"))
+        self.to(device)
+        self._rope = read_rope(spec.layers, device or torch.device("cpu"))
 
     def forward(self, taps: torch.Tensor, embedded: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
-        """Normalised hidden states [A, G, hidden] of blocks at `anchors` [A] over a text whose taps are [T, n * hidden].
+        """Normalised hidden states [A, G, hidden], float32, of blocks at `anchors` [A] over a text whose taps are [T, n * hidden].
 
         embedded: [A, G, hidden], each anchor's embedding and the mask's. A block sees the features before its anchor, and itself.
         """
@@ -39,37 +41,62 @@ class BlockModule(nn.Module):
         length = len(taps)
         context = self._norm("hidden_norm.weight", functional.linear(taps, self._w("fc.weight")))
         positions = (anchors[:, None] + torch.arange(slots, device=anchors.device)).reshape(-1)
-        at_context = self._rope.angles(torch.arange(length, device=taps.device), taps.dtype)
-        at_block = self._rope.angles(positions, taps.dtype)
-        block = torch.arange(count, device=taps.device).repeat_interleave(slots)
-        seen = torch.cat((torch.arange(length, device=taps.device) < anchors[block][:, None], block[:, None] == block), 1)
+        at_context = self._rope.angles(torch.arange(length, device=taps.device), torch.float32)
+        at_block = self._rope.angles(positions, torch.float32)
+        unseen = torch.arange(length, device=taps.device) >= anchors.repeat_interleave(slots)[:, None]
         hidden = embedded.reshape(count * slots, -1)
         for index in range(spec.num_layers):
             prefix = f"layers.{index}."
             x = self._norm(f"{prefix}input_layernorm.weight", hidden)
             q = self._heads(prefix, "q", x, at_block)
-            k = torch.cat((self._heads(prefix, "k", context, at_context), self._heads(prefix, "k", x, at_block)))
-            v = torch.cat((self._heads(prefix, "v", context, None), self._heads(prefix, "v", x, None)))
-            repeat = spec.num_heads // spec.num_kv_heads
-            k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
-            out = functional.scaled_dot_product_attention(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), attn_mask=seen)
-            hidden = hidden + functional.linear(out.transpose(0, 1).flatten(1), self._w(f"{prefix}self_attn.o_proj.weight"))
+            of_context = self._heads(prefix, "k", context, at_context), self._heads(prefix, "v", context, None)
+            of_block = self._heads(prefix, "k", x, at_block), self._heads(prefix, "v", x, None)
+            out = _attend(q, of_context, of_block, unseen, slots)
+            hidden = hidden + functional.linear(out.flatten(1), self._w(f"{prefix}self_attn.o_proj.weight"))
             x = self._norm(f"{prefix}post_attention_layernorm.weight", hidden)
             gate, up = (functional.linear(x, self._w(f"{prefix}mlp.{name}_proj.weight")) for name in ("gate", "up"))
             hidden = hidden + functional.linear(functional.silu(gate) * up, self._w(f"{prefix}mlp.down_proj.weight"))
         return self._norm("norm.weight", hidden).view(count, slots, -1)
 
-    def sequential(self, logits: torch.Tensor, hidden: torch.Tensor, previous: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Teacher-forced logits [A, G, vocab] and confidence logits [A, G]. previous: int64 [A, G], the token before each slot's own."""
+    def sequential(
+        self, logits: torch.Tensor, hidden: torch.Tensor, previous: torch.Tensor, columns: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Teacher-forced logits [A, G, vocab] and confidence logits [A, G]. previous: int64 [A, G], the token before each slot's own.
+
+        columns: int64 [C], the tokens that `logits` are of; None: the whole vocabulary.
+        """
         spec, embedding = self.spec, None
         if spec.markov_rank:
             embedding = functional.embedding(previous, self._w("markov_head.markov_w1.weight"))
-            logits = logits + functional.linear(self._latent(embedding, hidden), self._w("markov_head.markov_w2.weight"))
+            rows = self._w("markov_head.markov_w2.weight")
+            rows = rows if columns is None else rows.index_select(0, columns)
+            logits = logits + functional.linear(self._latent(embedding, hidden), rows)
         if not spec.confidence:
             return logits, None
         features = torch.cat((hidden, embedding), -1) if spec.confidence_with_markov and embedding is not None else hidden
         score = functional.linear(features, self._w("confidence_head.proj.weight"), self._w("confidence_head.proj.bias"))
         return logits, score.squeeze(-1)
+
+    @torch.no_grad()
+    def start_from(self, target: dict[str, torch.Tensor]) -> None:
+        """Begins as the target ends: its last layers where they have this shape, its final norm, and its last tapped state as context.
+
+        target: tensors of its checkpoint by transformers' names. What does not fit keeps its random start.
+        """
+        known = {name.removeprefix("model."): tensor for name, tensor in target.items()}
+        first = max((int(name.split(".")[1]) for name in known if name.startswith("layers.")), default=-1) + 1 - self.spec.layers.num_layers
+        pairs = {"norm.weight": "norm.weight", "hidden_norm.weight": f"layers.{first}.input_layernorm.weight"}
+        for key in self.weights:
+            name = key.replace("/", ".")
+            if name.startswith("layers."):
+                _, index, rest = name.split(".", 2)
+                pairs[name] = f"layers.{first + int(index)}.{rest}"
+        for name, source in pairs.items():
+            if source in known and known[source].shape == self._w(name).shape:
+                self._w(name).copy_(known[source])
+        fc = self._w("fc.weight")
+        if fc.shape[1] % len(fc) == 0:
+            fc.mul_(0.1)[:, -len(fc) :].add_(torch.eye(len(fc), device=fc.device))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """By DeepSpec's names."""
@@ -86,7 +113,7 @@ class BlockModule(nn.Module):
         state, found = torch.zeros_like(embedding[:, 0]), []
         for slot in range(embedding.shape[1]):
             z = torch.cat((state, embedding[:, slot], hidden[:, slot]), -1)
-            joint = functional.linear(z, self._w("markov_head.joint_proj.weight"), self._w("markov_head.joint_proj.bias"))
+            joint = functional.linear(z, self._w("markov_head.joint_proj.weight"), self._w("markov_head.joint_proj.bias")).float()
             gate, candidate, out = joint.chunk(3, -1)
             state = torch.lerp(torch.tanh(candidate), state, torch.sigmoid(gate))
             found.append(torch.tanh(out))
@@ -102,10 +129,35 @@ class BlockModule(nn.Module):
 
     def _norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
         weight = self._w(name)
-        return functional.rms_norm(x, weight.shape, weight, self.spec.layers.norm_eps)
+        return functional.rms_norm(x.float(), weight.shape, weight, self.spec.layers.norm_eps)
 
     def _w(self, name: str) -> torch.Tensor:
         return self.weights[_key(name)]
+
+
+def _attend(
+    q: torch.Tensor,
+    context: tuple[torch.Tensor, torch.Tensor],
+    block: tuple[torch.Tensor, torch.Tensor],
+    unseen: torch.Tensor,
+    slots: int,
+) -> torch.Tensor:
+    """[A * G, heads, dim]: every row over the context it sees and its own block. Keys and values are [T or A * G, kv heads, dim].
+
+    unseen: bool [A * G, T]. Blocks do not see each other, so their scores are only computed within each.
+    """
+    rows, heads, width = q.shape
+    kv_heads = block[0].shape[1]
+    grouped = q.view(rows, kv_heads, heads // kv_heads, width).permute(1, 2, 0, 3)  # [kv, repeat, rows, dim]
+    keys, values = (tensor.permute(1, 0, 2).unsqueeze(1) for tensor in context)  # [kv, 1, T, dim]
+    own_keys, own_values = (tensor.view(-1, slots, kv_heads, width).permute(2, 0, 1, 3).unsqueeze(1) for tensor in block)
+    by_block = grouped.unflatten(2, (-1, slots))  # [kv, repeat, A, G, dim]
+    far = (grouped @ keys.transpose(-1, -2)).masked_fill(unseen, float("-inf"))
+    near = (by_block @ own_keys.transpose(-1, -2)).flatten(2, 3)
+    weights = torch.softmax(torch.cat((far, near), -1) * width**-0.5, -1, dtype=torch.float32)
+    of_far, of_near = weights.split((far.shape[-1], slots), -1)
+    out = of_far @ values.to(of_far.dtype) + (of_near.unflatten(2, (-1, slots)) @ own_values.to(of_near.dtype)).flatten(2, 3)
+    return out.permute(2, 0, 1, 3).reshape(rows, heads, width)
 
 
 def _key(name: str) -> str:

@@ -13,13 +13,14 @@ import numpy as np
 from engine.checkpoints.drafters.errors import DrafterError
 from engine.checkpoints.drafters.folder import read_folder
 from engine.checkpoints.drafters.formats import block_spec
+from engine.checkpoints.tensors import read_tensors
 from engine.config import EngineConfig
 from engine.drafters.parts.confidence import bucket_of
 from engine.engine import Engine
 from engine.training.answers import answer, read
 from engine.training.calibrate import fit, quality
 from engine.training.evaluate import measure
-from engine.training.export import new_config, set_calibration, write_folder
+from engine.training.export import new_config, set_calibration, write_folder, write_record
 from engine.training.prompts import split
 from engine.training.states import StateStore
 from engine.training.trainer import TrainConfig, Trainer, plot
@@ -28,8 +29,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from engine.checkpoints import LoadedModel
-    from engine.training.prompts import Prompt
+    from engine.training.prompts import Prompt, Split
 
+_WATCHED = 64
+"""Prompts whose acceptance length is followed while training: of those that calibrate, so that none is trained on or judged by."""
 FITTED_AT = (0.0, 1.0)
 """Temperatures whose buckets are calibrated; the others begin uncalibrated and learn from every outcome."""
 
@@ -57,31 +60,60 @@ def train(
     recipe: Recipe,
     config: TrainConfig,
     benchmarks: Iterable[str] = (),
+    data: Path | None = None,
     tell: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Writes a drafter to `out` and its work to `out`/training; returns the training record. Raises DrafterError for unusable input."""
+    """Writes a drafter to `out` and its work to `out`/training; returns the training record. Raises DrafterError for unusable input.
+
+    data: folder of answers and hidden states (`out`/training where None). What another run of this target left there is used; with the
+    same prompts nothing is generated twice.
+    """
     parts = split(prompts, benchmarks)
     if not parts.train:
         raise DrafterError("no prompt is left to train on: a hash-chosen fifth is kept for calibration and judging; give more prompts")
     work = out / "training"
     work.mkdir(parents=True, exist_ok=True)
-    shape = drafter_config(loaded, recipe)
-    spec = block_spec(shape)
+    data = data or work
+    data.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     engine = Engine(loaded, EngineConfig(drafter="suffix", seed=config.seed))
-    answer(
-        engine,
-        parts.train,
-        work / "answers.jsonl",
-        samples=recipe.samples,
-        temperature=recipe.temperature,
-        max_tokens=recipe.max_tokens,
-        tell=tell,
-    )
+    generate(engine, parts, data, recipe=recipe, tell=tell)
     del engine
-    store = StateStore(work / "states", recipe.disk_bytes)
-    store.write(read(work / "answers.jsonl"), loaded.model, spec.taps, tell)
-    trainer = Trainer(spec, loaded.model.frozen(), store, work, config)
+    store_states(loaded, data, recipe, tell)
+    record = fit_drafter(loaded, data, out, recipe=recipe, config=config, tell=tell)
+    counts = {"trained": len(parts.train), "calibrated": len(parts.calibrate), "kept": len(parts.judged)}
+    record |= {"prompts": counts, "seconds": round(time.monotonic() - started, 1)}
+    write_record(out, record)
+    if parts.calibrate:
+        calibrate(loaded, out, parts.calibrate, max_tokens=recipe.max_tokens, tell=tell)
+    return record
+
+
+def generate(engine: Engine, parts: Split, data: Path, *, recipe: Recipe, tell: Callable[[str], None]) -> None:
+    """The target's own answers: `recipe.samples` to each prompt that trains, and a greedy one to those that only show how training goes."""
+    samples, length = recipe.samples, recipe.max_tokens
+    answer(engine, parts.train, data / "answers.jsonl", samples=samples, temperature=recipe.temperature, max_tokens=length, tell=tell)
+    answer(engine, parts.calibrate[:_WATCHED], data / "held.jsonl", samples=1, temperature=0.0, max_tokens=length, tell=tell)
+
+
+def store_states(loaded: LoadedModel, data: Path, recipe: Recipe, tell: Callable[[str], None]) -> None:
+    """Hidden states of every answer that lacks them."""
+    taps = block_spec(drafter_config(loaded, recipe)).taps
+    for texts, states in (("answers.jsonl", "states"), ("held.jsonl", "held")):
+        if (data / texts).exists():
+            StateStore(data / states, recipe.disk_bytes).write(read(data / texts), loaded.model, taps, tell)
+
+
+def fit_drafter(
+    loaded: LoadedModel, data: Path, out: Path, *, recipe: Recipe, config: TrainConfig, tell: Callable[[str], None]
+) -> dict[str, Any]:
+    """Trains on the hidden states in `data` and writes the drafter to `out`; goes on from a checkpoint in `out`/training."""
+    work = out / "training"
+    work.mkdir(parents=True, exist_ok=True)
+    shape = drafter_config(loaded, recipe)
+    store, held = StateStore(data / "states", recipe.disk_bytes), StateStore(data / "held", recipe.disk_bytes)
+    target = read_tensors(loaded.directory)
+    trainer = Trainer(block_spec(shape), loaded.model.frozen(), store, work, config, held if held.names() else None, target)
     trainer.train(tell)
     plot(work)
     record = {
@@ -90,15 +122,12 @@ def train(
         "target_revision": loaded.model.spec.revision,
         "recipe": asdict(recipe),
         "training": asdict(config),
-        "prompts": {"trained": len(parts.train), "calibrated": len(parts.calibrate), "kept": len(parts.judged)},
+        "device": loaded.model.spec.device.type,
         "texts": len(store.names()),
         "steps": trainer.step,
-        "seconds": round(time.monotonic() - started, 1),
         "last": json.loads((work / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1]),
     }
     write_folder(out, shape, trainer.module.tensors(), record)
-    if parts.calibrate:
-        calibrate(loaded, out, parts.calibrate, max_tokens=recipe.max_tokens, tell=tell)
     return record
 
 

@@ -16,23 +16,30 @@ from engine.batch import NORMALISED, ForwardBatch
 from engine.kv_pool import KVPool
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
     from engine.batch import TargetModel
     from engine.training.answers import Text
 
 _BLOCK = 16
+_DEVICE_TOKENS = 8192
+"""Tokens a forward on an accelerator, which a single text does not fill; two cores are full with one."""
 
 
 @dataclass(frozen=True, slots=True)
 class States:
-    """One text of T tokens. taps: [T, n * hidden], joined in the drafter's order; final: [T, hidden] after the final norm."""
+    """One text of T tokens. taps: [T, n * hidden], joined in the drafter's order; final: [T, hidden] after the final norm; both half."""
 
     tokens: torch.Tensor
     prompt_length: int
     taps: torch.Tensor
     final: torch.Tensor
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> States:
+        """Moved as they are stored, then cast."""
+        taps, final = (tensor.to(device).to(dtype) for tensor in (self.taps, self.final))
+        return States(self.tokens.to(device), self.prompt_length, taps, final)
 
 
 class StateStore:
@@ -48,21 +55,22 @@ class StateStore:
 
     def load(self, name: str) -> States:
         tensors = load_file(self._folder / f"{name}.safetensors")
-        length = int(tensors["prompt_length"][0])
-        return States(tensors["tokens"].long(), length, tensors["taps"].float(), tensors["final"].float())
+        return States(tensors["tokens"].long(), int(tensors["prompt_length"][0]), tensors["taps"], tensors["final"])
 
     def write(self, texts: Iterable[Text], model: TargetModel, taps: tuple[int, ...], tell: Callable[[str], None]) -> bool:
-        """One forward a text that is not there yet. Returns False where the bound was reached before the last."""
+        """Runs the target over the texts that are not there yet. Returns False where the bound was reached before the last."""
         present = set(self.names())
         used = sum(path.stat().st_size for path in self._folder.glob("*.safetensors"))
-        for count, text in enumerate(texts, 1):
-            if text.id in present:
-                continue
+        together = 1 if model.spec.device.type == "cpu" else _DEVICE_TOKENS
+        count = 0
+        for group in _groups((text for text in texts if text.id not in present), together):
             if used >= self._max_bytes:
                 tell(f"hidden states: {used >> 20} MiB reached the bound of {self._max_bytes >> 20} MiB; training uses what is there")
                 return False
-            used += self._save(text, *forward_states(model, text.tokens, taps))
-            if count % 50 == 0:
+            for text, (of_taps, final) in zip(group, forward_states(model, [text.tokens for text in group], taps), strict=True):
+                used += self._save(text, of_taps, final)
+            told, count = count // 50, count + len(group)
+            if count // 50 > told:
                 tell(f"hidden states: {count} texts, {used >> 20} MiB")
         return True
 
@@ -71,36 +79,60 @@ class StateStore:
         tensors = {
             "tokens": torch.tensor(text.tokens, dtype=torch.int32),
             "prompt_length": torch.tensor([text.prompt_length]),
-            "taps": taps.half().cpu(),
-            "final": final.half().cpu(),
+            "taps": taps.contiguous(),
+            "final": final.contiguous(),
         }
         save_file(tensors, part)
         part.replace(path)
         return path.stat().st_size
 
 
+def _groups(texts: Iterable[Text], tokens: int) -> Iterator[list[Text]]:
+    """Texts in order, each group of at least one and otherwise of `tokens` tokens at most."""
+    group: list[Text] = []
+    used = 0
+    for text in texts:
+        if group and used + len(text.tokens) > tokens:
+            yield group
+            group, used = [], 0
+        group.append(text)
+        used += len(text.tokens)
+    if group:
+        yield group
+
+
 @torch.inference_mode()
-def forward_states(model: TargetModel, tokens: tuple[int, ...], taps: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(taps [T, n * hidden], final [T, hidden]) of one text, by the target as it runs here."""
-    spec, length = model.spec, len(tokens)
-    count = -(-length // _BLOCK)
-    kv = KVPool(spec.num_layers, count + 1, _BLOCK, spec.num_kv_heads, spec.head_dim, spec.dtype, spec.device)
-    place = np.arange(length)
+def forward_states(model: TargetModel, texts: Sequence[tuple[int, ...]], taps: tuple[int, ...]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(taps [T, n * hidden], final [T, hidden]) of each text in half precision on the CPU, by the target as it runs here."""
+    spec = model.spec
+    lengths = [len(text) for text in texts]
+    counts = [-(-length // _BLOCK) for length in lengths]
+    kv = KVPool(spec.num_layers, sum(counts) + 1, _BLOCK, spec.num_kv_heads, spec.head_dim, spec.dtype, spec.device)
+    tables = np.zeros((len(texts), max(counts)), np.int32)
+    positions, slots, first = [], [], 1
+    for row, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+        tables[row, :count] = np.arange(first, first + count)
+        positions.append(np.arange(length))
+        slots.append(np.arange(length) + first * _BLOCK)
+        first += count
+    ends = np.cumsum(lengths)
 
     def tensor(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(spec.device)
 
     batch = ForwardBatch(
-        token_ids=tensor(np.array(tokens, np.int64)),
-        positions=tensor(place),
-        slots=tensor(place + _BLOCK),
-        block_tables=tensor(np.arange(1, count + 1, dtype=np.int32)[None]),
-        query_start=tensor(np.array([0, length], np.int32)),
-        kv_lengths=tensor(np.array([length], np.int32)),
-        logit_rows=tensor(np.array([length - 1], np.int64)),
-        max_query=length,
-        max_kv=length,
+        token_ids=tensor(np.concatenate([np.array(text, np.int64) for text in texts])),
+        positions=tensor(np.concatenate(positions)),
+        slots=tensor(np.concatenate(slots)),
+        block_tables=tensor(tables),
+        query_start=tensor(np.concatenate(([0], ends)).astype(np.int32)),
+        kv_lengths=tensor(np.array(lengths, np.int32)),
+        logit_rows=tensor(np.array([ends[-1] - 1], np.int64)),
+        max_query=max(lengths),
+        max_kv=max(lengths),
         taps=(*sorted(set(taps)), NORMALISED),
     )
     out = model.forward(batch, kv)
-    return torch.cat([out.taps[tap] for tap in taps], dim=-1), out.taps[NORMALISED]
+    joined = torch.cat([out.taps[tap] for tap in taps], dim=-1).half().cpu()
+    final = out.taps[NORMALISED].half().cpu()
+    return [(joined[end - length : end], final[end - length : end]) for length, end in zip(lengths, ends.tolist(), strict=True)]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
 
-from engine.training.losses import block_losses
+from engine.training.losses import Losses, block_losses
 from engine.training.module import BlockModule
 
 if TYPE_CHECKING:
@@ -20,13 +21,19 @@ if TYPE_CHECKING:
 
     from engine.batch import FrozenParts
     from engine.checkpoints.drafters.specs import BlockSpec
-    from engine.training.losses import Losses
     from engine.training.states import States, StateStore
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """steps: optimiser steps of `texts` texts with `anchors` blocks each. decay: of the slots' weights, in slots."""
+    """steps: optimiser steps of `texts` texts with `anchors` blocks each. decay: of the slots' weights, in slots.
+
+    vocabulary: how many tokens of the output head a step compares, 0 for all. Of that many, three quarters are the answers' most frequent
+    and the rest is drawn anew every step, standing for all others (sampled softmax): most of a step on a CPU is the output head.
+    full_from: the share of the run after which it is the whole vocabulary all the same.
+    seconds: the run also ends after so long, of all its tries together, and the learning rate falls with whichever is nearer. Such a run
+    depends on the machine's speed and is not repeatable.
+    """
 
     steps: int
     texts: int = 4
@@ -37,112 +44,240 @@ class TrainConfig:
     decay: float = 4.0
     checkpoint_every: int = 50
     seed: int = 0
+    vocabulary: int = 0
+    full_from: float = 0.9
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Blocks:
+    """Of one text: logits and wanted (the target's) [A, G, vocab], confidence [A, G], targets int64 and valid bool [A, G]."""
+
+    logits: torch.Tensor
+    confidence: torch.Tensor | None
+    wanted: torch.Tensor
+    targets: torch.Tensor
+    valid: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Columns:
+    """tokens: int64 [C]. place: int64 [vocab], where a token is in them. offset: [C], added to logits. head: [C, hidden]."""
+
+    tokens: torch.Tensor
+    place: torch.Tensor
+    offset: torch.Tensor
+    head: torch.Tensor
 
 
 class Trainer:
-    """folder: gets `state.pt`, `log.jsonl` and `loss.png`. All randomness is a function of (seed, step): a resumed run is the same."""
+    """folder: gets `state.pt`, `log.jsonl` and `loss.png`. All randomness is a function of (seed, step): a resumed run is the same.
 
-    def __init__(self, spec: BlockSpec, frozen: FrozenParts, store: StateStore, folder: Path, config: TrainConfig) -> None:
-        self._spec, self._frozen, self._store, self._folder, self._config = spec, frozen, store, folder, config
+    Trains where the target's embedding lies; where bfloat16 is fast, products are in it, and weights, norms, losses and the optimiser in
+    float32.
+    held: states of greedily answered prompts that are not trained on; at every checkpoint the log gets their acceptance length.
+    """
+
+    def __init__(
+        self,
+        spec: BlockSpec,
+        frozen: FrozenParts,
+        store: StateStore,
+        folder: Path,
+        config: TrainConfig,
+        held: StateStore | None = None,
+        target: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """target: tensors of its checkpoint to begin with (`BlockModule.start_from`)."""
+        self._spec, self._store, self._folder, self._config, self._held = spec, store, folder, config, held
+        self._device = frozen.embedding.device
+        self._dtype = torch.bfloat16 if _bfloat16_is_fast(self._device) else torch.float32
+        # A step's matrices are small: two cores do more with a text each than with both at one product.
+        self._workers = torch.get_num_threads() if self._device.type == "cpu" else 1
+        self._embedding = frozen.embedding.to(self._dtype)
         # The packed product of inference has no gradient; its rows are read back through it.
-        self._head = frozen.head(torch.eye(spec.layers.hidden_size, dtype=frozen.embedding.dtype)).T.contiguous()
+        identity = torch.eye(spec.layers.hidden_size, dtype=frozen.embedding.dtype, device=self._device)
+        self._head = frozen.head(identity).T.contiguous().to(self._dtype)
         self._names = store.names()
         if not self._names:
             raise ValueError(f"there are no hidden states to train on in {folder}")
-        self.module = BlockModule(spec, config.seed)
-        self._optimizer = torch.optim.AdamW(self.module.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+        self.module = BlockModule(spec, config.seed, self._device)
+        if target is not None:
+            self.module.start_from(target)
+        self._parameters = list(self.module.parameters())
+        self._optimizer = torch.optim.AdamW(self._parameters, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+        self._frequent = self._most_frequent() if 0 < config.vocabulary < len(self._head) else None
         self.step = 0
+        self._spent = 0.0
         self._state = folder / "state.pt"
         if self._state.exists():
             self._resume()
 
     def train(self, tell: Callable[[str], None]) -> None:
         """Runs to `config.steps`, from wherever an earlier run stopped."""
-        while self.step < self._config.steps:
-            started = time.perf_counter()
-            losses = self._one_step()
-            self.step += 1
-            seconds = time.perf_counter() - started
-            entry = {
-                "step": self.step,
-                "loss": round(float(losses.total.detach()), 5),
-                "ce": round(losses.ce, 5),
-                "tv": round(losses.tv, 5),
-                "confidence": round(losses.confidence, 5),
-                "acceptance": [round(value, 4) for value in losses.acceptance.tolist()],
-                "seconds": round(seconds, 3),
-            }
-            with (self._folder / "log.jsonl").open("a", encoding="utf-8") as log:
-                log.write(json.dumps(entry) + "\n")
-            if self.step % self._config.checkpoint_every == 0 or self.step == self._config.steps:
-                self._save()
-                first = float(losses.acceptance[0])
-                tell(f"step {self.step} of {self._config.steps}: loss {entry['loss']}, first slot accepted {first:.3f}, {seconds:.2f} s")
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1 if self._workers > 1 else threads)
+        try:
+            self._run(tell)
+        finally:
+            torch.set_num_threads(threads)
 
-    def _one_step(self) -> Losses:
-        generator = torch.Generator().manual_seed(self._config.seed * 1_000_003 + self.step)
+    def _run(self, tell: Callable[[str], None]) -> None:
+        with ThreadPoolExecutor(1, "states") as reader, ThreadPoolExecutor(self._workers, "texts") as self._pool:
+            coming = reader.submit(self._read, self.step)
+            while self._progress() < 1.0:
+                started = time.perf_counter()
+                texts, generator = coming.result()
+                coming = reader.submit(self._read, self.step + 1)
+                losses = self._one_step(texts, generator)
+                self.step += 1
+                seconds = time.perf_counter() - started
+                self._spent += seconds
+                entry = self._entry(losses) | {"seconds": round(seconds, 3)}
+                saved = self.step % self._config.checkpoint_every == 0 or self._progress() >= 1.0
+                if saved and self._held is not None:
+                    entry |= {"held_length": round(self.held_length(), 4)}
+                with (self._folder / "log.jsonl").open("a", encoding="utf-8") as log:
+                    log.write(json.dumps(entry) + "\n")
+                if saved:
+                    self._save()
+                    held = f", held-out length {entry['held_length']}" if "held_length" in entry else ""
+                    done = f"step {self.step} of {self._config.steps}, {entry['seconds']} s"
+                    tell(f"{done}: loss {entry['loss']}, length {entry['length']}{held}")
+
+    @torch.no_grad()
+    def held_length(self, texts: int = 64) -> float:
+        """Tokens a block brings on held-out text at temperature 0, the bonus token included: drafts that are the text's own, in a row."""
+        assert self._held is not None
+        found = []
+        for name in self._held.names()[:texts]:
+            states = self._held.load(name)
+            if room := self._room(states):
+                made = self._forward(states, torch.linspace(0, room - 1, min(room, self._config.anchors)).long(), None)
+                same = (made.logits.argmax(-1) == made.targets) & made.valid
+                found.append(1.0 + float(torch.cumprod(same.float(), 1).sum(1).mean()))
+        return sum(found) / max(len(found), 1)
+
+    def _most_frequent(self) -> torch.Tensor:
+        """int64, ascending: three quarters of `config.vocabulary` tokens."""
+        counts = torch.zeros(len(self._head), dtype=torch.int64)
+        for name in self._names:
+            counts += torch.bincount(self._store.load(name).tokens, minlength=len(counts))
+        return counts.topk(self._config.vocabulary * 3 // 4).indices.sort().values.to(self._device)
+
+    def _columns(self, texts: list[States], generator: torch.Generator) -> _Columns | None:
+        """The part of the vocabulary that a step compares; None for all of it."""
+        if self._frequent is None or self._progress() >= self._config.full_from:
+            return None
+        size = len(self._head)
+        certain = torch.zeros(size, dtype=torch.bool, device=self._device)
+        certain[self._frequent] = True
+        for states in texts:
+            certain[states.tokens.to(self._device)] = True
+        others = (~certain).nonzero().squeeze(1)
+        drawn = others[torch.randperm(len(others), generator=generator)[: self._config.vocabulary // 4].to(self._device)]
+        kept = certain.nonzero().squeeze(1)
+        tokens = torch.cat((kept, drawn))
+        place = torch.zeros(size, dtype=torch.int64, device=self._device)
+        place[tokens] = torch.arange(len(tokens), device=self._device)
+        offset = torch.zeros(len(tokens), device=self._device)
+        offset[len(kept) :] = math.log(len(others) / max(len(drawn), 1))
+        return _Columns(tokens, place, offset.to(self._dtype), self._head[tokens])
+
+    def _read(self, step: int) -> tuple[list[States], torch.Generator]:
+        generator = torch.Generator().manual_seed(self._config.seed * 1_000_003 + step)
+        chosen = torch.randint(len(self._names), (self._config.texts,), generator=generator).tolist()
+        return [self._store.load(self._names[index]) for index in chosen], generator
+
+    def _one_step(self, texts: list[States], generator: torch.Generator) -> Losses:
         for group in self._optimizer.param_groups:
             group["lr"] = self._rate()
-        self._optimizer.zero_grad(set_to_none=True)
-        count = self._config.texts
-        chosen = torch.randint(len(self._names), (count,), generator=generator).tolist()
-        losses: list[Losses] = []
-        for index in chosen:
-            found = self._losses(self._store.load(self._names[index]), generator)
-            if found is not None:
-                (found.total / count).backward()
-                losses.append(found)
-        if not losses:
+        columns = self._columns(texts, generator)
+        jobs = [
+            (states, torch.randperm(room, generator=generator)[: self._config.anchors].sort().values)
+            for states in texts
+            if (room := self._room(states))
+        ]
+        if not jobs:
             raise ValueError("no text has an answer of two tokens or more: generate longer answers")
-        torch.nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
-        self._optimizer.step()
-        return _mean(losses)
 
-    def _losses(self, states: States, generator: torch.Generator) -> Losses | None:
-        """Of one text; None where its answer is too short."""
-        spec = self._spec
+        def work(part: list[tuple[States, torch.Tensor]]) -> tuple[list[torch.Tensor | None], list[Losses]]:
+            total: list[torch.Tensor | None] = [None] * len(self._parameters)
+            losses = []
+            for states, anchors in part:
+                made = self._forward(states, anchors, columns)
+                found = block_losses(made.logits, made.confidence, made.wanted, made.targets, made.valid, self._config.decay)
+                gradients = torch.autograd.grad(found.total / len(texts), self._parameters, allow_unused=True)
+                total = [new if old is None else old if new is None else old.add_(new) for old, new in zip(total, gradients, strict=True)]
+                losses.append(found)
+            return total, losses
+
+        done = list(self._pool.map(work, _shares(jobs, self._workers)))
+        for index, parameter in enumerate(self._parameters):
+            found = [gradients[index] for gradients, _ in done if gradients[index] is not None]
+            parameter.grad = torch.stack(found).sum(0) if len(found) > 1 else next(iter(found), None)
+        torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
+        self._optimizer.step()
+        return Losses.mean([one for _, losses in done for one in losses])
+
+    def _room(self, states: States) -> int:
+        """How many anchors a text offers: its answer's tokens but the last."""
+        return max(min(len(states.tokens), self._config.max_length) - 1 - max(states.prompt_length - 1, 0), 0)
+
+    def _forward(self, states: States, picked: torch.Tensor, columns: _Columns | None) -> _Blocks:
+        """Blocks of one text at `picked` of the anchors it offers, int64 [A]; logits of `columns` alone, or of the whole vocabulary."""
+        spec, device = self._spec, self._device
+        states = states.to(device, self._dtype)
         length = min(len(states.tokens), self._config.max_length)
         first = max(states.prompt_length - 1, 0)
-        room = length - 1 - first
-        if room < 1:
-            return None
-        anchors = (first + torch.randperm(room, generator=generator)[: self._config.anchors]).sort().values
-        slots = torch.arange(spec.block_size)
+        anchors = (first + picked).to(device)
+        slots = torch.arange(spec.block_size, device=device)
         place = anchors[:, None] + slots
         inputs = torch.where(slots == 0, states.tokens[anchors][:, None], spec.mask_token_id)
-        embedded = self._frozen.embedding[inputs].float()
-        hidden = self.module(states.taps[:length], embedded, anchors)
-        if not spec.predicts_next:
-            hidden, place = hidden[:, 1:], place[:, :-1]
-        valid = place + 1 < length
-        held = place.clamp(max=length - 2)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self._dtype != torch.float32, cache_enabled=False):
+            hidden = self.module(states.taps[:length], self._embedding[inputs].float(), anchors)
+            if not spec.predicts_next:
+                hidden, place = hidden[:, 1:], place[:, :-1]
+            valid = place + 1 < length
+            held = place.clamp(max=length - 2)
+            head, offset = (self._head, None) if columns is None else (columns.head, columns.offset)
+            # The target's distribution is one a position, however many blocks have a slot there.
+            wanted = functional.linear(states.final[first:length], head, offset)[held - first]
+            base = functional.linear(hidden, head, offset)
+            logits, confidence = self.module.sequential(base, hidden, states.tokens[held], None if columns is None else columns.tokens)
         targets = states.tokens[held + 1]
-        count, width = targets.shape
-        base = functional.linear(hidden.reshape(count * width, -1), self._head).view(count, width, -1)
-        with torch.no_grad():
-            wanted = functional.linear(states.final[held].reshape(count * width, -1), self._head).view(count, width, -1)
-        logits, confidence = self.module.sequential(base, hidden, states.tokens[held])
-        return block_losses(logits, confidence, wanted, targets, valid, self._config.decay)
+        return _Blocks(logits, confidence, wanted, targets if columns is None else columns.place[targets], valid)
+
+    def _entry(self, losses: Losses) -> dict[str, Any]:
+        values = {"loss": losses.total, "ce": losses.ce, "tv": losses.tv, "confidence": losses.confidence, "length": losses.length}
+        entry: dict[str, Any] = {"step": self.step} | {name: round(float(value), 5) for name, value in values.items()}
+        return entry | {"acceptance": [round(value, 4) for value in losses.acceptance.tolist()]}
+
+    def _progress(self) -> float:
+        """0 at the start, 1 when it is over."""
+        config = self._config
+        return max(self.step / config.steps, 0.0 if config.seconds is None else self._spent / config.seconds)
 
     def _rate(self) -> float:
         """Linear warm-up, then a cosine to a tenth."""
-        config = self._config
-        warm = max(int(config.steps * config.warmup), 1)
-        if self.step < warm:
-            return config.learning_rate * (self.step + 1) / warm
-        done = (self.step - warm) / max(config.steps - warm, 1)
-        return config.learning_rate * (0.1 + 0.45 * (1.0 + math.cos(math.pi * min(done, 1.0))))
+        config, done = self._config, self._progress()
+        warm = max(config.warmup, 1.0 / config.steps)
+        if done < warm:
+            return config.learning_rate * min((done + 1.0 / config.steps) / warm, 1.0)
+        return config.learning_rate * (0.1 + 0.45 * (1.0 + math.cos(math.pi * min((done - warm) / max(1.0 - warm, 1e-9), 1.0))))
 
     def _save(self) -> None:
         part = self._state.with_suffix(".part")
-        torch.save({"step": self.step, "module": self.module.state_dict(), "optimizer": self._optimizer.state_dict()}, part)
+        torch.save(
+            {"step": self.step, "spent": self._spent, "module": self.module.state_dict(), "optimizer": self._optimizer.state_dict()}, part
+        )
         part.replace(self._state)
 
     def _resume(self) -> None:
-        saved = torch.load(self._state, weights_only=True)
+        saved = torch.load(self._state, weights_only=True, map_location=self._device)
         self.module.load_state_dict(saved["module"])
         self._optimizer.load_state_dict(saved["optimizer"])
-        self.step = int(saved["step"])
+        self.step, self._spent = int(saved["step"]), float(saved["spent"])
         # What was logged after the checkpoint is about to be logged again.
         log = self._folder / "log.jsonl"
         kept = log.read_text(encoding="utf-8").splitlines(keepends=True)[: self.step]
@@ -158,12 +293,17 @@ def plot(folder: Path) -> Path | None:
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
+    held = [(row["step"], row["held_length"]) for row in rows if "held_length" in row]
     steps = [row["step"] for row in rows]
     for name in ("loss", "ce", "tv", "confidence"):
         left.plot(steps, [row[name] for row in rows], label=name, linewidth=1)
     for slot in range(len(rows[0]["acceptance"])):
         right.plot(steps, [row["acceptance"][slot] for row in rows], label=f"slot {slot + 1}", linewidth=1)
     left.set(xlabel="step", title="loss")
+    if held:
+        beside = right.twinx()
+        beside.plot(*zip(*held, strict=True), color="black", label="held-out length (right axis)")
+        beside.legend(fontsize="small", loc="lower right")
     right.set(xlabel="step", title="chance of acceptance, given the slots before", ylim=(0, 1))
     for axes in (left, right):
         axes.legend(fontsize="small")
@@ -172,14 +312,17 @@ def plot(folder: Path) -> Path | None:
     return path
 
 
-def _mean(losses: list[Losses]) -> Losses:
-    from engine.training.losses import Losses as Result
+def _bfloat16_is_fast(device: torch.device) -> bool:
+    """A GPU, or a CPU with instructions for it."""
+    if device.type == "cuda":
+        return True
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
 
-    count = len(losses)
-    return Result(
-        torch.stack([one.total.detach() for one in losses]).mean(),
-        sum(one.ce for one in losses) / count,
-        sum(one.tv for one in losses) / count,
-        sum(one.confidence for one in losses) / count,
-        torch.stack([one.acceptance for one in losses]).mean(0),
-    )
+
+def _shares(jobs: list[tuple[States, torch.Tensor]], count: int) -> list[list[tuple[States, torch.Tensor]]]:
+    """Each worker's part of a step, about the same number of anchors; the same on every machine with as many workers."""
+    shares: list[list[tuple[States, torch.Tensor]]] = [[] for _ in range(count)]
+    for job in sorted(jobs, key=lambda job: -len(job[1])):
+        min(shares, key=lambda share: sum(len(anchors) for _, anchors in share)).append(job)
+    return [share for share in shares if share]

@@ -107,6 +107,9 @@ def train(
     seed: Annotated[int, typer.Option("--seed")] = 0,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first N prompts.")] = None,
     dtype: Annotated[str, typer.Option("--dtype")] = "float32",
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Folder of answers and hidden states, to share among runs (default: in the drafter's).")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Train a DSpark drafter on the model's own answers to these prompts, then calibrate it on prompts that it did not see.
@@ -124,7 +127,7 @@ def train(
         config = TrainConfig(steps=steps, texts=texts, anchors=anchors, learning_rate=learning_rate, seed=seed)
         given = read_prompts(prompts)[:limit]
         kept = [prompt.text for path in benchmark or [] for prompt in read_prompts(path)]
-        record = run_training(load(model, dtype), given, out, recipe=recipe, config=config, benchmarks=kept, tell=note)
+        record = run_training(load(model, dtype), given, out, recipe=recipe, config=config, benchmarks=kept, data=data, tell=note)
     if as_json:
         print_json(record)
     else:

@@ -16,7 +16,7 @@ from engine.checkpoints.drafters.formats import block_spec
 from engine.drafters.parts.confidence import sigmoid
 from engine.training.calibrate import area, expected_error, fit, quality
 from engine.training.export import export, pack
-from engine.training.losses import block_losses
+from engine.training.losses import Divergences, block_losses
 from engine.training.module import BlockModule
 from engine.training.prompts import Prompt, part_of, read_prompts, split
 from engine.training.run import Recipe, drafter_config, evaluate, train
@@ -73,8 +73,7 @@ def test_the_trainable_module_computes_the_papers_equations(loaded: LoadedModel,
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
-    taps, _ = forward_states(loaded.model, tuple(range(1, 30)), spec.taps)
-    taps = taps.clone()
+    taps = forward_states(loaded.model, [tuple(range(1, 30))], spec.taps)[0][0].float()
     embedded = torch.randn(3, 4, 32)
     anchors = torch.tensor([4, 11, 28])
     hidden = module(taps, embedded, anchors)
@@ -104,6 +103,74 @@ def test_losses_are_the_papers() -> None:
     assert float(losses.total) == pytest.approx((0.1 * ce + 0.9 * tv + bce) / weight, rel=1e-4)
 
 
+def test_the_gradients_written_out_are_those_of_autograd() -> None:
+    torch.manual_seed(1)
+    wanted, targets = torch.randn(6, 11), torch.randint(11, (6,))
+    weights = torch.rand(2, 6)
+    found = []
+    for plain in (True, False):
+        logits = torch.randn(6, 11, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        if plain:
+            ce = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+            tv = 0.5 * (logits.softmax(-1) - wanted.softmax(-1)).abs().sum(-1)
+        else:
+            ce, tv = Divergences.apply(logits, wanted, targets)
+        (weights[0] * ce + weights[1] * tv).sum().backward()
+        found.append((ce.detach(), tv.detach(), logits.grad))
+    for plain_one, own in zip(*found, strict=True):
+        torch.testing.assert_close(own, plain_one)
+
+
+def test_a_drawn_part_of_the_vocabulary_stands_for_all_of_it(loaded: LoadedModel, trained: Path, tmp_path: Path) -> None:
+    spec = block_spec(read_folder(trained).config)
+    store = StateStore(trained / "training" / "states", 1 << 30)
+    means = []
+    for vocabulary in (0, 60):
+        config = TrainConfig(steps=400, texts=2, anchors=8, learning_rate=0.0, vocabulary=vocabulary, full_from=1.0)
+        (tmp_path / str(vocabulary)).mkdir()
+        trainer = Trainer(spec, loaded.model.frozen(), store, tmp_path / str(vocabulary), config)
+        trainer.train(lambda _: None)
+        rows = [json.loads(line) for line in (tmp_path / str(vocabulary) / "log.jsonl").read_text().splitlines()]
+        means.append((np.mean([row["ce"] for row in rows]), np.mean([row["tv"] for row in rows])))
+    assert means[1][0] == pytest.approx(means[0][0], abs=0.1)
+    assert means[1][1] == pytest.approx(means[0][1], abs=0.1)
+
+
+def test_training_begins_as_the_target_ends(loaded: LoadedModel) -> None:
+    from engine.checkpoints.tensors import read_tensors
+
+    target = read_tensors(loaded.directory)
+    module = BlockModule(block_spec(drafter_config(loaded, Recipe(layers=1, block_size=4, rank=8))))
+    module.start_from(target)
+    t = module.tensors()
+    last = max(int(name.split(".")[2]) for name in target if name.startswith("model.layers."))
+    assert torch.equal(t["norm.weight"], target["model.norm.weight"].float())
+    assert torch.equal(t["layers.0.self_attn.v_proj.weight"], target[f"model.layers.{last}.self_attn.v_proj.weight"].float())
+    assert (t["fc.weight"][:, -32:] - torch.eye(32)).abs().max() < 0.02
+
+
+def test_states_of_several_texts_in_one_forward_are_those_of_each(loaded: LoadedModel) -> None:
+    texts = [tuple(range(1, 30)), tuple(range(5, 12)), tuple(range(2, 50))]
+    together = forward_states(loaded.model, texts, (1, 2))
+    for text, (taps, final) in zip(texts, together, strict=True):
+        alone_taps, alone_final = forward_states(loaded.model, [text], (1, 2))[0]
+        torch.testing.assert_close(taps, alone_taps, rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(final, alone_final, rtol=2e-3, atol=2e-3)
+
+
+def test_held_out_prompts_are_followed_and_data_is_shared_among_runs(loaded: LoadedModel, trained: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (trained / "training" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "held_length" in row] == [4, 8, 12]
+    assert all(1.0 <= row["held_length"] <= 5.0 for row in rows if "held_length" in row)
+    said: list[str] = []
+    before = sorted(path.stat().st_mtime_ns for path in (trained / "training" / "states").iterdir())
+    plain = Recipe(layers=1, block_size=4, rank=0, samples=1, max_tokens=16)
+    record = train(loaded, PROMPTS, tmp_path / "flash", recipe=plain, config=CONFIG, data=trained / "training", tell=said.append)
+    assert not [line for line in said if line.startswith(("answers", "hidden states"))]
+    assert sorted(path.stat().st_mtime_ns for path in (trained / "training" / "states").iterdir()) == before
+    assert record["texts"] == read_folder(trained).record["texts"]
+
+
 def test_the_loss_falls_and_the_record_says_how(trained: Path) -> None:
     rows = [json.loads(line) for line in (trained / "training" / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 13))
@@ -128,12 +195,12 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(loaded: LoadedModel, tr
     first = Trainer(spec, loaded.model.frozen(), store, work, CONFIG)
     losses, steps = first._one_step, 0
 
-    def one_step() -> object:
+    def one_step(texts: object, generator: object) -> object:
         nonlocal steps
         steps += 1
         if steps == 7:
             raise Killed
-        return losses()
+        return losses(texts, generator)
 
     first._one_step = one_step
     with pytest.raises(Killed):
