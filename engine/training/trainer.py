@@ -214,7 +214,7 @@ class Trainer:
 
         done = list(self._pool.map(work, _shares(jobs, self._workers)))
         for index, parameter in enumerate(self._parameters):
-            found = [gradients[index] for gradients, _ in done if gradients[index] is not None]
+            found = [gradient for gradients, _ in done if (gradient := gradients[index]) is not None]
             parameter.grad = torch.stack(found).sum(0) if len(found) > 1 else next(iter(found), None)
         torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
         self._optimizer.step()
