@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 class EngineConfig:
     """`dtype` and `device` choose how the model is loaded (see `load_model`).
 
-    The KV cache gets `kv_bytes`, or else `kv_fraction` of the memory that is free once the model is loaded. `drafter` is what
-    a request's `auto` means: `auto`, `off`, a drafter's name, or the folder or id of one. `seed` makes unseeded sampling repeatable
-    for the same requests in the same order on an otherwise equal run; None draws fresh entropy. `threads` bounds the CPU threads of the
-    model.
+    The KV cache holds numbers of the model's type, or with `kv_dtype` "fp8" of float8_e4m3fn: half of bfloat16's bytes, for texts that
+    are close to the model's and not always equal (see `engine.kv_scales`). It gets `kv_bytes`, or else `kv_fraction` of the memory that
+    is free once the model is loaded. `drafter` is what a request's `auto` means: `auto`, `off`, a drafter's name, or the folder or id
+    of one. `seed` makes unseeded sampling repeatable for the same requests in the same order on an otherwise equal run; None draws
+    fresh entropy. `threads` bounds the CPU threads of the model.
 
     `fixed_drafts` verifies that many drafted tokens a request and step whatever they cost: for measurements. `trace` names a file that
     gets a record of everything the engine does (see `engine.lab.trace`), prompts and answers included.
@@ -28,6 +29,7 @@ class EngineConfig:
     device: str = "auto"
     kv_bytes: int | None = None
     kv_fraction: float | None = None
+    kv_dtype: str = "auto"
     block_size: int = 16
     max_sequences: int | None = None
     max_step_tokens: int | None = None
@@ -46,6 +48,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.kv_dtype not in ("auto", "fp8"):
+            raise ValueError(f"kv_dtype must be auto or fp8, got {self.kv_dtype!r}")
         if self.kv_fraction is not None and not 0.0 < self.kv_fraction <= 0.95:
             raise ValueError(f"kv_fraction must be in (0, 0.95], got {self.kv_fraction}")
         if self.look_ahead < 0:
@@ -77,7 +81,7 @@ def derive_limits(config: EngineConfig, spec: ModelSpec, free_bytes: int, drafte
     on_cpu = spec.device.type == "cpu"
     max_sequences = config.max_sequences or (64 if on_cpu else 256)
     max_step_tokens = max(config.max_step_tokens or (512 if on_cpu else 8192), max_sequences)
-    token_bytes = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * spec.dtype.itemsize
+    token_bytes = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * (1 if config.kv_dtype == "fp8" else spec.dtype.itemsize)
     block_bytes = (token_bytes + drafter_bytes_per_token) * config.block_size
     budget = config.kv_bytes
     if budget is None:

@@ -19,6 +19,7 @@ from engine.drafters.registry import Catalogue, UnknownDrafterError
 from engine.flight import DeviceClock, Flight, HostClock, Live
 from engine.kv_blocks import BlockPool
 from engine.kv_pool import KVPool
+from engine.kv_scales import calibrate
 from engine.lab.recorder import Recorder
 from engine.logit_rules import LogitRules
 from engine.logprobs import Logprobs
@@ -41,7 +42,9 @@ from kernels import pages
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from engine.batch import TargetModel
     from engine.checkpoints import LoadedModel
+    from engine.config import Limits
     from engine.profile import Profiles
     from engine.runner import Runner
     from engine.sequence import Sequence
@@ -74,15 +77,7 @@ class Engine:
         directory = getattr(loaded, "directory", None)
         self.drafters = Catalogue(config.drafter, directory, spec)  # an unknown default fails here, not at the first request
         self.limits = derive_limits(config, spec, free_bytes(spec.device), self.drafters.bytes_per_token)
-        kv = KVPool(
-            num_layers=spec.num_layers,
-            num_blocks=self.limits.max_blocks,
-            block_size=config.block_size,
-            kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
-            dtype=spec.dtype,
-            device=spec.device,
-        )
+        kv = make_pool(loaded.model, config, self.limits)
         pages.keep_freed()
         first_blocks = min(self.limits.max_sequences * _FIRST_TOKENS // config.block_size, self.limits.num_blocks // 4)
         threading.Thread(target=kv.take_pages, args=(first_blocks,), daemon=True).start()  # while kernels are compiled
@@ -463,3 +458,16 @@ class Engine:
 def make_judge(runner: Runner) -> Judge:
     """Where the host does not wait for steps, their verdicts stay on the device as well."""
     return HostJudge() if runner.latest is None else DeviceJudge(runner.latest)
+
+
+def make_pool(model: TargetModel, config: EngineConfig, limits: Limits) -> KVPool:
+    """The KV cache that `config` asks for. Raises ValueError where the model cannot use it."""
+    spec = model.spec
+    fp8 = config.kv_dtype == "fp8"
+    if fp8 and not getattr(model, "reads_fp8", False):
+        raise ValueError(f"kv_dtype fp8: {spec.name} runs on transformers' own modules, whose attention reads no scaled cache; use auto")
+    dtype = torch.float8_e4m3fn if fp8 else spec.dtype
+    kv = KVPool(spec.num_layers, limits.max_blocks, config.block_size, spec.num_kv_heads, spec.head_dim, dtype, spec.device)
+    if fp8:
+        calibrate(model, kv)
+    return kv

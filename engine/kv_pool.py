@@ -14,7 +14,8 @@ class KVPool:
     `keys[layer]` and `values[layer]` are [num_blocks, kv_heads, block_size, head_dim]: the tokens of one head of one block lie
     side by side, which is what both a gather by blocks and a walk over one head's context want. Slot `s` is block `s // block_size`,
     offset `s % block_size`. In memory a block's keys may lie transposed (`kernels.stores_keys_transposed`).
-    Contents start as zeros, so that masked reads of never-written slots are finite.
+    A pool of float8_e4m3fn holds numbers divided by `k_scales[layer]` and `v_scales[layer]`, float32 [kv_heads] (see `engine.kv_scales`);
+    for other types these are None. Contents start as zeros, so that masked reads of never-written slots are finite.
     Raises RuntimeError (torch's) when the memory is not there.
     """
 
@@ -30,6 +31,9 @@ class KVPool:
             keys = keys.view(num_layers, num_blocks, kv_heads, head_dim, block_size).transpose(3, 4)
         self.keys: list[torch.Tensor] = list(keys)
         self.values: list[torch.Tensor] = list(self._storage[1])
+        scales = torch.ones(2, num_layers, kv_heads, device=device) if dtype == torch.float8_e4m3fn else None
+        self.k_scales: list[torch.Tensor | None] = [None] * num_layers if scales is None else list(scales[0])
+        self.v_scales: list[torch.Tensor | None] = [None] * num_layers if scales is None else list(scales[1])
 
     def take_pages(self, num_blocks: int) -> None:
         """Has the system give the pages of the first blocks before they are written. Slow on machines that are virtual; any thread may."""

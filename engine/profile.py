@@ -49,7 +49,7 @@ class Profiles:
             measured.extend(measure_steps(runner, max_sequences, max_tokens))
             (folder / _FILE).write_text(to_json(measured))
 
-        about = describe(spec, max_sequences, max_tokens)
+        about = [*describe(spec, max_sequences, max_tokens), *(["fp8 KV"] if runner.kv.keys[0].dtype == torch.float8_e4m3fn else [])]
         name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
         try:
             with kernels.tuned(self._directory.parent / "kernels", spec.device):

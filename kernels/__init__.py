@@ -205,11 +205,18 @@ def attention(
     plan: AttentionPlan | NativePlan,
     scale: float,
     soft_cap: float | None = None,
+    *,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Paged, causal, variable-length attention over a plan of `plan_attention`. See `kernels.reference.attention`."""
+    """Paged, causal, variable-length attention over a plan of `plan_attention`. See `kernels.reference.attention`.
+
+    k_scale, v_scale: float32 [kv_heads], of fp8 caches.
+    """
     if _transposed(k_cache):
         return _compiled("attention", "attention")(q, k_cache, v_cache, plan, scale, soft_cap)
-    return _implementation("attention", q.device.type)(q, k_cache, v_cache, plan, scale, soft_cap)
+    attend = _implementation("attention", q.device.type)
+    return attend(q, k_cache, v_cache, plan, scale, soft_cap, k_scale=k_scale, v_scale=v_scale)
 
 
 def paged_attention(

@@ -88,6 +88,8 @@ class EngineSettings(_Section):
     drafter: str = "auto"
     kv_memory: str = "auto"
     """Bytes (`2GiB`), a fraction of free memory (`0.5`), or auto."""
+    kv_dtype: Literal["auto", "fp8"] = "auto"
+    """Of the KV cache: the model's own, or eight bits with scales (half of bfloat16's memory; texts are close, not always equal)."""
     max_sequences: int | None = Field(None, gt=0)
     threads: int | None = Field(None, gt=0)
     fixed_drafts: int | None = Field(None, gt=0)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from engine.kv_pool import KVPool
     from engine.models.families import Architecture, LayerShape
     from engine.models.rope import Rope
-    from engine.models.weights import DecoderWeights, LayerWeights
+    from engine.models.weights import DecoderWeights, LayerWeights, Packed
     from kernels.native.attention_plan import NativePlan
     from kernels.reference.attention_plan import AttentionPlan
 
@@ -28,10 +28,21 @@ class _StepTables:
 
 
 class LeanDecoder:
-    """A `TargetModel` (engine.batch)."""
+    """A `TargetModel` (engine.batch).
 
-    def __init__(self, spec: ModelSpec, arch: Architecture, ropes: dict[str, Rope], weights: DecoderWeights) -> None:
+    `reads_fp8`: it writes and reads KV caches in eight bits, with scales.
+    """
+
+    reads_fp8 = True
+
+    def __init__(
+        self, spec: ModelSpec, arch: Architecture, ropes: dict[str, Rope], weights: DecoderWeights, *, fused_norms: bool | None = None
+    ) -> None:
+        """fused_norms: additions to the residual stream ride on the norms after them instead of on the products before them, and per-head
+        norms on the rotation; None: on a GPU, where each of them would be a pass of its own.
+        """
         self.spec = spec
+        self._fused = spec.device.type == "cuda" if fused_norms is None else fused_norms
         self._arch = arch
         self._ropes = ropes
         self._weights = weights
@@ -48,19 +59,21 @@ class LeanDecoder:
         taps = {0: hidden} if 0 in batch.taps else {}
         last = len(self._arch.layers)
         whole = last in batch.taps or NORMALISED in batch.taps
+        norms = [*(layer.attention_norm for layer in self._weights.layers[1:]), self._weights.norm]
+        normed = self._norm(hidden, self._weights.layers[0].attention_norm)
         for index, (layer, shape) in enumerate(zip(self._weights.layers, self._arch.layers, strict=True), start=1):
-            attended = self._attend(layer, shape, hidden, tables, kv.keys[index - 1], kv.values[index - 1])
+            attended = self._attend(layer, shape, normed, tables, kv, index - 1)
             if index == last and not whole:
                 # Nobody reads the other rows: the last layer's output projection and MLP run on these alone.
                 attended, hidden = attended.index_select(0, batch.logit_rows), hidden.index_select(0, batch.logit_rows)
-            hidden = self._finish_layer(layer, attended, hidden)
+            hidden, normed = self._finish_layer(layer, attended, hidden, norms[index - 1])
             if index in batch.taps:
                 taps[index] = hidden
         if NORMALISED in batch.taps:
-            taps[NORMALISED] = kernels.rms_norm(hidden, self._weights.norm, self._arch.norm_eps)
+            taps[NORMALISED] = normed
         if whole:
-            hidden = hidden.index_select(0, batch.logit_rows)
-        return ForwardOutput(self._logits(hidden), taps)
+            normed = normed.index_select(0, batch.logit_rows)
+        return ForwardOutput(self._logits(normed), taps)
 
     def frozen(self) -> FrozenParts:
         """See `TargetModel.frozen`."""
@@ -93,21 +106,25 @@ class LeanDecoder:
         self,
         layer: LayerWeights,
         shape: LayerShape,
-        hidden: torch.Tensor,
+        x: torch.Tensor,
         tables: _StepTables,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        kv: KVPool,
+        index: int,
     ) -> torch.Tensor:
-        """Attention before its output projection: [T, heads * head_dim]."""
+        """Attention of normalised x before its output projection: [T, heads * head_dim]. index: of the layer."""
         arch = self._arch
-        x = hidden if layer.attention_norm is None else kernels.rms_norm(hidden, layer.attention_norm, arch.norm_eps)
         qkv = kernels.linear(x, layer.qkv)
-        if layer.q_norm is not None:
+        on_the_way = self._fused and arch.family.qk_norm == "head"
+        if layer.q_norm is not None and not on_the_way:
             qkv = self._normalise_qk(layer, qkv)
         plan = tables.plans[shape.window]
         cos, sin = (None, None) if shape.rope is None else tables.angles[shape.rope]
-        q = kernels.rotary_kv_write(qkv, cos, sin, plan.slots, keys, values, num_heads=arch.num_heads)
-        attended = kernels.attention(q, keys, values, plan, arch.attention_scale, arch.attention_soft_cap)
+        keys, values, k_scale, v_scale = kv.keys[index], kv.values[index], kv.k_scales[index], kv.v_scales[index]
+        q = kernels.rotary_kv_write(
+            qkv, cos, sin, plan.slots, keys, values, num_heads=arch.num_heads, q_norm=layer.q_norm if on_the_way else None,
+            k_norm=layer.k_norm if on_the_way else None, eps=arch.norm_eps, k_scale=k_scale, v_scale=v_scale,
+        )  # fmt: skip
+        attended = kernels.attention(q, keys, values, plan, arch.attention_scale, arch.attention_soft_cap, k_scale=k_scale, v_scale=v_scale)
         return attended.view(len(qkv), -1)
 
     def _normalise_qk(self, layer: LayerWeights, qkv: torch.Tensor) -> torch.Tensor:
@@ -122,23 +139,37 @@ class LeanDecoder:
             normed.append(kernels.rms_norm(rows, weight, arch.norm_eps).flatten(1))
         return torch.cat((*normed, parts[2]), dim=-1)
 
-    def _finish_layer(self, layer: LayerWeights, attended: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """Output projection, MLP and both residual additions; the additions ride on the products where no norm comes between."""
-        eps = self._arch.norm_eps
-        if layer.attention_post_norm is None:
-            hidden = kernels.linear(attended, layer.attention_out, residual=hidden)
-        else:
-            hidden = hidden + kernels.rms_norm(kernels.linear(attended, layer.attention_out), layer.attention_post_norm, eps)
-        x = hidden if layer.mlp_norm is None else kernels.rms_norm(hidden, layer.mlp_norm, eps)
+    def _finish_layer(
+        self, layer: LayerWeights, attended: torch.Tensor, hidden: torch.Tensor, following: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output projection, MLP and both residual additions: the residual stream, and normalised by `following` for what comes next."""
+        hidden, x = self._add(hidden, attended, layer.attention_out, layer.attention_post_norm, layer.mlp_norm)
         x = kernels.gated_linear(x, layer.gate_up, self._arch.activation)
-        if layer.mlp_post_norm is None:
-            return kernels.linear(x, layer.down, residual=hidden)
-        return hidden + kernels.rms_norm(kernels.linear(x, layer.down), layer.mlp_post_norm, eps)
+        return self._add(hidden, x, layer.down, layer.mlp_post_norm, following)
 
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def _add(
+        self, hidden: torch.Tensor, x: torch.Tensor, weight: Packed, post_norm: torch.Tensor | None, norm: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """hidden + post_norm(x @ weight), and that normalised by `norm`."""
+        eps = self._arch.norm_eps
+        if post_norm is None and not (self._fused and norm is not None):
+            hidden = kernels.linear(x, weight, residual=hidden)
+            return hidden, self._norm(hidden, norm)
+        delta = kernels.linear(x, weight)
+        if post_norm is not None:
+            delta = kernels.rms_norm(delta, post_norm, eps)
+        if self._fused and norm is not None:
+            normed, hidden = kernels.add_rms_norm(delta, hidden, norm, eps)
+            return hidden, normed
+        hidden = hidden + delta
+        return hidden, self._norm(hidden, norm)
+
+    def _norm(self, hidden: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        return hidden if weight is None else kernels.rms_norm(hidden, weight, self._arch.norm_eps)
+
+    def _logits(self, normed: torch.Tensor) -> torch.Tensor:
         arch = self._arch
-        x = kernels.rms_norm(hidden, self._weights.norm, arch.norm_eps)
-        logits = kernels.linear(x, self._weights.head).float()
+        logits = kernels.linear(normed, self._weights.head).float()
         if arch.logit_scale != 1.0:
             logits = logits * arch.logit_scale
         if arch.logit_soft_cap is not None:

@@ -7,18 +7,34 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
+from kernels.reference.attention_plan import DefinedPlan
+from kernels.reference.paged_attention import paged_attention
+
 if TYPE_CHECKING:
     from kernels.reference.attention_plan import AttentionPlan, DenseGroup, RaggedGroup, SharedGroup
 
 
 def attention(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: AttentionPlan, scale: float, soft_cap: float | None = None
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    plan: AttentionPlan | DefinedPlan,
+    scale: float,
+    soft_cap: float | None = None,
+    *,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """softmax(cap(scale * q k^T)) v of every query row against what the plan lets it see; cap(s) = soft_cap * tanh(s / soft_cap).
 
     q: [T, heads, head_dim]; caches: [num_blocks, kv_heads, block_size, head_dim], the step's own keys and values already written.
-    Returns [T, heads, head_dim], contiguous.
+    k_scale, v_scale: float32 [kv_heads], what the numbers of fp8 caches are multiplied with. Returns [T, heads, head_dim], contiguous.
     """
+    if isinstance(plan, DefinedPlan):
+        return paged_attention(
+            q, k_cache, v_cache, plan.tables, plan.query_start, plan.kv_lengths, scale,
+            window=plan.window, soft_cap=soft_cap, k_scale=k_scale, v_scale=v_scale,
+        )  # fmt: skip
     if len(plan.ragged) == 1 and not plan.dense:
         out, lse = _ragged(q, k_cache, v_cache, plan.ragged[0], scale, soft_cap, with_lse=bool(plan.shared))
     else:

@@ -87,6 +87,17 @@ class AttentionPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class DefinedPlan:
+    """A step as `kernels.reference.paged_attention` takes it: for fp8 caches, which torch's own products on a CPU do not read."""
+
+    slots: torch.Tensor
+    tables: torch.Tensor
+    query_start: torch.Tensor
+    kv_lengths: torch.Tensor
+    window: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class _Step:
     """The step on the host. window: 0 for none. covered: leading blocks of each sequence that shared groups take care of."""
 
@@ -128,7 +139,7 @@ def plan_attention(
     cache: torch.Tensor,
     num_heads: int,
     window: int | None = None,
-) -> AttentionPlan:
+) -> AttentionPlan | DefinedPlan:
     """Plans one step; arguments as in `engine.batch.ForwardBatch`.
 
     cache: any layer's keys [num_blocks, kv_heads, block_size, head_dim]; only shape, dtype and device are read. window: a
@@ -137,6 +148,8 @@ def plan_attention(
     num_blocks, kv_heads, block_size, _ = cache.shape
     if num_heads % kv_heads:
         raise ValueError(f"{num_heads} query heads cannot share {kv_heads} key heads evenly")
+    if cache.dtype == torch.float8_e4m3fn:
+        return DefinedPlan(slots, block_tables, query_start, kv_lengths, window)
     tables, bounds, lengths = (array.cpu().numpy().astype(np.int64) for array in (block_tables, query_start, kv_lengths))
     segments, covered = _segments(tables, bounds, lengths, block_size, windowed=window is not None)
     step = _Step(

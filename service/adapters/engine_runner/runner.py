@@ -157,6 +157,7 @@ class EngineRunner:
             device=chosen.device,
             kv_bytes=kv_bytes,
             kv_fraction=kv_fraction,
+            kv_dtype=chosen.kv_dtype,
             drafter=chosen.drafter,
             max_sequences=chosen.max_sequences,
             threads=chosen.threads,
@@ -178,4 +179,5 @@ def _load_checkpoint(model: str, entry: ModelEntry, config: EngineConfig, cache_
 def _made(model: str, engine: Engine) -> Made:
     """What decides an answer besides the request: weights, number format, engine version."""
     spec = engine.spec
-    return Made(model, f"{spec.name}@{spec.revision}", str(spec.dtype).removeprefix("torch."), version("longdraft"), OFF)
+    dtype = str(spec.dtype).removeprefix("torch.") + ("" if engine.config.kv_dtype == "auto" else f"+{engine.config.kv_dtype}-kv")
+    return Made(model, f"{spec.name}@{spec.revision}", dtype, version("longdraft"), OFF)
