@@ -7,7 +7,7 @@ new tiers once the memory for graphs is used up, run eagerly. The same code runs
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
@@ -25,6 +25,8 @@ MAX_TOKENS = 512
 """Larger steps keep the device busy long enough that launches hide behind them."""
 _MEMORY_SHARE = 0.03
 """Of the device's memory, for all graphs together."""
+_WIDTHS = 4
+"""Block tables are as wide as this to some power: all of a model's context would be megabytes a step for requests that use little of it."""
 _STAGES = 2
 """Pinned buffers a tier: one is filled while the copy out of the other may still be under way."""
 
@@ -148,6 +150,15 @@ class StaticInputs:
             event.record(torch.cuda.current_stream(self._device))
 
 
+class _Key(NamedTuple):
+    """What a graph is for: tokens and sequence slots, logit rows, blocks of the longest context, hidden states wanted."""
+
+    tier: Tier
+    rows: int
+    width: int
+    taps: tuple[int, ...]
+
+
 class GraphRunner(Runner):
     """A `Runner` whose output is valid until the next `run`."""
 
@@ -160,7 +171,7 @@ class GraphRunner(Runner):
         self._capture = capture if capture is not None else CudaCapture(device)
         self._memory = memory if memory is not None else int(torch.cuda.get_device_properties(device).total_memory * _MEMORY_SHARE)
         self._width = max(-(-model.spec.max_positions // kv.block_size), -(-MAX_TOKENS // kv.block_size))
-        self._graphs: dict[tuple[Tier, int, tuple[int, ...]], tuple[StaticInputs, Graph]] = {}
+        self._graphs: dict[_Key, tuple[StaticInputs, Graph]] = {}
         self.eager_steps = 0
 
     def spare(self, tokens: int, sequences: int) -> int:
@@ -176,7 +187,7 @@ class GraphRunner(Runner):
             self.eager_steps += 1
             return super().run(step, taps)
         # A step that only decodes has a row a sequence; where there are drafts any token may be one.
-        key = tier, tier.sequences if rows <= tier.sequences else tier.tokens, taps
+        key = _Key(tier, tier.sequences if rows <= tier.sequences else tier.tokens, self._table_width(step), taps)
         if key not in self._graphs and self._capture.used_bytes >= self._memory:
             self.eager_steps += 1
             return super().run(step, taps)
@@ -186,9 +197,16 @@ class GraphRunner(Runner):
         output = graph.output
         return ForwardOutput(output.logits[:rows], {index: tap[: step.num_tokens] for index, tap in output.taps.items()})
 
-    def _captured(self, key: tuple[Tier, int, tuple[int, ...]], step: PackedStep) -> tuple[StaticInputs, Graph]:
-        tier, rows, taps = key
-        inputs = StaticInputs(tier, rows, self._width, self.kv.block_size, self.model.spec.device, taps)
+    def _table_width(self, step: PackedStep) -> int:
+        """Blocks that the step's tables have room for; padding rows are a sequence of up to MAX_TOKENS tokens."""
+        needed = max(step.tables.shape[1], -(-MAX_TOKENS // self.kv.block_size))
+        width = _WIDTHS
+        while width < needed:
+            width *= _WIDTHS
+        return min(width, self._width)
+
+    def _captured(self, key: _Key, step: PackedStep) -> tuple[StaticInputs, Graph]:
+        inputs = StaticInputs(key.tier, key.rows, key.width, self.kv.block_size, self.model.spec.device, key.taps)
         inputs.load(step)
 
         def forward() -> ForwardOutput:

@@ -74,7 +74,7 @@ class Program:
 
 def programs(shapes: Shapes, place: torch.device, *, tiny: bool) -> Iterator[Program]:
     yield from _attention(shapes, place, tiny=tiny)
-    yield from _rows(shapes, place, 7 if tiny else 4096)
+    yield from _rows(shapes, place, 7 if tiny else 8192)
     yield from _vocabulary(shapes, place, 2 if tiny else 64)
     yield from _heads(shapes, place, 2 if tiny else 16)
     yield from _products(shapes, place, (3,) if tiny else (1, 64, 2048))
