@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
 
 _HIGHEST = 0.995
-_OWN_STRENGTH = 128.0
+_OWN_STRENGTH = 8.0
 
 
 class Discount:
@@ -28,7 +28,7 @@ class Discount:
     their rates say. Old evidence fades, so that a drafter that lost its credit is tried again.
     """
 
-    _STRENGTH = 128.0
+    _STRENGTH = 64.0
     _FADE = 0.99
 
     def __init__(self) -> None:
