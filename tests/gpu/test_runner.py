@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from engine.batch import ModelSpec
+from engine.checkpoints.loader import build_lean
 from engine.graphs import CudaCapture, DirectCapture, GraphRunner
 from engine.kv_pool import KVPool
 from engine.pipeline import DecodePipeline
 from engine.runner import PackedStep, Runner
+from kernels.reference.fp8_linear import Fp8Linear
 from tests.benchmarks.gpu_engine import BlockDrafter, qwen3_config, random_model
 from tests.gpu.requirements import DEVICE, needs_gpu
 
@@ -51,6 +54,38 @@ def test_replayed_steps_equal_eager_ones() -> None:
         for _ in range(2):  # the first captures
             torch.testing.assert_close(graphs.run(step).logits, plain.run(step).logits, rtol=0.02, atol=0.02)
     assert graphs.eager_steps == 0
+
+
+def test_an_fp8_checkpoint_keeps_its_weights_and_gives_the_logits_of_wide_ones() -> None:
+    from transformers import AutoModelForCausalLM, Qwen3Config
+
+    config = Qwen3Config(
+        hidden_size=256, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
+        vocab_size=300, max_position_embeddings=256, tie_word_embeddings=False,
+    )  # fmt: skip
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in AutoModelForCausalLM.from_config(config).state_dict().items()}
+    config.quantization_config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    stored: dict[str, torch.Tensor] = {}
+    for name, shape in shapes.items():
+        value = torch.randn(shape) * 0.06 + (len(shape) == 1)
+        if name.endswith("_proj.weight"):
+            stored[f"{name}_scale_inv"] = torch.rand(-(-shape[0] // 128), -(-shape[1] // 128)) * 0.02 + 0.01
+            value = (value / 0.02).to(torch.float8_e4m3fn)
+        stored[name] = value
+    logits = []
+    for place, dtype in ((DEVICE, torch.bfloat16), (torch.device("cpu"), torch.float32)):
+
+        def spec(num_kv_heads: int, head_dim: int, parameters: int, place=place, dtype=dtype) -> ModelSpec:
+            return ModelSpec("fp8", "0", 2, num_kv_heads, head_dim, 256, 300, 256, (), dtype, place, parameters)
+
+        model = build_lean({name: tensor.clone().to(place) for name, tensor in stored.items()}, config, spec)
+        kv = KVPool(2, 40, BLOCK, 2, 64, dtype, place)
+        runner = GraphRunner(model, kv, 8) if place == DEVICE else Runner(model, kv)
+        step = mixed_step(np.random.default_rng(5), (20, 9, 33), (20, 9, 33))
+        logits.append(torch.log_softmax(runner.run(step).logits, 1).cpu())
+        assert isinstance(model._weights.layers[0].down, Fp8Linear) == (place == DEVICE)
+    assert (logits[0] - logits[1]).abs().mean() < 0.05 * logits[1].std()
 
 
 @pytest.mark.parametrize("drafts", [0, 7])

@@ -1,0 +1,144 @@
+"""The engine's loop on a GPU: steps launched before the ones before them are read, in graphs, with the texts of a CPU."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from engine import engine as engine_module
+from engine.batch import ForwardBatch, ForwardOutput, ModelSpec
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.graphs import GraphRunner
+from engine.kv_pool import KVPool
+from engine.types import FinishReason, Request, Result, SamplingParams
+from tests.benchmarks.gpu_engine import Loaded, NoText, qwen3_config, random_model
+from tests.gpu.requirements import DEVICE, needs_gpu
+
+pytestmark = needs_gpu
+BLOCK, VOCAB, END = 16, 64, 63
+
+
+class ContextHash:
+    """The next token is a hash of the whole context, read back through the block tables, all on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.spec = ModelSpec("hash", "1", 1, 1, 1, 8, VOCAB, 256, (END,), torch.float32, device, 0)
+        self._store = torch.zeros(1 << 16, dtype=torch.int64, device=device)
+
+    def forward(self, batch: ForwardBatch, kv: object) -> ForwardOutput:
+        self._store[batch.slots] = batch.token_ids
+        device, count = batch.token_ids.device, len(batch.token_ids)
+        owner = torch.searchsorted(batch.query_start[1:].contiguous(), torch.arange(count, device=device), right=True)
+        place = torch.arange(batch.block_tables.shape[1] * BLOCK, device=device)
+        context = self._store[batch.block_tables.long()[owner][:, place // BLOCK] * BLOCK + place % BLOCK]
+        seen = (place <= batch.positions[:, None]).long()
+        value = ((context + 1) * (place * place + 7 * place + 1) * seen).sum(1)
+        # One context in forty ends the answer.
+        following = torch.where(value % 40 == 0, END, value % (VOCAB - 1))
+        logits = torch.zeros(count, VOCAB, device=device).scatter_(1, following[:, None], 5.0)
+        return ForwardOutput(logits[batch.logit_rows])
+
+
+def on_gpu(monkeypatch: pytest.MonkeyPatch, memory: int = 1 << 30, **fields) -> Engine:
+    made: list[GraphRunner] = []
+
+    def make_runner(model, kv: KVPool, sequences: int) -> GraphRunner:
+        made.append(GraphRunner(model, kv, sequences, memory=memory))
+        return made[-1]
+
+    monkeypatch.setattr(engine_module, "make_runner", make_runner)
+    config = {"kv_bytes": 1000 * 8 * BLOCK, "block_size": BLOCK, "max_sequences": 8, "max_step_tokens": 64, "seed": 1}
+    engine = Engine(Loaded(ContextHash(DEVICE), NoText()), EngineConfig(**(config | fields)))
+    assert (memory > 0) == (made[0].eager_steps == 0)
+    return engine
+
+
+def on_cpu(**fields) -> Engine:
+    config = {"kv_bytes": 1000 * 8 * BLOCK, "block_size": BLOCK, "max_sequences": 8, "max_step_tokens": 64, "drafter": "off", "seed": 1}
+    return Engine(Loaded(ContextHash(torch.device("cpu")), NoText()), EngineConfig(**(config | fields)))
+
+
+def jobs(count: int, **sampling) -> list[Request]:
+    rng = np.random.default_rng(0)
+    shared = rng.integers(0, 60, 80).tolist()
+    made = []
+    for number in range(count):
+        prompt = shared[: rng.choice([0, 16, 33, 70])] + rng.integers(0, 60, rng.integers(1, 30)).tolist()
+        params = SamplingParams(**({"max_tokens": int(rng.integers(1, 90)), "temperature": 0.0} | sampling))
+        made.append(Request(str(number), tuple(prompt), params))
+    return made
+
+
+def answers(engine: Engine, requests: list[Request]) -> dict[str, Result]:
+    return {result.id: result for result in engine.run(iter(requests))}
+
+
+@pytest.mark.parametrize("drafter", ["off", "suffix"])
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 7}, {"temperature": 0.8, "top_k": 9, "top_p": 0.9, "seed": 7}])
+def test_texts_are_those_of_a_cpu(drafter: str, sampling: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = jobs(40, **sampling)
+    engine = on_gpu(monkeypatch, drafter=drafter)
+    found, expected = answers(engine, requests), answers(on_cpu(), requests)
+    assert {name: result.token_ids for name, result in found.items()} == {name: result.token_ids for name, result in expected.items()}
+    assert FinishReason.STOP in {result.finish_reason for result in found.values()}
+    stats = engine.stats()
+    assert sum(r.ledger.prefill_ns + r.ledger.decode_ns + r.ledger.draft_ns for r in found.values()) == stats.busy_ns
+    assert stats.kv_blocks_held == 0
+
+
+def test_texts_are_the_same_without_memory_for_graphs_and_under_preemption(monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = jobs(40, ignore_eos=True)
+    expected = {name: result.token_ids for name, result in answers(on_cpu(), requests).items()}
+    eager = on_gpu(monkeypatch, memory=0, drafter="off")
+    assert {name: result.token_ids for name, result in answers(eager, requests).items()} == expected
+    small = on_gpu(monkeypatch, kv_bytes=24 * 8 * BLOCK, drafter="off")
+    assert {name: result.token_ids for name, result in answers(small, requests).items()} == expected
+    assert small.stats().preemptions > 0
+
+
+def test_penalties_and_log_probabilities_are_those_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = jobs(16, frequency_penalty=1.5, logprobs=2)
+    found, expected = answers(on_gpu(monkeypatch, drafter="off"), requests), answers(on_cpu(), requests)
+    for name, result in expected.items():
+        assert found[name].token_ids == result.token_ids
+        assert [entry.logprob for entry in found[name].logprobs] == pytest.approx([entry.logprob for entry in result.logprobs], abs=1e-4)
+
+
+def test_nothing_waits_for_the_device_while_a_step_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = on_gpu(monkeypatch, drafter="off")
+    requests = jobs(40, ignore_eos=True, temperature=0.9, top_p=0.9, seed=3)
+    answers(engine, requests)  # graphs are captured, kernels compiled
+    launch, read, events = engine._launch, engine._book, []
+
+    def watched(work):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            events.append("launch")
+            return launch(work)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(engine, "_launch", watched)
+    monkeypatch.setattr(engine, "_book", lambda flight: events.append("read") or read(flight))
+    answers(engine, requests)
+    ahead = sum(one == other == "launch" for one, other in pairwise(events))
+    assert events.count("launch") == events.count("read")
+    # Between any two reads there is a launch: the device has the next step before the host looks at the last one.
+    assert ahead >= 1
+    assert sum(one == other == "read" for one, other in pairwise(events)) <= ahead
+
+
+@pytest.mark.parametrize("kv_dtype", ["auto", "fp8"])
+def test_a_decoder_runs_ahead_on_either_cache(kv_dtype: str) -> None:
+    model = random_model(qwen3_config(tiny=True), DEVICE)
+    config = EngineConfig(kv_bytes=4 << 20, max_sequences=8, drafter="off", seed=1, kv_dtype=kv_dtype)
+    engine = Engine(Loaded(model, NoText()), config)
+    assert isinstance(engine._runner, GraphRunner)
+    requests = [Request(str(n), tuple(range(3, 40 + n)), SamplingParams(30, temperature=0.0, ignore_eos=True)) for n in range(20)]
+    found = answers(engine, requests)
+    assert all(len(result.token_ids) == 30 for result in found.values())
+    assert engine._runner.eager_steps < engine.stats().steps
