@@ -31,6 +31,10 @@ class Supply(Protocol):
         """The drafters that take part in the portfolio, the text lookup first."""
         ...
 
+    def tags(self, name: str) -> tuple[str, ...]:
+        """The templates that a member was made for; none: all."""
+        ...
+
     def create(self, name: str) -> Drafter:
         """The drafter of a name that requests resolve to, or of a member."""
         ...

@@ -92,6 +92,10 @@ class Catalogue:
             raise UnknownDrafterError(f"there is no drafter {name!r}; known are {', '.join(self.names())}")
         return name
 
+    def tags(self, name: str) -> tuple[str, ...]:
+        """The templates that a drafter was made for, by its record; none: all."""
+        return self._sources[name].tags
+
     def create(self, name: str) -> Drafter:
         """The drafter of a name that `resolve` returned or that is a member. Raises DrafterError where it does not fit the target."""
         if name in TEXT_DRAFTERS:

@@ -81,6 +81,9 @@ class ReplaySupply:
         answers = {str(request.number): np.array(end.output, np.int64) for request, end in trace.answered()}
         return ReplaySupply(answers, acceptance_by_depth(trace.steps, trace.engine.max_draft_tokens), trace.engine.members)
 
+    def tags(self, name: str) -> tuple[str, ...]:  # noqa: ARG002 - a trace has no tags
+        return ()
+
     def create(self, name: str) -> Drafter:
         return TEXT_DRAFTERS[name]() if name in TEXT_DRAFTERS else StandIn(name, self._answers, self._rates)
 

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     from numpy.typing import NDArray
 
     Floats = NDArray[np.float64]
@@ -30,6 +32,8 @@ _PROBE_EVERY = 32
 _PATIENCE = 512
 """Steps of the portfolio without a single paying use after which a drafter is let go."""
 _MAX_TEMPLATES = 4096
+_KEPT = 0.25
+"""Of a drafter's record when its weights are exchanged."""
 
 
 @dataclass(slots=True)
@@ -49,9 +53,13 @@ class _Record:
 
 @dataclass(slots=True)
 class _Member:
-    """overall: over all requests. templates: by name. slots: by the request's slot. seconds: [fixed, per request] of a draft pass."""
+    """overall: over all requests. templates: by name. slots: by the request's slot. seconds: [fixed, per request] of a draft pass.
+
+    tags: the templates it was made for; none: for all.
+    """
 
     slots: list[_Record]
+    tags: tuple[str, ...] = ()
     overall: _Record = field(default_factory=_Record)
     templates: dict[str | None, _Record] = field(default_factory=dict)
     seconds: Floats = field(default_factory=lambda: np.zeros(2))
@@ -59,13 +67,19 @@ class _Member:
     moment: Floats = field(default_factory=lambda: np.zeros(2))
     idle: int = 0
 
+    def suits(self, template: str | None) -> bool:
+        return not self.tags or template in self.tags
+
 
 class Portfolio:
-    """`neural`: the drafters that compete with the lookup. One entry a slot for each of `slots` running requests."""
+    """`neural`: the drafters that compete with the lookup, and the templates each is made for. One entry a slot for each of `slots`
+    running requests.
 
-    def __init__(self, neural: tuple[str, ...], slots: int) -> None:
-        self._slots = slots
-        self._members = {name: _Member([_Record() for _ in range(slots)]) for name in neural}
+    A drafter is tried first where its tags name the request's template, or where it has none; elsewhere it has to prove itself in probes.
+    """
+
+    def __init__(self, neural: Mapping[str, tuple[str, ...]], slots: int) -> None:
+        self._members = {name: _Member([_Record() for _ in range(slots)], tags) for name, tags in neural.items()}
         self._step = 0
 
     @property
@@ -84,17 +98,19 @@ class Portfolio:
         """
         self._step += 1
         chosen: list[str | None] = [None] * len(slots)
-        for name, member in self._members.items():
-            worth = np.array([self._worth(member, slot, template) for slot, template in zip(slots.tolist(), templates, strict=True)])
-            fixed, each = member.seconds
-            gain = worth - lookup - each * tokens_per_second
-            rows = np.array([row for row in np.flatnonzero(gain > 0.0) if chosen[row] is None], np.int64)
-            pays = gain[rows].sum() > fixed * tokens_per_second
-            member.idle = 0 if len(rows) and pays else member.idle + 1
-            if not pays:
-                rows = self._probe(len(slots))
+        if not self._members:
+            return chosen
+        names = list(self._members)
+        gains = np.stack([self._gains(self._members[name], slots, templates, lookup, tokens_per_second) for name in names])
+        best = _assign(gains, np.array([self._members[name].seconds[0] for name in names]) * tokens_per_second)
+        for index, name in enumerate(names):
+            rows = np.flatnonzero(best == index)
+            self._members[name].idle = 0 if len(rows) else self._members[name].idle + 1
             for row in rows:
                 chosen[row] = name
+        for place, name in self._probes(len(slots)):
+            if not (best == names.index(name)).any():
+                chosen[place] = name
         return chosen
 
     def learn(self, name: str, slots: Ints, templates: list[str | None], stood: Floats) -> None:
@@ -126,13 +142,43 @@ class Portfolio:
             del self._members[name]
         return gone
 
+    def forget(self, name: str) -> None:
+        """`name` drafts in another way from now on: what it earned before weighs less, so that it is judged anew."""
+        if member := self._members.get(name):
+            for record in (member.overall, *member.templates.values(), *member.slots):
+                record.stood, record.steps = record.stood * _KEPT, record.steps * _KEPT
+            member.idle = 0
+
+    def _gains(self, member: _Member, slots: Ints, templates: list[str | None], lookup: Floats, tokens_per_second: float) -> Floats:
+        """float64 [S]: tokens a step that it brings more than the lookup, less those that its own time would have brought."""
+        worth = np.array([self._worth(member, slot, template) for slot, template in zip(slots.tolist(), templates, strict=True)])
+        return np.asarray(worth - lookup - member.seconds[1] * tokens_per_second, np.float64)
+
     def _worth(self, member: _Member, slot: int, template: str | None) -> float:
-        overall = member.overall.mean(_OPTIMISM)
+        overall = member.overall.mean(_OPTIMISM if member.suits(template) else 0.0)
         kind = member.templates.get(template)
         return member.slots[slot].mean(overall if kind is None else kind.mean(overall))
 
-    def _probe(self, count: int) -> Ints:
-        """Now and then one request is drafted for all the same, so that a drafter that lost can win again."""
-        if self._step % _PROBE_EVERY:
-            return np.empty(0, np.int64)
-        return np.array([self._step // _PROBE_EVERY % count], np.int64)
+    def _probes(self, count: int) -> Iterator[tuple[int, str]]:
+        """Now and then one request is drafted for all the same, so that a drafter that lost can win again: one member at a time."""
+        if self._step % _PROBE_EVERY == 0:
+            turn = self._step // _PROBE_EVERY
+            yield turn % count, list(self._members)[turn % len(self._members)]
+
+
+def _assign(gains: Floats, fixed: Floats) -> Ints:
+    """The member of most gain for each request, -1 for none: int64 [S]. gains: float64 [M, S]; fixed: float64 [M], what using one costs.
+
+    A member whose requests do not bring in its fixed cost is left out, the worst of them first, and its requests look again.
+    """
+    gains = gains.copy()
+    while True:
+        best = gains.argmax(axis=0)
+        of_best = gains.max(axis=0)
+        best[of_best <= 0.0] = -1
+        surplus = np.array([of_best[best == index].sum() - cost for index, cost in enumerate(fixed.tolist())])
+        used = np.array([(best == index).any() for index in range(len(fixed))])
+        losing = np.flatnonzero(used & (surplus <= 0.0))
+        if not len(losing):
+            return np.asarray(best, np.int64)
+        gains[losing[surplus[losing].argmin()]] = -np.inf

@@ -78,7 +78,7 @@ class Speculator:
         self._cost = cost
         self._supply = supply
         self._policy: DraftPolicy = Planner() if fixed_drafts is None else FixedLength(fixed_drafts)
-        self._portfolio = Portfolio(supply.members[1:], max_sequences)
+        self._portfolio = Portfolio({name: supply.tags(name) for name in supply.members[1:]}, max_sequences)
         self._depths: dict[str, float] = {}
         self._drafters: dict[str, Drafter] = {}
         self._calibrations: dict[str, Calibration] = {}

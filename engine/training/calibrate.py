@@ -67,6 +67,17 @@ def expected_error(predicted: Floats, stood: Floats) -> float:
     return sum(gaps) / max(len(predicted), 1)
 
 
+def reliability(logits: Floats, stood: Floats, temperatures: Floats | None = None) -> list[tuple[Floats, Floats]]:
+    """By position: (mean predicted chance, share that stood), float64 [bins] each, of bins of equal mass."""
+    predicted = np.cumprod(sigmoid(logits if temperatures is None else logits / temperatures), axis=1)
+    found = []
+    for position in range(logits.shape[1]):
+        parts = [part for part in np.array_split(np.argsort(predicted[:, position], kind="stable"), min(BINS, len(logits))) if len(part)]
+        means = [[column[part, position].mean() for part in parts] for column in (predicted, stood)]
+        found.append((np.array(means[0]), np.array(means[1])))
+    return found
+
+
 def area(predicted: Floats, stood: Floats) -> float:
     """Area under the ROC curve, ties counting half."""
     positive, negative = predicted[stood > 0.5], predicted[stood <= 0.5]

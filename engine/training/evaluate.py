@@ -79,11 +79,32 @@ class Watched:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """acceptance: tokens per step, the bonus token included, by domain. logits, stood: of all blocks; empty without confidence."""
+    """tokens, steps: float64 [requests] of each domain, what the target said and in how many steps.
 
-    acceptance: dict[str, float]
+    logits, stood: of all blocks; empty without confidence.
+    """
+
+    tokens: dict[str, Floats]
+    steps: dict[str, Floats]
     logits: Floats
     stood: Floats
+
+    @property
+    def acceptance(self) -> dict[str, float]:
+        """Tokens per step, the bonus token included, by domain, and `macro`, the mean of the domains."""
+        found = {domain: float(self.tokens[domain].sum() / self.steps[domain].sum()) for domain in sorted(self.tokens)}
+        return found | ({"macro": sum(found.values()) / len(found)} if found else {})
+
+    def intervals(self, draws: int = 2000) -> dict[str, tuple[float, float]]:
+        """95% bootstrap intervals of `acceptance`; a request is drawn as a whole."""
+        rng = np.random.default_rng(0)
+        samples: dict[str, Floats] = {}
+        for domain in sorted(self.tokens):
+            drawn = rng.integers(0, len(self.tokens[domain]), (draws, len(self.tokens[domain])))
+            samples[domain] = self.tokens[domain][drawn].sum(1) / self.steps[domain][drawn].sum(1)
+        if samples:
+            samples["macro"] = np.mean(list(samples.values()), axis=0)
+        return {name: (float(np.quantile(values, 0.025)), float(np.quantile(values, 0.975))) for name, values in samples.items()}
 
 
 def measure(
@@ -117,12 +138,12 @@ def measure(
             params = SamplingParams(max_tokens=min(max_tokens, room), temperature=temperature)
             domains[str(number)] = prompt.domain
             requests.append(Request(str(number), tokens, params))
-    sampled: dict[str, int] = {}
-    steps: dict[str, int] = {}
+    made: dict[str, list[tuple[int, int]]] = {}
     for result in engine.run(iter(requests)):
-        domain = domains[result.id]
-        sampled[domain] = sampled.get(domain, 0) + result.ledger.sampled
-        steps[domain] = steps.get(domain, 0) + result.ledger.steps
-    acceptance = {domain: sampled[domain] / steps[domain] for domain in sorted(sampled) if steps[domain]}
+        if result.ledger.steps:
+            made.setdefault(domains[result.id], []).append((result.ledger.sampled, result.ledger.steps))
     logits, stood = watched[0].blocks() if watched else (np.zeros((0, drafts)), np.zeros((0, drafts)))
-    return Measured(acceptance, logits, stood)
+    columns = {domain: np.array(rows, np.float64) for domain, rows in made.items()}
+    return Measured(
+        {domain: rows[:, 0] for domain, rows in columns.items()}, {domain: rows[:, 1] for domain, rows in columns.items()}, logits, stood
+    )

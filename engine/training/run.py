@@ -16,9 +16,10 @@ from engine.checkpoints.drafters.formats import block_spec
 from engine.checkpoints.tensors import read_tensors
 from engine.config import EngineConfig
 from engine.drafters.parts.confidence import bucket_of
+from engine.drafters.sources import registry_folders
 from engine.engine import Engine
 from engine.training.answers import answer, read
-from engine.training.calibrate import fit, quality
+from engine.training.calibrate import fit, quality, reliability
 from engine.training.evaluate import measure
 from engine.training.export import new_config, set_calibration, write_folder, write_record
 from engine.training.prompts import split
@@ -26,9 +27,11 @@ from engine.training.states import StateStore
 from engine.training.trainer import TrainConfig, Trainer, plot
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from engine.checkpoints import LoadedModel
+    from engine.training.calibrate import Quality
+    from engine.training.evaluate import Measured
     from engine.training.prompts import Prompt, Split
 
 _WATCHED = 64
@@ -188,34 +191,104 @@ def drafter_config(loaded: LoadedModel, recipe: Recipe) -> dict[str, Any]:
 
 
 def evaluate(
-    loaded: LoadedModel, drafters: Sequence[str], prompts: Sequence[Prompt], *, drafts: int = 7, max_tokens: int = 256
-) -> dict[str, dict[str, float | None]]:
-    """Acceptance length (bonus token included, temperature 0) by domain, `macro` their mean, and the calibration error before and after.
-
-    The error is the mean over positions; None for drafters without a confidence head.
-    """
-    report: dict[str, dict[str, float | None]] = {}
+    loaded: LoadedModel,
+    drafters: Sequence[str],
+    prompts: Sequence[Prompt],
+    *,
+    temperature: float = 0.0,
+    drafts: int = 7,
+    max_tokens: int = 256,
+    max_sequences: int | None = None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> dict[str, Judged]:
+    """How far each drafter gets on these prompts, by its name."""
+    found: dict[str, Judged] = {}
     for drafter in drafters:
-        got = measure(loaded, drafter, prompts, drafts=drafts, max_tokens=max_tokens)
-        row: dict[str, float | None] = {domain: round(value, 4) for domain, value in got.acceptance.items()}
-        row["macro"] = round(sum(got.acceptance.values()) / len(got.acceptance), 4) if got.acceptance else None
-        row |= _errors(drafter, got.logits, got.stood)
-        report[_name(drafter)] = row
-    return report
+        got = measure(loaded, drafter, prompts, temperature=temperature, drafts=drafts, max_tokens=max_tokens, max_sequences=max_sequences)
+        found[_name(drafter)] = judged = Judged(got, _fitted(drafter, temperature))
+        tell(f"{_name(drafter)}: {judged.row()}")
+    return found
 
 
-def _errors(drafter: str, logits: np.ndarray, stood: np.ndarray) -> dict[str, float | None]:
-    if not len(logits):
-        return {"ece_before": None, "ece_after": None}
-    path = Path(drafter)
-    fitted = read_folder(path).calibration.get("temperatures", {}).get("0") if path.is_dir() else None
-    scales = np.ones(logits.shape[1])
-    if fitted:
-        scales[: len(fitted)] = fitted[: len(scales)]
-    before, after = quality(logits, stood), quality(logits, stood, scales)
-    return {"ece_before": round(float(before.ece.mean()), 5), "ece_after": round(float(after.ece.mean()), 5)}
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """One drafter's figures. scales: temperatures of its confidence, by position, as they were fitted; empty where they were not."""
+
+    got: Measured
+    scales: list[float]
+
+    def row(self) -> dict[str, float | None]:
+        """Acceptance length (bonus token included) by domain and `macro`; the calibration error, mean over positions, None without one."""
+        row: dict[str, float | None] = {name: round(value, 4) for name, value in self.got.acceptance.items()}
+        row.setdefault("macro", None)
+        found = self.qualities()
+        before, after = (round(float(one.ece.mean()), 5) for one in found) if found else (None, None)
+        return row | {"ece_before": before, "ece_after": after}
+
+    def qualities(self) -> tuple[Quality, Quality] | None:
+        """Before and after temperature scaling."""
+        if not len(self.got.logits):
+            return None
+        return quality(self.got.logits, self.got.stood), quality(self.got.logits, self.got.stood, self.temperatures())
+
+    def temperatures(self) -> np.ndarray:
+        scales = np.ones(self.got.logits.shape[1])
+        scales[: len(self.scales)] = self.scales[: len(scales)]
+        return scales
+
+    def details(self) -> dict[str, Any]:
+        """Intervals of the acceptance lengths, requests behind them, and by position the calibration's quality."""
+        found: dict[str, Any] = {
+            "intervals": {name: [round(end, 4) for end in ends] for name, ends in self.got.intervals().items()},
+            "requests": {domain: len(rows) for domain, rows in self.got.tokens.items()},
+        }
+        if qualities := self.qualities():
+            before, after = qualities
+            columns = {
+                "ece_before": before.ece,
+                "ece_after": after.ece,
+                "brier": after.brier,
+                "base_brier": after.base_brier,
+                "auc": after.auc,
+            }
+            found["calibration"] = {name: [round(float(value), 5) for value in column] for name, column in columns.items()}
+            found["blocks"] = len(self.got.logits)
+        return found
+
+
+def plot_reliability(judged: Mapping[str, Judged], path: Path) -> None:
+    """Of every drafter with a confidence head: predicted chance that drafts 1..k stand against how many did, before and after."""
+    from matplotlib.figure import Figure
+
+    shown = {name: one for name, one in judged.items() if len(one.got.logits)}
+    width = max((one.got.logits.shape[1] for one in shown.values()), default=1)
+    figure = Figure(figsize=(2.4 * width, 2.6 * max(len(shown), 1)), layout="constrained")
+    grid = figure.subplots(max(len(shown), 1), width, squeeze=False, sharex=True, sharey=True)
+    for row, (name, one) in enumerate(shown.items()):
+        for label, scales in (("before", None), ("after", one.temperatures())):
+            for position, (predicted, stood) in enumerate(reliability(one.got.logits, one.got.stood, scales)):
+                axes = grid[row, position]
+                axes.plot([0, 1], [0, 1], color="0.8", linewidth=1)
+                axes.plot(predicted, stood, marker="o", markersize=3, linewidth=1, label=label)
+                axes.set(title=f"{name}, drafts 1..{position + 1}" if position else f"{name}, draft 1", xlim=(0, 1), ylim=(0, 1))
+        grid[row, 0].set_ylabel("stood")
+        grid[row, 0].legend(fontsize="small")
+    figure.supxlabel("predicted chance (15 bins of equal mass)")
+    figure.savefig(path, dpi=110)
+
+
+def _fitted(drafter: str, temperature: float) -> list[float]:
+    path = _folder(drafter)
+    bucket = str(int(bucket_of(np.array([temperature]))[0]))
+    return [] if path is None else list(read_folder(path).calibration.get("temperatures", {}).get(bucket, []))
+
+
+def _folder(drafter: str) -> Path | None:
+    """Of a folder or a registered drafter."""
+    places = (Path(drafter), *(place / drafter for place in registry_folders()))
+    return next((path for path in places if (path / "config.json").is_file()), None)
 
 
 def _name(drafter: str) -> str:
-    path = Path(drafter)
-    return read_folder(path).name if path.is_dir() else drafter
+    path = _folder(drafter)
+    return drafter if path is None else read_folder(path).name

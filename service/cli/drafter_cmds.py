@@ -151,28 +151,74 @@ def evaluate(
     model: Model,
     prompts: Prompts,
     drafter: Annotated[
-        list[str] | None, typer.Option("--drafter", help="Repeatable: a name or a folder (default: ngram, suffix, auto).")
+        list[str] | None,
+        typer.Option("--drafter", help="Repeatable: a name or a folder (default: ngram, suffix, what `auto` finds, and the portfolio)."),
     ] = None,
     drafts: Annotated[int, typer.Option("--drafts", min=1, help="Drafts a request and step.")] = 7,
     max_tokens: MaxTokens = 256,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0, max=2.0)] = 0.0,
+    max_sequences: Annotated[int | None, typer.Option("--max-sequences", min=1, help="Requests at once.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first N prompts.")] = None,
+    judged: Annotated[bool, typer.Option("--judged", help="Only the tenth of the prompts that training keeps for this.")] = False,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Reliability diagrams: FILE.png, .svg or .pdf.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Acceptance length by domain (bonus token included, temperature 0), and calibration error before and after."""
-    with readable_errors():
-        from engine.training.prompts import read_prompts
-        from engine.training.run import evaluate as judge
+    """Acceptance length by domain (bonus token included) with 95% intervals, and calibration error before and after.
 
-        names = drafter or ["ngram", "suffix", "auto"]
-        report = judge(load(model), names, read_prompts(prompts)[:limit], drafts=drafts, max_tokens=max_tokens)
+    Where the domains are math, code and chat, macro is the mean of the three.
+    """
+    if plot is not None:
+        from service.cli.bench.plot import check_plot
+
+        check_plot(plot)
+    with readable_errors():
+        from engine.drafters.builtin import PORTFOLIO, TEXT_DRAFTERS
+        from engine.drafters.sources import find_automatic
+        from engine.training.prompts import read_prompts, split
+        from engine.training.run import evaluate as judge
+        from engine.training.run import plot_reliability
+
+        given = read_prompts(prompts)
+        given = (list(split(given).judged) if judged else given)[:limit]
+        loaded = load(model)
+        found = [source.origin for source in find_automatic(loaded.directory, loaded.model.spec) if Path(source.origin).is_dir()]
+        names = drafter or [*TEXT_DRAFTERS, *found, *([PORTFOLIO] if found else [])]
+        settings = {"temperature": temperature, "drafts": drafts, "max_tokens": max_tokens}
+        report = judge(
+            loaded,
+            names,
+            given,
+            temperature=temperature,
+            drafts=drafts,
+            max_tokens=max_tokens,
+            max_sequences=max_sequences,
+            tell=(lambda _: None) if as_json else note,
+        )
+        if plot is not None:
+            plot_reliability(report, plot)
+    rows = {name: one.row() for name, one in report.items()}
+    details = {name: one.details() for name, one in report.items()}
     if as_json:
-        print_json({"drafters": report})
+        print_json({"drafters": rows, "prompts": len(given), **settings, "details": details})
         return
-    columns = sorted({column for row in report.values() for column in row}, key=lambda name: (name in _LAST, name))
-    print_table(("drafter", *columns), [(name, *(row.get(column) for column in columns)) for name, row in report.items()], right=columns)
+    columns = sorted({column for row in rows.values() for column in row}, key=lambda name: (name in _LAST, name))
+    table = [
+        (name, *(_cell(value, details[name]["intervals"].get(column)) for column, value in _in(columns, row))) for name, row in rows.items()
+    ]
+    print_table(("drafter", *columns), table, right=columns)
 
 
 _LAST = ("macro", "ece_before", "ece_after")
+
+
+def _in(columns: list[str], row: dict[str, float | None]) -> list[tuple[str, float | None]]:
+    return [(column, row.get(column)) for column in columns]
+
+
+def _cell(value: float | None, interval: list[float] | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4f}" if interval is None else f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
 
 
 @app.command()

@@ -211,7 +211,7 @@ def test_a_portfolio_that_picks_the_most_confident_realised_draft_is_biased_and_
 
 
 def test_the_portfolio_settles_on_what_pays() -> None:
-    portfolio = Portfolio(("good", "bad"), 4)
+    portfolio = Portfolio({"good": (), "bad": ()}, 4)
     slots, kinds = np.arange(4), ["a", "a", "b", "b"]
     portfolio.learn_seconds("good", 4, 0.004)
     portfolio.learn_seconds("bad", 4, 0.004)
@@ -228,12 +228,37 @@ def test_the_portfolio_settles_on_what_pays() -> None:
 
 
 def test_each_template_uses_what_was_best_for_it() -> None:
-    portfolio = Portfolio(("code", "chat"), 2)
+    portfolio = Portfolio({"code": (), "chat": ()}, 2)
     for _ in range(40):
         for kind, slot in (("code", 0), ("chat", 1)):
             portfolio.learn("code", np.array([slot]), [kind], np.array([5.0 if kind == "code" else 0.2]))
             portfolio.learn("chat", np.array([slot]), [kind], np.array([0.2 if kind == "code" else 5.0]))
     assert portfolio.choose(np.arange(2), ["code", "chat"], np.ones(2), 0.0) == ["code", "chat"]
+
+
+def test_the_better_of_two_that_pay_drafts_and_one_that_is_hardly_used_does_not_pay_its_fixed_cost() -> None:
+    portfolio = Portfolio({"fair": (), "fine": ()}, 4)
+    slots = np.arange(4)
+    for _ in range(60):
+        portfolio.learn("fair", slots, ["a", "a", "a", "b"], np.array([2.0, 2.0, 2.0, 4.0]))
+        portfolio.learn("fine", slots, ["a", "a", "a", "b"], np.array([3.0, 3.0, 3.0, 3.0]))
+    kinds: list[str | None] = ["a", "a", "a", "b"]
+    assert portfolio.choose(slots, kinds, np.zeros(4), 0.0) == ["fine", "fine", "fine", "fair"]
+    for _ in range(60):
+        for requests in (1, 4):
+            portfolio.learn_seconds("fair", requests, 0.005)
+            portfolio.learn_seconds("fine", requests, 0.005)
+    # At 1000 tokens a second a pass costs 5 tokens, more than `fair` brings for its one request: `fine` takes that, too.
+    assert portfolio.choose(slots, kinds, np.zeros(4), 1000.0) == ["fine"] * 4
+
+
+def test_tags_say_where_a_drafter_is_tried_first_and_measurement_decides() -> None:
+    portfolio = Portfolio({"coder": ("code",)}, 2)
+    slots = np.arange(2)
+    assert portfolio.choose(slots, ["code", "chat"], np.ones(2), 0.0) == ["coder", None]
+    for _ in range(10):
+        portfolio.learn("coder", slots, ["code", "chat"], np.array([0.1, 4.0]))
+    assert portfolio.choose(slots, ["code", "chat"], np.ones(2), 0.0) == [None, "coder"]
 
 
 def test_a_drafter_that_does_not_pay_goes_and_its_memory_becomes_cache(

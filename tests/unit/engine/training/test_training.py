@@ -19,7 +19,7 @@ from engine.training.export import export, pack
 from engine.training.losses import Divergences, block_losses
 from engine.training.module import BlockModule
 from engine.training.prompts import Prompt, part_of, read_prompts, split
-from engine.training.run import Recipe, drafter_config, evaluate, train
+from engine.training.run import Recipe, drafter_config, evaluate, plot_reliability, train
 from engine.training.states import StateStore, forward_states
 from engine.training.trainer import TrainConfig, Trainer
 from service.cli.main import app
@@ -249,11 +249,17 @@ def test_measures_of_calibration_by_hand() -> None:
 
 
 def test_a_trained_drafter_is_judged_calibrated_packed_and_exported(loaded: LoadedModel, trained: Path, tmp_path: Path) -> None:
-    report = evaluate(loaded, [str(trained), "ngram"], PROMPTS[:6], drafts=4, max_tokens=12)
+    found = evaluate(loaded, [str(trained), "ngram"], PROMPTS[:6], drafts=4, max_tokens=12)
+    report = {name: one.row() for name, one in found.items()}
     assert set(report) == {"spark", "ngram"}
     assert {"math", "chat", "macro", "ece_before", "ece_after"} == set(report["spark"])
     assert report["spark"]["macro"] >= 1.0
     assert report["ngram"]["ece_before"] is None
+    low, high = found["spark"].details()["intervals"]["macro"]
+    assert low <= report["spark"]["macro"] <= high
+    assert len(found["spark"].details()["calibration"]["auc"]) == 4
+    plot_reliability(found, tmp_path / "reliability.png")
+    assert (tmp_path / "reliability.png").stat().st_size > 5000
     assert read_folder(trained).calibration["temperatures"]
     full = export(read_folder(trained), loaded.model.frozen(), tmp_path / "full")
     config = json.loads((full / "config.json").read_text())
@@ -261,7 +267,7 @@ def test_a_trained_drafter_is_judged_calibrated_packed_and_exported(loaded: Load
     assert config["architectures"] == ["Qwen3DSparkModel"]
     tensors = read_folder(full).tensors()
     assert tensors["embed_tokens.weight"].shape == tensors["lm_head.weight"].shape == (loaded.model.spec.vocab_size, 32)
-    assert evaluate(loaded, [str(full)], PROMPTS[:6], drafts=4, max_tokens=12)["spark"]["macro"] == pytest.approx(
+    assert evaluate(loaded, [str(full)], PROMPTS[:6], drafts=4, max_tokens=12)["spark"].row()["macro"] == pytest.approx(
         report["spark"]["macro"], abs=0.2
     )
     model = make_tiny_model(tmp_path / "model")
@@ -286,6 +292,7 @@ def test_commands(trained: Path, loaded: LoadedModel, tmp_path: Path) -> None:
     command = ["drafter", "eval", str(loaded.directory), "--prompts", str(path), "--drafter", "suffix", "--max-tokens", "8", "--json"]
     report = json.loads(runner.invoke(app, command).stdout)
     assert set(report["drafters"]["suffix"]) == {"math", "chat", "macro", "ece_before", "ece_after"}
+    assert (report["temperature"], report["prompts"]) == (0.0, 4)
     failed = runner.invoke(app, ["drafter", "inspect", str(tmp_path)])
     assert failed.exit_code == 1
     assert "no config.json" in str(failed.exception)
