@@ -72,25 +72,34 @@ class DeviceClock:
         self._last: torch.cuda.Event | None = None
 
     def start(self) -> Timing:
-        timing = _DeviceTiming(self._stream, self._last)
-        self._last = timing.ended
-        return timing
+        return _DeviceTiming(self, self._last)
+
+    def record(self) -> torch.cuda.Event:
+        """This moment in the stream."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(self._stream)
+        return event
+
+    def ended(self, event: torch.cuda.Event) -> None:
+        """A step ends here. One that fails before that never began, as far as the next is concerned."""
+        self._last = event
 
 
 class _DeviceTiming:
-    def __init__(self, stream: torch.cuda.Stream, before: torch.cuda.Event | None) -> None:
-        self._stream, self._before = stream, before
-        self._started, self.ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        self._started.record(stream)
+    def __init__(self, clock: DeviceClock, before: torch.cuda.Event | None) -> None:
+        self._clock, self._before = clock, before
+        self._started = clock.record()
+        self._ended = self._started
 
     def stop(self) -> None:
-        self.ended.record(self._stream)
+        self._ended = self._clock.record()
+        self._clock.ended(self._ended)
 
     def nanoseconds(self) -> int:
-        self.ended.synchronize()
-        milliseconds = self._started.elapsed_time(self.ended)
-        if self._before is not None and self._before.query():
-            milliseconds = min(milliseconds, self._before.elapsed_time(self.ended))
+        self._ended.synchronize()
+        milliseconds = self._started.elapsed_time(self._ended)
+        if self._before is not None:
+            milliseconds = min(milliseconds, self._before.elapsed_time(self._ended))
         return max(round(milliseconds * 1e6), 1)
 
 

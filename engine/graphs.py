@@ -130,6 +130,11 @@ class StaticInputs:
             taps=taps,
         )
 
+    @property
+    def nbytes(self) -> int:
+        """On the device."""
+        return self._longs.nbytes + self._ints.nbytes
+
     def load(self, step: PackedStep) -> None:
         """Pads the step and sends it to the device, without waiting for it."""
         padded = pad(step, self._tier, self._rows, self._width)
@@ -172,6 +177,7 @@ class GraphRunner(Runner):
         self._memory = memory if memory is not None else int(torch.cuda.get_device_properties(device).total_memory * _MEMORY_SHARE)
         self._width = max(-(-model.spec.max_positions // kv.block_size), -(-MAX_TOKENS // kv.block_size))
         self._graphs: dict[_Key, tuple[StaticInputs, Graph]] = {}
+        self._input_bytes = 0
         self.eager_steps = 0
 
     def spare(self, tokens: int, sequences: int) -> int:
@@ -188,7 +194,7 @@ class GraphRunner(Runner):
             return super().run(step, taps)
         # A step that only decodes has a row a sequence; where there are drafts any token may be one.
         key = _Key(tier, tier.sequences if rows <= tier.sequences else tier.tokens, self._table_width(step), taps)
-        if key not in self._graphs and self._capture.used_bytes >= self._memory:
+        if key not in self._graphs and self._capture.used_bytes + self._input_bytes >= self._memory:
             self.eager_steps += 1
             return super().run(step, taps)
         inputs, graph = self._graphs.get(key) or self._captured(key, step)
@@ -208,6 +214,7 @@ class GraphRunner(Runner):
     def _captured(self, key: _Key, step: PackedStep) -> tuple[StaticInputs, Graph]:
         inputs = StaticInputs(key.tier, key.rows, key.width, self.kv.block_size, self.model.spec.device, key.taps)
         inputs.load(step)
+        self._input_bytes += inputs.nbytes
 
         def forward() -> ForwardOutput:
             token_ids = self.resolve(inputs.batch.token_ids, inputs.sources)

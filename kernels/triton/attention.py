@@ -29,8 +29,8 @@ _LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 def _walk(
     acc, peak, total, q, k_cache, v_cache, table, base_k, base_v, stride_kb, stride_kt, stride_vb, stride_vt,
     begin, end, limit, positions, real, dims, real_dims, score_scale, soft_cap, window,
-    BLOCK_N: tl.constexpr, PAGE: tl.constexpr, MASKED: tl.constexpr, EVEN: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOWED: tl.constexpr, CAPPED: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_N: tl.constexpr, PAGE: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
+    CAPPED: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     for start in range(begin, end, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
@@ -43,12 +43,8 @@ def _walk(
             here = keys >= 0
         k_at = base_k + pages * stride_kb + (keys % PAGE) * stride_kt
         v_at = base_v + pages * stride_vb + (keys % PAGE) * stride_vt
-        if EVEN and not MASKED:
-            k = tl.load(k_cache + k_at[None, :] + dims[:, None])
-            v = tl.load(v_cache + v_at[:, None] + dims[None, :])
-        else:
-            k = tl.load(k_cache + k_at[None, :] + dims[:, None], mask=here[None, :] & real_dims[:, None], other=0)
-            v = tl.load(v_cache + v_at[:, None] + dims[None, :], mask=here[:, None] & real_dims[None, :], other=0)
+        k = tl.load(k_cache + k_at[None, :] + dims[:, None], mask=here[None, :] & real_dims[:, None], other=0)
+        v = tl.load(v_cache + v_at[:, None] + dims[None, :], mask=here[:, None] & real_dims[None, :], other=0)
         if FP8:
             k = widen(k, NATIVE).to(q.dtype)
             v = widen(v, NATIVE).to(q.dtype)
@@ -145,12 +141,12 @@ def _attention(
     acc, peak, total = _walk(
         acc, peak, total, queries, k_cache, v_cache, table, base_k, base_v, stride_kb, stride_kt, stride_vb, stride_vt,
         low, middle, limit, positions, real, dims, real_dims, score_scale, soft_cap, window,
-        BLOCK_N, PAGE, False, DIM == BLOCK_D, CAUSAL, WINDOWED, CAPPED, FP8, NATIVE, WIDE,
+        BLOCK_N, PAGE, False, CAUSAL, WINDOWED, CAPPED, FP8, NATIVE, WIDE,
     )  # fmt: skip
     acc, peak, total = _walk(
         acc, peak, total, queries, k_cache, v_cache, table, base_k, base_v, stride_kb, stride_kt, stride_vb, stride_vt,
         middle, high, high, positions, real, dims, real_dims, score_scale, soft_cap, window,
-        BLOCK_N, PAGE, True, DIM == BLOCK_D, CAUSAL, WINDOWED, CAPPED, FP8, NATIVE, WIDE,
+        BLOCK_N, PAGE, True, CAUSAL, WINDOWED, CAPPED, FP8, NATIVE, WIDE,
     )  # fmt: skip
 
     nothing = total == 0.0

@@ -14,10 +14,7 @@ import triton.language as tl
 from kernels.reference.sampling import Allowed, DraftWeights, Penalties, SampleRows, Verdict
 from kernels.triton.vocabulary import PIVOTS, exponential, processed, row_key, sort_key, uniform
 
-_BLOCK = 4096
-"""Numbers that a walk takes at a time: enough loads in flight to hide the latency of the L2 cache."""
-_PIVOT_BLOCK = 1024
-"""The same of walks that hold each number against all pivots at once."""
+_BLOCK = 1024
 _MAX_ROWS = 1 << 10
 """Rows of one sequence in a step, for the walk over what stands."""
 
@@ -33,7 +30,7 @@ def _verify(
     logits, modes, temperatures, top_ks, top_ps, seeds, positions, drafts, attempts, tokens, stands, finite,
     draft_weights, draft_lse, counts, prompt, count_rows, presences, frequencies, repetitions, depths, allowed, allowed_rows,
     vocab, stride, stride_draft, stride_counts, stride_bits,
-    PENALTIES: tl.constexpr, MASK: tl.constexpr, WEIGHED: tl.constexpr, BLOCK: tl.constexpr, NARROW: tl.constexpr,
+    PENALTIES: tl.constexpr, MASK: tl.constexpr, WEIGHED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     row_at = logits + row.to(tl.int64) * stride
@@ -92,8 +89,8 @@ def _verify(
                 step = tl.maximum((below - low) // (PIVOTS + 1), 1)
                 pivots = tl.minimum(low + ninth * step, below)
                 held = tl.zeros([PIVOTS], tl.int32)
-                for start in range(0, vocab, NARROW):
-                    ids = start + tl.arange(0, NARROW)
+                for start in range(0, vocab, BLOCK):
+                    ids = start + tl.arange(0, BLOCK)
                     x = processed(
                         row_at, ids, ids < vocab, row, count_row, count_row, mask_row, depth, counts, prompt, allowed, drafts,
                         stride_counts, stride_bits, presence, frequency, repetition, PENALTIES, MASK,
@@ -103,10 +100,7 @@ def _verify(
                 holds = (held >= top_k) & (pivots < below)
                 new_low = tl.max(tl.where(holds, pivots, low), axis=0)
                 below = tl.min(tl.where(holds, below, pivots), axis=0)
-                # A pivot with just top_k numbers above it cuts as the exact bound would.
-                exact = tl.max(tl.where(holds & (held == top_k), pivots, -2147483649), axis=0)
-                low = tl.maximum(new_low, exact)
-                below = tl.where(exact > -2147483649, low + 1, below)
+                low = new_low
         if top_p < 1.0:
             mass = tl.zeros([], tl.float32)
             for start in range(0, vocab, BLOCK):
@@ -123,8 +117,8 @@ def _verify(
                 step = tl.maximum((high - under) // (PIVOTS + 1), 1)
                 pivots = tl.minimum(under + ninth * step, high)
                 held = tl.zeros([PIVOTS], tl.float32)
-                for start in range(0, vocab, NARROW):
-                    ids = start + tl.arange(0, NARROW)
+                for start in range(0, vocab, BLOCK):
+                    ids = start + tl.arange(0, BLOCK)
                     x = processed(
                         row_at, ids, ids < vocab, row, count_row, count_row, mask_row, depth, counts, prompt, allowed, drafts,
                         stride_counts, stride_bits, presence, frequency, repetition, PENALTIES, MASK,
@@ -267,8 +261,7 @@ def verify(
         rows.modes if allowed is None else allowed.bits, rows.modes if allowed is None else allowed.rows,
         vocab, logits.stride(0), 0 if draft is None else draft.log_weights.stride(0),
         0 if penalties is None else penalties.counts.stride(0), bits.stride(0),
-        PENALTIES=penalties is not None, MASK=allowed is not None, WEIGHED=draft is not None, BLOCK=_BLOCK, NARROW=_PIVOT_BLOCK,
-        num_warps=8,
+        PENALTIES=penalties is not None, MASK=allowed is not None, WEIGHED=draft is not None, BLOCK=_BLOCK, num_warps=8,
     )  # fmt: skip
     return Verdict(tokens, stands, finite)
 

@@ -32,7 +32,7 @@ class ContextHash:
     def forward(self, batch: ForwardBatch, kv: object) -> ForwardOutput:
         self._store[batch.slots] = batch.token_ids
         device, count = batch.token_ids.device, len(batch.token_ids)
-        owner = torch.searchsorted(batch.query_start[1:].contiguous(), torch.arange(count, device=device), right=True)
+        owner = torch.searchsorted(batch.query_start[1:].long(), torch.arange(count, device=device), right=True)
         place = torch.arange(batch.block_tables.shape[1] * BLOCK, device=device)
         context = self._store[batch.block_tables.long()[owner][:, place // BLOCK] * BLOCK + place % BLOCK]
         seen = (place <= batch.positions[:, None]).long()
