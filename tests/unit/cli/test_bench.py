@@ -205,3 +205,34 @@ def test_intervals_are_order_statistics():
 def test_a_run_that_fails_gives_its_reason(tmp_path):
     with pytest.raises(Failure, match="nowhere"):
         run_bench(request(tmp_path, tmp_path / "nowhere", check=False, repeats=1), cache_dir=tmp_path, quiet=True)
+
+
+def test_the_papers_figures_on_a_model_with_a_drafter_beside_it(tmp_path, capsys):
+    from engine.checkpoints import load_model
+    from engine.checkpoints.drafters.formats import block_spec
+    from engine.training.export import write_folder
+    from engine.training.module import BlockModule
+    from engine.training.run import Recipe, drafter_config
+    from service.cli.bench.paper import PaperPlan, plot_paper, print_paper, run_paper
+
+    model = make_tiny_model(tmp_path / "tiny")
+    config = drafter_config(load_model(str(model)), Recipe(layers=1, block_size=4, rank=8))
+    write_folder(model / "drafters" / "spark", config, BlockModule(block_spec(config)).tensors(), {"name": "spark"})
+    loaded = load_model(str(model))
+    plan = PaperPlan((1, 4), lengths=(1, 3), block=3, max_tokens=8, repeats=2, dollars_per_hour=0.36)
+    report = run_paper(loaded, request(tmp_path, model).lines, plan, lambda _: None)
+    figures = report["figures"]
+    assert set(figures["2"]) == {"ngram", "suffix", "spark"}
+    assert [len(row["by_position"]) for row in figures["2"].values()] == [3, 3, 3]
+    assert [row["drafts"] for row in figures["5"]["fixed"]] == [1, 3]
+    assert all(1.0 <= row["acceptance_length"] <= row["drafts"] + 1 for row in figures["5"]["fixed"])
+    assert len(figures["6"]["spark"]["before"]) == 3
+    assert [(row["sequences"], row["kind"]) for row in figures["8"]] == [
+        (n, kind) for n in (1, 4) for kind in ("plain", "fixed", "planned")
+    ]
+    for row in figures["8"]:
+        assert row["dollars_per_million_tokens"] == pytest.approx(0.36 / 3600 / row["tokens_per_second"] * 1e6, rel=1e-3)
+    plot_paper(report | {"device": "cpu"}, tmp_path / "paper.png")
+    assert (tmp_path / "paper.png").stat().st_size > 20_000
+    print_paper(report | {"dollars_per_hour": None})
+    assert "no hourly rate" in capsys.readouterr().err
