@@ -58,6 +58,7 @@ EXCEPTIONS = {
     ("service.cli.doctor", "kernels.clash"): "looks for the other package of that name; no torch behind it",
     ("service.cli.bench", "service.adapters.engine_runner"): "measures what a worker runs",
     ("service.cli.bench.bound", "kernels.reference.linear"): "the fastest product may be our own",
+    ("service.cli.bench.paper", "engine"): "figures of drafters, which are the engine's business",
     ("service.cli.drafter_cmds", "engine"): "drafters are the engine's business",
     ("service.cli.lab_cmds", "engine.lab"): "a replay runs the engine's decisions, without its torch",
     ("service.cli.models", "service.adapters.engine_runner"): "fetching a model is the engine's business",

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from service.cli.output import AsJson, Failure, note, print_json
+from service.cli.output import AsJson, note, print_json
 
 if TYPE_CHECKING:
-    from service.cli.bench.plan import BenchRequest
     from service.cli.local_run import Tally
     from service.config import Settings
 
@@ -117,36 +116,17 @@ def bench(
         peers_folder=peers or Path(FOLDER),
     )
     if paper:
-        _paper(request, dollars_per_hour, plot, as_json=as_json)
+        from service.cli.bench.paper import of_request, plot_paper, print_paper
+
+        figures = of_request(request, dollars_per_hour, (lambda _: None) if as_json else note)
+        if plot is not None:
+            plot_paper(figures, plot)
+        print_json(figures) if as_json else print_paper(figures)
         return
     report = run_bench(request, cache_dir=settings.cache_dir, quiet=as_json)
     if plot is not None:
         plot_bench(report, plot)
     print_json(report) if as_json else print_bench(report)
-
-
-def _paper(request: BenchRequest, dollars_per_hour: float | None, plot: Path | None, *, as_json: bool) -> None:
-    from engine.checkpoints import load_model
-    from service.billing.operator import HourlyRates
-    from service.cli.bench.paper import PaperPlan, plot_paper, print_paper, run_paper
-    from service.cli.bench.session import describe
-    from service.domain.money import FEMTO_PER_DOLLAR
-
-    entry, settings = request.entry, request.settings
-    device, cache = settings.engine.device, settings.cache_dir
-    try:
-        loaded = load_model(entry.source, dtype=request.dtype, device=device, revision=entry.revision, cache_dir=cache)
-    except (ValueError, OSError) as error:
-        raise Failure(str(error)) from error
-    device = str(loaded.model.spec.device)
-    rate = HourlyRates.parse(settings.rates).of(device)
-    dollars = dollars_per_hour if dollars_per_hour is not None else None if rate is None else rate / FEMTO_PER_DOLLAR
-    plan = PaperPlan(request.batch_sizes, repeats=request.repeats, dollars_per_hour=dollars)
-    report = run_paper(loaded, request.lines, plan, (lambda _: None) if as_json else note)
-    report = {"job": request.job, "device": describe(device), **report}
-    if plot is not None:
-        plot_paper(report, plot)
-    print_json(report) if as_json else print_paper(report)
 
 
 def with_model(model: str | None, dtype: str | None) -> tuple[Settings, Any]:

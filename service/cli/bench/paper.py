@@ -19,7 +19,7 @@ from service.cli.output import Failure
 if TYPE_CHECKING:
     from engine.checkpoints import LoadedModel
     from engine.types import Request
-    from service.cli.bench.plan import BenchLine
+    from service.cli.bench.plan import BenchLine, BenchRequest
 
 _PLAIN, _FIXED, _PLANNED = "plain", "fixed", "planned"
 _COLOURS = {_PLAIN: "#b8b8b8", _FIXED: "#d98c3f", _PLANNED: "#1f6f8b"}
@@ -46,6 +46,26 @@ class _Run:
     tokens_per_second: float
     acceptance_length: float
     positions: list[float]
+
+
+def of_request(request: BenchRequest, dollars_per_hour: float | None, tell: Callable[[str], None]) -> dict[str, Any]:
+    """For a checked command line. Dollars an hour are the settings' for this device where None. Raises Failure."""
+    from engine.checkpoints import load_model
+    from service.billing.operator import HourlyRates
+    from service.cli.bench.session import describe
+    from service.domain.money import FEMTO_PER_DOLLAR
+
+    entry, settings = request.entry, request.settings
+    device, cache = settings.engine.device, settings.cache_dir
+    try:
+        loaded = load_model(entry.source, dtype=request.dtype, device=device, revision=entry.revision, cache_dir=cache)
+    except (ValueError, OSError) as error:
+        raise Failure(str(error)) from error
+    device = str(loaded.model.spec.device)
+    rate = HourlyRates.parse(settings.rates).of(device)
+    dollars = dollars_per_hour if dollars_per_hour is not None else None if rate is None else rate / FEMTO_PER_DOLLAR
+    report = run_paper(loaded, request.lines, PaperPlan(request.batch_sizes, repeats=request.repeats, dollars_per_hour=dollars), tell)
+    return {"job": request.job, "device": describe(device), **report}
 
 
 def run_paper(loaded: LoadedModel, lines: Sequence[BenchLine], plan: PaperPlan, tell: Callable[[str], None]) -> dict[str, Any]:
