@@ -34,11 +34,11 @@ class Comparison:
 
 
 COMPARISONS = {
-    "mixed": Comparison("bench_mixed.jsonl", None, 1.05, "16,32,64", 0.90),
-    "copy": Comparison("bench_copy.jsonl", None, 1.15, "8,16,32"),
+    "mixed": Comparison("bench_mixed.jsonl", None, 1.05, "32,64", 0.90),
+    "copy": Comparison("bench_copy.jsonl", None, 1.15, "16,32"),
     "copy-8": Comparison("bench_copy.jsonl", 8, 1.6, "8"),
     "copy-1": Comparison("bench_copy.jsonl", 1, 2.0, "1"),
-    "long": Comparison("bench_long.jsonl", None, 2.0, "8,24"),
+    "long": Comparison("bench_long.jsonl", None, 2.0, "24"),
 }
 
 
