@@ -37,7 +37,7 @@ demo: $(STAMP) ## from zero: services, a job on a real model, live progress, ans
 
 test: $(STAMP) lint ## lint, types and the whole test suite
 	@echo "==> tests"
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(STAMP) ## ruff and mypy alone
 	@echo "==> lint, format, types"
