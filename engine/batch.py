@@ -67,6 +67,12 @@ class ModelSpec:
     dtype: torch.dtype
     device: torch.device
     parameter_bytes: int
+    int8_weights: bool = False
+
+    @property
+    def precision(self) -> str:
+        """The number format of arithmetic, and of weights where that is another."""
+        return str(self.dtype).removeprefix("torch.") + ("+int8-weights" if self.int8_weights else "")
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,7 +80,8 @@ class Engine:
         kv = make_pool(loaded.model, config, self.limits)
         pages.keep_freed()
         first_blocks = min(self.limits.max_sequences * _FIRST_TOKENS // config.block_size, self.limits.num_blocks // 4)
-        threading.Thread(target=kv.take_pages, args=(first_blocks,), daemon=True).start()  # while kernels are compiled
+        memory = threading.Thread(target=kv.take_pages, args=(first_blocks,), daemon=True)
+        memory.start()  # while kernels are compiled
         self._runner = make_runner(loaded.model, kv, self.limits.max_sequences)
         self._judge = make_judge(self._runner)
         self._clock = DeviceClock(spec.device) if spec.device.type == "cuda" else HostClock()
@@ -129,6 +130,7 @@ class Engine:
         self._running = threading.Lock()
         self._aborts: set[str] = set()
         self._aborts_lock = threading.Lock()
+        memory.join()
 
     @classmethod
     def load(cls, source: str, config: EngineConfig | None = None) -> Engine:

@@ -65,7 +65,7 @@ def describe(spec: ModelSpec, max_sequences: int, max_tokens: int) -> list[str]:
     """Everything that a step's time depends on, as far as it can be named."""
     on_cuda = spec.device.type == "cuda"
     device = torch.cuda.get_device_name(spec.device) if on_cuda else f"{_processor()}, {torch.get_num_threads()} threads"
-    return [str(PROFILE), spec.name, spec.revision, str(spec.dtype), device, torch.__version__, str(max_sequences), str(max_tokens)]
+    return [str(PROFILE), spec.name, spec.revision, spec.precision, device, torch.__version__, str(max_sequences), str(max_tokens)]
 
 
 def to_json(points: list[tuple[Load, float]]) -> str:

@@ -153,14 +153,14 @@ def gated_activation(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
     return _implementation("gated_activation", gate_up.device.type)(gate_up, activation)
 
 
-def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> PackedLinear:
-    """Lays a weight [out, in] out for this device. See `kernels.reference.linear`."""
-    return _implementation("pack_linear", weight.device.type)(weight, bias)
+def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None = None, *, int8: bool = False) -> PackedLinear:
+    """Lays a weight [out, in] out for this device, on request in eight bits. See `kernels.reference.linear`."""
+    return _implementation("pack_linear", weight.device.type)(weight, bias, int8=int8)
 
 
-def pack_gated_linear(weight: torch.Tensor, activation: str) -> PackedLinear:
+def pack_gated_linear(weight: torch.Tensor, activation: str, *, int8: bool = False) -> PackedLinear:
     """Lays a weight [2 * out, in], gate above up, out for `gated_linear`. See `kernels.reference.linear`."""
-    return _implementation("pack_gated_linear", weight.device.type)(weight, activation)
+    return _implementation("pack_gated_linear", weight.device.type)(weight, activation, int8=int8)
 
 
 def linear(x: torch.Tensor, packed: PackedLinear | Fp8Linear, residual: torch.Tensor | None = None) -> torch.Tensor:
@@ -173,7 +173,7 @@ def linear(x: torch.Tensor, packed: PackedLinear | Fp8Linear, residual: torch.Te
 def gated_linear(x: torch.Tensor, packed: PackedLinear | Fp8Linear, activation: str) -> torch.Tensor:
     """activation(x @ gate.T) * (x @ up.T) -> [T, out], of a weight from `pack_gated_linear` (for the same activation) or `pack_linear`."""
     if getattr(packed, "layout", "") == "gated panels":
-        return _compiled("linear", "gated_product")(x, packed.weight, activation)
+        return _compiled("linear", "gated_product")(x, packed.weight, activation, packed.scales)
     return gated_activation(linear(x, packed), activation)
 
 

@@ -84,6 +84,7 @@ class EngineSettings(_Section):
     """Handed to the engine as they are; `auto` lets it decide from the machine."""
 
     dtype: str = "auto"
+    """float32, bfloat16, float16; int8 (on a CPU): weights rounded to eight bits, arithmetic in float32."""
     device: str = "auto"
     drafter: str = "auto"
     kv_memory: str = "auto"

@@ -35,8 +35,10 @@ class Requirement:
         return self.weights + self.kv_cache + self.activations
 
 
-def requirement(directory: Path, config: Any, itemsize: int) -> Requirement:
-    """From the headers of the weight files and the config (transformers'). `itemsize`: bytes of a number once loaded. Raises ValueError."""
+def requirement(directory: Path, config: Any, itemsize: int, *, int8: bool = False) -> Requirement:
+    """From the headers of the weight files and the config (transformers'). `itemsize`: bytes of a number once loaded, where `int8` says
+    that weights have one, except an embedding's. Raises ValueError.
+    """
     text = config.get_text_config()
     heads = text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
@@ -44,7 +46,7 @@ def requirement(directory: Path, config: Any, itemsize: int) -> Requirement:
     context = min(getattr(text, "max_position_embeddings", None) or MINIMAL_CONTEXT, MINIMAL_CONTEXT)
     width = max(8 * text.hidden_size, 3 * (getattr(text, "intermediate_size", None) or 4 * text.hidden_size))
     return Requirement(
-        weights=count_parameters(directory) * itemsize,
+        weights=count_parameters(directory) * (1 if int8 else itemsize) + text.vocab_size * text.hidden_size * itemsize * int8,
         kv_cache=2 * text.num_hidden_layers * kv_heads * head_dim * itemsize * context,
         activations=MINIMAL_ROWS * (width * itemsize + text.vocab_size * 4),  # logits are float32
     )

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from engine.checkpoints.cache import SharedFolders
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+INT8 = "int8"
+"""As a `dtype`: weights of products in eight bits, everything else in float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,8 @@ def load_model(
 ) -> LoadedModel:
     """Loads a target model; `source`, `revision`, `cache_dir`, `shared` and `progress` as in `sources.fetch`.
 
-    device: `auto` is CUDA where there is one. dtype: `auto` is the checkpoint's own type on a GPU, float32 on a CPU. Families of
+    device: `auto` is CUDA where there is one. dtype: `auto` is the checkpoint's own type on a GPU, float32 on a CPU; `int8`, on a CPU,
+    rounds weights to eight bits (less memory, faster with few sequences, other answers) and computes in float32. Families of
     `engine.models.families` run on the lean decoder, other decoder-only models through `engine.models.fallback`. Code from a
     checkpoint is never run. Raises ValueError saying what is wrong with the checkpoint or why the model cannot run,
     NotEnoughMemoryError where it is too large for the device.
@@ -58,10 +61,14 @@ def load_model(
     config = read_config(checkpoint.directory)
     place = _device(device)
     number = _dtype(dtype, config, place)
-    check_fit(checkpoint.name, requirement(checkpoint.directory, config, number.itemsize), free_bytes(place), str(place))
+    needed = requirement(checkpoint.directory, config, number.itemsize, int8=dtype == INT8)
+    check_fit(checkpoint.name, needed, free_bytes(place), str(place))
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory, trust_remote_code=False)
     if config.model_type in FAMILIES:
-        model = _load_lean(checkpoint, config, number, place)
+        model = _load_lean(checkpoint, config, number, place, int8=dtype == INT8)
+    elif dtype == INT8:
+        known = ", ".join(sorted(FAMILIES))
+        raise ValueError(f"dtype int8: {config.model_type} runs on transformers' own modules; int8 is for {known}")
     else:
         from engine.models.fallback import load_fallback
 
@@ -73,7 +80,8 @@ def fit(directory: str, dtype: str, device: str) -> str:
     """What a local checkpoint needs and what there is, in words, without loading it. Raises NotEnoughMemoryError where it does not fit."""
     folder, place = Path(directory), _device(device)
     config = read_config(folder)
-    needed, available = requirement(folder, config, _dtype(dtype, config, place).itemsize), free_bytes(place)
+    number = _dtype(dtype, config, place)
+    needed, available = requirement(folder, config, number.itemsize, int8=dtype == INT8), free_bytes(place)
     check_fit(folder.name, needed, available, str(place))
     return f"needs {needed.total / GIB:.2f} GiB on {place}, {available / GIB:.2f} GiB are available"
 
@@ -103,12 +111,13 @@ def build_lean(tensors: dict[str, torch.Tensor], config: Any, make_spec: Callabl
     names = {shape.rope for shape in arch.layers if shape.rope is not None}
     ropes = read_ropes(type(empty.model.rotary_emb), config, names, spec.device)
     tied = "lm_head.weight" in tied_names(empty)
-    return LeanDecoder(spec, arch, ropes, pack_weights(tensors, arch, tied=tied, dtype=spec.dtype, device=spec.device, scales=scales))
+    weights = pack_weights(tensors, arch, tied=tied, dtype=spec.dtype, device=spec.device, scales=scales, int8=spec.int8_weights)
+    return LeanDecoder(spec, arch, ropes, weights)
 
 
-def _load_lean(checkpoint: LocalCheckpoint, config: Any, dtype: torch.dtype, device: torch.device) -> TargetModel:
+def _load_lean(checkpoint: LocalCheckpoint, config: Any, dtype: torch.dtype, device: torch.device, *, int8: bool) -> TargetModel:
     tensors = read_tensors(checkpoint.directory)
-    return build_lean(tensors, config, lambda **shape: _spec(checkpoint, config, dtype, device, **shape))
+    return build_lean(tensors, config, lambda **shape: replace(_spec(checkpoint, config, dtype, device, **shape), int8_weights=int8))
 
 
 def _spec(
@@ -159,9 +168,15 @@ def _device(name: str) -> torch.device:
 
 
 def _dtype(name: str, config: Any, device: torch.device) -> torch.dtype:
+    if name == INT8:
+        if device.type != "cpu":
+            raise ValueError(
+                f"dtype int8 is for CPUs, and the device is {device}; on a GPU load an FP8 checkpoint for weights in eight bits"
+            )
+        return torch.float32
     if name != "auto":
         if name not in _DTYPES:
-            raise ValueError(f"unknown dtype {name!r}, choose from auto, {', '.join(_DTYPES)}")
+            raise ValueError(f"unknown dtype {name!r}, choose from auto, {', '.join(_DTYPES)}, {INT8}")
         return _DTYPES[name]
     if device.type == "cpu":
         return torch.float32

@@ -53,18 +53,20 @@ def pack_weights(
     dtype: torch.dtype,
     device: torch.device,
     scales: Fp8Scales,
+    int8: bool = False,
 ) -> DecoderWeights:
     """Consumes `tensors` (transformers' names), layer by layer, so that a checkpoint is never held twice as a whole.
 
+    int8: products keep their weights as eight-bit integers with a scale for each output; the embedding stays as it is.
     Raises ValueError naming tensors that are missing or that nothing took.
     """
-    source = _Source(tensors, dtype, device, scales)
+    source = _Source(tensors, dtype, device, scales, int8)
     embedding = source.take("model.embed_tokens.weight")
     weights = DecoderWeights(
         embedding=embedding,
         layers=tuple(_pack_layer(source, arch, f"model.layers.{index}.") for index in range(len(arch.layers))),
         norm=_norm(source, arch, "model.norm"),
-        head=kernels.pack_linear(embedding if tied else source.take("lm_head.weight")),
+        head=kernels.pack_linear(embedding if tied else source.take("lm_head.weight"), int8=int8),
     )
     if tensors:
         raise ValueError(f"the checkpoint has tensors that this model does not use: {', '.join(sorted(tensors)[:8])}")
@@ -74,7 +76,8 @@ def pack_weights(
 class _Source:
     """Hands out each tensor once, cast and moved."""
 
-    def __init__(self, tensors: dict[str, torch.Tensor], dtype: torch.dtype, device: torch.device, scales: Fp8Scales) -> None:
+    def __init__(self, tensors: dict[str, torch.Tensor], dtype: torch.dtype, device: torch.device, scales: Fp8Scales, int8: bool) -> None:
+        self._int8 = int8
         self._scales = scales
         self._tensors = tensors
         self._dtype = dtype
@@ -106,7 +109,7 @@ class _Source:
         if weight is None:
             assert stored is not None
             return Fp8Linear(stored[0], stored[1] * scale, self._scales.block, bias)
-        return kernels.pack_linear(weight if scale == 1.0 else weight * scale, bias)
+        return kernels.pack_linear(weight if scale == 1.0 else weight * scale, bias, int8=self._int8)
 
     def _fp8(self, names: list[str]) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Weights and scales of `names` stacked as they are stored; None where they are not fp8, or blocks would straddle two of them."""
@@ -122,7 +125,7 @@ class _Source:
         """Gate and up as one product, the activation fused into it where there is no bias and nothing stays in eight bits."""
         if self._scales.keep or f"{prefix}{parts[0]}.bias" in self._tensors:
             return self.linear(prefix, parts)
-        return kernels.pack_gated_linear(torch.cat([self.take(f"{prefix}{part}.weight") for part in parts]), activation)
+        return kernels.pack_gated_linear(torch.cat([self.take(f"{prefix}{part}.weight") for part in parts]), activation, int8=self._int8)
 
 
 def _norm(source: _Source, arch: Architecture, name: str) -> torch.Tensor:

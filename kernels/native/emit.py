@@ -13,6 +13,7 @@ from llvmlite import ir
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+I8 = ir.IntType(8)
 I32 = ir.IntType(32)
 I64 = ir.IntType(64)
 F32 = ir.FloatType()
@@ -108,6 +109,11 @@ class Emitter:
 
     def load_vector(self, base: ir.Value, offset: int | ir.Value) -> ir.Value:
         return self.b.load(self.at(base, offset), typ=self.vector, align=4)
+
+    def load_int8_vector(self, base: ir.Value, offset: int | ir.Value) -> ir.Value:
+        """As many int8 numbers as a vector has lanes, as float32."""
+        numbers = self.b.load(self.at(base, offset, I8), typ=ir.VectorType(I8, self.lanes), align=1)
+        return self.b.sitofp(self.b.sext(numbers, ir.VectorType(I32, self.lanes)), self.vector)
 
     def store(self, value: ir.Value, base: ir.Value, offset: int | ir.Value) -> None:
         self.b.store(value, self.at(base, offset), align=4)

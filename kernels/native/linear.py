@@ -12,13 +12,14 @@ to the last bit. 2 cores, AVX2, all products of a 135M-parameter Llama, millisec
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
 
-from kernels.native.emit import I64
+from kernels.native.emit import F32, I8, I64
 from kernels.native.jit import Kernel, build, lanes, threads_for
 from kernels.pages import zeros
 
@@ -35,8 +36,8 @@ _PANELS = {1: 4, 2: 2, 3: 2}
 _GROUP = 4
 """Most panels that a thread takes at a time."""
 _UNROLL = 2
-_CACHE_LINE = 16
-"""float32 numbers."""
+_CACHE_LINE = 64
+"""Bytes."""
 _CACHED_ROWS = 96
 """Rows that are worked off for one panel before the next: they are to stay in the second-level cache. A multiple of `_ROWS`."""
 _CACHED_DEPTH = 576
@@ -51,7 +52,7 @@ def panel_width() -> int:
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
-    """[N, K] -> [ceil(N / width), K, width], zeros where N has no more columns."""
+    """[N, K], float32 or int8 -> [ceil(N / width), K, width], zeros where N has no more columns."""
     width = panel_width()
     columns, depth = weight.shape
     padded = weight.new_zeros(-(-columns // width) * width, depth)
@@ -62,38 +63,55 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
 
 def pack_gated(weight: torch.Tensor) -> torch.Tensor:
     """[2 * N, K], gate above up -> panels whose first vector holds columns of the gate and the second the same columns of up."""
-    gate, up = weight.chunk(2)
-    columns, depth = gate.shape
-    pairs = torch.stack((gate.view(-1, lanes(), depth), up.view(-1, lanes(), depth)), dim=1)
-    return pack(pairs.view(2 * columns, depth))
+    return pack(pair_gated(weight).flatten(0, 2))
 
 
-def pack_bias(bias: torch.Tensor) -> torch.Tensor:
-    """[N] -> [whole panels]."""
-    padded = bias.new_zeros(-(-len(bias) // panel_width()) * panel_width())
-    padded[: len(bias)] = bias
+def pair_gated(rows: torch.Tensor) -> torch.Tensor:
+    """[2 * N, ...], gate above up -> [N / lanes, 2, lanes, ...]: a vector's worth of the gate, then the same of up."""
+    gate, up = (half.unflatten(0, (-1, lanes())) for half in rows.chunk(2))
+    return torch.stack((gate, up), dim=1)
+
+
+def pad_outputs(numbers: torch.Tensor) -> torch.Tensor:
+    """One number an output: [N] -> [whole panels]."""
+    padded = numbers.new_zeros(-(-len(numbers) // panel_width()) * panel_width())
+    padded[: len(numbers)] = numbers
     return padded
 
 
-def product(x: torch.Tensor, packed: torch.Tensor, columns: int, bias: torch.Tensor | None, residual: torch.Tensor | None) -> torch.Tensor:
+def product(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    columns: int,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    scales: torch.Tensor | None = None,
+) -> torch.Tensor:
     """x [T, K] (rows may lie apart) @ weight.T (+ bias [N, padded to whole panels]) (+ residual [T, N]) -> [T, N]."""
     width = packed.shape[0] * packed.shape[2]
     out = x.new_empty(x.shape[0], width)
     fits = residual is not None and width == columns and residual.is_contiguous()
-    _run(_kernel("", bias is not None, fits), x, packed, out, bias, residual if fits else None)
+    kernel = _kernel("", bias is not None, fits, scales is not None)
+    _run(kernel, x, packed, out, bias, residual if fits else None, scales)
     out = out[:, :columns]
     return out if fits or residual is None else out.add_(residual)
 
 
-def gated_product(x: torch.Tensor, packed: torch.Tensor, activation: str) -> torch.Tensor:
+def gated_product(x: torch.Tensor, packed: torch.Tensor, activation: str, scales: torch.Tensor | None = None) -> torch.Tensor:
     """activation(x @ gate.T) * (x @ up.T) -> [T, N]. `packed` as from `pack_gated`."""
     out = x.new_empty(x.shape[0], packed.shape[0] * packed.shape[2] // 2)
-    _run(_kernel(activation, False, False), x, packed, out, None, None)
+    _run(_kernel(activation, False, False, scales is not None), x, packed, out, None, None, scales)
     return out
 
 
 def _run(
-    kernel: Kernel, x: torch.Tensor, packed: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None
+    kernel: Kernel,
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    out: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    scales: torch.Tensor | None,
 ) -> None:
     threads = threads_for(x.numel() * out.shape[1] // 8)
     # Threads are to end together, so each takes from a small weight one panel after the other; few rows take several at once.
@@ -110,27 +128,31 @@ def _run(
         out.stride(0),
         0 if bias is None else bias.data_ptr(),
         0 if residual is None else residual.data_ptr(),
+        0 if scales is None else scales.data_ptr(),
         group,
     )
 
 
 @cache
-def _kernel(activation: str, has_bias: bool, has_residual: bool) -> Kernel:
-    return build(f"product_{activation}", lambda e: _Product(e, activation, has_bias, has_residual).emit())
+def _kernel(activation: str, has_bias: bool, has_residual: bool, int8: bool) -> Kernel:
+    return build(f"product_{activation}", lambda e: _Product(e, activation, has_bias, has_residual, int8).emit())
 
 
 class _Product:
     """Writes the kernel. Arguments: see `_run`; the one after them counts the panels that were handed out."""
 
-    def __init__(self, e: Emitter, activation: str, has_bias: bool, has_residual: bool) -> None:
+    def __init__(self, e: Emitter, activation: str, has_bias: bool, has_residual: bool, int8: bool) -> None:
         self.e = e
         self.activation = activation
         self.x, self.x_stride, self.rows, self.depth = e.pointer(0), e.argument(1), e.argument(2), e.argument(3)
         self.weight, self.panels, self.out, self.out_stride = e.pointer(4), e.argument(5), e.pointer(6), e.argument(7)
         self.bias = e.pointer(8) if has_bias else None
         self.residual = e.pointer(9) if has_residual else None
-        self.group = e.argument(10)
-        self.counter = e.at(e.function.args[0], 11, I64)
+        self.scales = e.pointer(10) if int8 else None
+        self.number = I8 if int8 else F32
+        """Of the weight."""
+        self.group = e.argument(11)
+        self.counter = e.at(e.function.args[0], 12, I64)
         self.width = 2 * e.lanes
         self.sums = e.scratch(max(_CACHED_ROWS * self.width, _ROWS * self.width * _GROUP))
 
@@ -163,7 +185,7 @@ class _Product:
         more = e.less(end, self.depth)
         panel, start = e.b.select(more, panel, after), e.b.select(more, end, e.const(0))
         half = e.mul(e.b.urem(e.div(place, _ROWS), e.const(2)), e.mul(e.div(length, 2), self.width))
-        return e.at(self.weight, e.add(e.mul(e.add(e.mul(panel, self.depth), start), self.width), half))
+        return e.at(self.weight, e.add(e.mul(e.add(e.mul(panel, self.depth), start), self.width), half), self.number)
 
     def _rest(self, count: int, row: ir.Value, first: ir.Value, last: ir.Value) -> None:
         e, at_once = self.e, _PANELS.get(count, 1)
@@ -199,7 +221,10 @@ class _Product:
         kept = e.at(self.sums, e.mul(place, self.width))
         lines = [e.at(self.x, e.add(e.mul(self.x_stride, e.add(row, index)), start)) for index in range(count)]
         panel_size = e.mul(self.depth, self.width)
-        weights = [e.at(self.weight, e.add(e.mul(e.add(panel, index), panel_size), e.mul(start, self.width))) for index in range(panels)]
+        weights = [
+            e.at(self.weight, e.add(e.mul(e.add(panel, index), panel_size), e.mul(start, self.width)), self.number)
+            for index in range(panels)
+        ]
         begun = e.b.icmp_signed(">", start, e.const(0))
         sums = [
             [
@@ -211,8 +236,10 @@ class _Product:
         even = e.mul(e.div(length, _UNROLL), _UNROLL)
         with e.range(0, even, _UNROLL) as k:
             if ahead is not None:
-                for line in range(self.width * _UNROLL // 2 // _CACHE_LINE):
-                    e.prefetch(ahead, e.add(e.mul(k, self.width // 2), line * _CACHE_LINE), near=False)
+                size = 4 if self.scales is None else 1
+                for asked in range(math.ceil(self.width * _UNROLL // 2 * size / _CACHE_LINE)):
+                    place = e.add(e.mul(k, self.width // 2), asked * _CACHE_LINE // size)
+                    e.prefetch(e.at(ahead, place, self.number), e.const(0), near=False)
             for step in range(_UNROLL):
                 self._multiply(sums, lines, weights, e.add(k, step))
         with e.range(even, length) as k:
@@ -230,7 +257,8 @@ class _Product:
 
     def _multiply(self, sums: list[list[Variable]], lines: list[ir.Value], weights: list[ir.Value], k: ir.Value) -> None:
         e = self.e
-        columns = [e.load_vector(panel, e.add(e.mul(k, self.width), half * e.lanes)) for panel in weights for half in (0, 1)]
+        load = e.load_vector if self.scales is None else e.load_int8_vector
+        columns = [load(panel, e.add(e.mul(k, self.width), half * e.lanes)) for panel in weights for half in (0, 1)]
         for line, row_sums in zip(lines, sums, strict=True):
             number = e.splat(e.load(line, k))
             for column, total in zip(columns, row_sums, strict=True):
@@ -238,6 +266,10 @@ class _Product:
 
     def _write(self, row: ir.Value, panel: ir.Value, first: ir.Value, second: ir.Value) -> None:
         e = self.e
+        if self.scales is not None:
+            column = e.mul(panel, self.width)
+            first = e.b.fmul(first, e.load_vector(self.scales, column))
+            second = e.b.fmul(second, e.load_vector(self.scales, e.add(column, e.lanes)))
         if self.activation:
             gated = e.b.fmul(_activate(e, self.activation, first), second)
             e.store(gated, self.out, e.add(e.mul(row, self.out_stride), e.mul(panel, e.lanes)))

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from service.config import Settings
 
 Model = Annotated[str | None, typer.Option("--model", help="Run every line on this model: a registered name, a Hugging Face id or a path.")]
-Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, float16 (default: the settings', else the checkpoint's).")]
+Dtype = Annotated[
+    str | None,
+    typer.Option("--dtype", help="float32, bfloat16, float16, int8 (weights alone) (default: the settings', else the checkpoint's)."),
+]
 Drafter = Annotated[str, typer.Option("--drafter", help="auto, off, a drafter's name, or the folder or id of one.")]
 
 

@@ -179,5 +179,5 @@ def _load_checkpoint(model: str, entry: ModelEntry, config: EngineConfig, cache_
 def _made(model: str, engine: Engine) -> Made:
     """What decides an answer besides the request: weights, number format, engine version."""
     spec = engine.spec
-    dtype = str(spec.dtype).removeprefix("torch.") + ("" if engine.config.kv_dtype == "auto" else f"+{engine.config.kv_dtype}-kv")
+    dtype = spec.precision + ("" if engine.config.kv_dtype == "auto" else f"+{engine.config.kv_dtype}-kv")
     return Made(model, f"{spec.name}@{spec.revision}", dtype, version("longdraft"), OFF)

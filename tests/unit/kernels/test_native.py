@@ -11,6 +11,7 @@ from torch.nn import functional
 
 import kernels
 from kernels import native
+from kernels.reference.linear import PackedLinear, quantise
 from kernels.reference.rotary_kv_write import rotary_kv_write
 from tests.unit.kernels.naive import naive_attention
 from tests.unit.kernels.test_attention import CASES, Case
@@ -180,3 +181,32 @@ def test_without_compiled_kernels_the_same_products_come_from_the_reference(monk
     assert torch.allclose(kernels.linear(x, packed), compiled[0], atol=1e-4)
     assert torch.allclose(kernels.gated_linear(x, gated, "silu"), compiled[1], atol=1e-3)
     assert not native.takes_cache(torch.float32, torch.device("cpu"), 64, 16)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 6, 13, 101])
+@pytest.mark.parametrize(("columns", "depth"), [(48, 33), (50, 1153)])
+def test_a_product_with_int8_weights_equals_its_definition_and_each_row_alone(rows: int, columns: int, depth: int) -> None:
+    torch.manual_seed(0)
+    x, weight, bias, residual = torch.randn(rows, depth), torch.randn(columns, depth), torch.randn(columns), torch.randn(rows, columns)
+    packed = kernels.pack_linear(weight, bias, int8=True)
+    assert packed.layout == "panels"
+    assert packed.weight.dtype == torch.int8
+    numbers, scales = quantise(weight)
+    assert (numbers * scales[:, None] - weight).abs().max() <= weight.abs().max() / 254 * 1.001
+    found = kernels.linear(x, packed, residual)
+    rounded = numbers.double() * scales.double()[:, None]
+    assert torch.allclose(found.double(), x.double() @ rounded.T + bias.double() + residual.double(), atol=3e-4)
+    for row in (0, rows - 1):
+        assert torch.equal(kernels.linear(x[row : row + 1], packed, residual[row : row + 1])[0], found[row])
+
+
+def test_a_gated_product_with_int8_weights_equals_the_reference() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(7, 40), torch.randn(2 * 48, 40)
+    packed = kernels.pack_gated_linear(weight, "silu", int8=True)
+    assert packed.layout == "gated panels"
+    numbers, scales = quantise(weight)
+    gate, up = (x.double() @ (numbers.double() * scales.double()[:, None]).T).chunk(2, dim=-1)
+    assert torch.allclose(kernels.gated_linear(x, packed, "silu").double(), functional.silu(gate) * up, atol=1e-3)
+    plain = PackedLinear(numbers, None, len(weight), "rows", scales)  # what other processors and types run
+    assert torch.allclose(kernels.gated_linear(x, plain, "silu").double(), functional.silu(gate) * up, atol=1e-3)
