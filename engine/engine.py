@@ -17,6 +17,8 @@ from engine.drafters.base import Host, Progress
 from engine.drafters.builtin import OFF
 from engine.drafters.registry import Catalogue, UnknownDrafterError
 from engine.flight import DeviceClock, Flight, HostClock, Live
+from engine.grammars import Compiler, GrammarConstraint, GrammarError
+from engine.grammars.vocabulary import Vocabulary
 from engine.kv_blocks import BlockPool
 from engine.kv_pool import KVPool
 from engine.kv_scales import calibrate
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from engine.batch import TargetModel
     from engine.checkpoints import LoadedModel
     from engine.config import Limits
+    from engine.logit_rules import Constraint
     from engine.profile import Profiles
     from engine.runner import Runner
     from engine.sequence import Sequence
@@ -122,6 +125,9 @@ class Engine:
         self._table = RowTable(self.limits.max_sequences, entropy)
         self._rules = LogitRules()
         self._logprobs = Logprobs()
+        tokenizer = self.tokenizer
+        self.grammars = Compiler(lambda: Vocabulary.of(tokenizer, spec.vocab_size, spec.eos_token_ids))
+        """Compiles what requests want their answers to look like; who submits a grammar early finds it ready."""
         self._live: dict[int, Live] = {}
         self._meter = Meter(self._pool.capacity)
         self._finished = 0
@@ -201,18 +207,32 @@ class Engine:
             try:
                 drafter = self.drafters.resolve(request.drafter)
                 self._check_vocabulary(request)
+                constraint = self._constraint(request)
                 sequence = self._scheduler.add(request)
-            except (UnfitRequestError, UnknownDrafterError) as error:
+            except (UnfitRequestError, UnknownDrafterError, GrammarError) as error:
                 self._finished += 1
                 ledger = TokenLedger(prompt=len(request.prompt_token_ids))
                 rejected.append(Result(request.id, (), "", FinishReason.ERROR, ledger, error=str(error), choice=request.choice))
                 continue
             self._recorder.pulled(sequence)
             watch = StopWatch(sequence, self.tokenizer, self.spec.eos_token_ids)
-            self._rules.enter(sequence, watch.end_tokens)
+            self._rules.enter(sequence, watch.end_tokens, constraint)
             self._logprobs.enter(sequence)
             self._live[sequence.serial] = Live(sequence, watch, drafter)
         return True
+
+    def _constraint(self, request: Request) -> Constraint | None:
+        """Waits until the request's grammar is compiled. Raises GrammarError, UnfitRequestError."""
+        grammar = request.sampling.grammar
+        if grammar is None:
+            return None
+        if not self.spec.eos_token_ids:
+            raise UnfitRequestError("this model has no end token, so no answer of a given form could end")
+        compiled = self.grammars.compile(grammar)
+        from engine.grammars.backend import Matcher
+
+        vocabulary = self.grammars.vocabulary
+        return GrammarConstraint(Matcher(compiled, len(vocabulary.tokens)), vocabulary, self.tokenizer.encode_piece)
 
     def _check_vocabulary(self, request: Request) -> None:
         sampling = request.sampling
@@ -313,7 +333,14 @@ class Engine:
         sequences = [chunk.sequence for chunk in plan.decoding]
         names = [self._live[sequence.serial].drafter for sequence in sequences]
         budget = self._scheduler.max_step_tokens - plan.num_tokens
-        proposal = self._speculator.propose(sequences, names, step=self._steps, prefill=plan.prefill_tokens, budget=budget)
+        proposal = self._speculator.propose(
+            sequences,
+            names,
+            step=self._steps,
+            prefill=plan.prefill_tokens,
+            budget=budget,
+            constraints=self._rules.constraints(sequences),
+        )
         spare = self._runner.spare(plan.num_tokens + int(proposal.chosen.sum()), len(plan.decoding) + len(plan.prefill))
         proposal.chosen[:] = fill(proposal.chosen, proposal.drafted, min(spare, budget - int(proposal.chosen.sum())))
         for row in np.flatnonzero(proposal.chosen):

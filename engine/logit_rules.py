@@ -37,6 +37,14 @@ class Constraint(Protocol):
         """
         ...
 
+    def legal(self, output: Ints, drafts: Ints) -> int:
+        """How many leading `drafts` may come after `output`."""
+        ...
+
+    def forced(self, output: Ints, limit: int) -> tuple[list[int], list[int]]:
+        """Up to `limit` tokens that are as good as certain after `output`, and how certain each is: 0 surest, up to 2."""
+        ...
+
 
 class Edits(NamedTuple):
     """Single logits to change: of row `rows[e]`, token `tokens[e]`; every pair once. int64 and float32 [E]."""
@@ -125,9 +133,12 @@ class LogitRules:
     def leave(self, sequence: Sequence) -> None:
         self._of.pop(sequence.serial, None)
 
-    def constraint(self, sequence: Sequence) -> Constraint | None:
-        rules = self._of.get(sequence.serial)
-        return None if rules is None else rules.constraint
+    def constraints(self, sequences: list[Sequence]) -> list[Constraint | None] | None:
+        """One a sequence; None where none of them has any."""
+        if not self._of:
+            return None
+        found = [None if (rules := self._of.get(sequence.serial)) is None else rules.constraint for sequence in sequences]
+        return found if any(constraint is not None for constraint in found) else None
 
     def reads_text(self, sequence: Sequence) -> bool:
         """Whether the sequence's rules need to know its last token."""

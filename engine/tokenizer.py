@@ -53,6 +53,10 @@ class Tokenizer:
         """Token ids of a plain prompt, with the special tokens that the model expects round one."""
         return tuple(self.hf.encode(text))
 
+    def encode_piece(self, text: str) -> list[int]:
+        """Token ids of text in the middle of an answer: nothing is put round it."""
+        return list(self.hf.encode(text, add_special_tokens=False))
+
     def decode(self, token_ids: Iterable[int], *, special: bool = False) -> str:
         """Text, without special tokens unless they are asked for."""
         return str(self.hf.decode(list(token_ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False))

@@ -15,6 +15,24 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
+class GrammarKind(StrEnum):
+    """How a grammar's text is to be read."""
+
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    """The whole answer matches it."""
+    CALLS = "calls"
+    """A JSON array of `{"before", "schema", "after"}`: the answer is the JSON of one of them, between its two fixed texts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """The form that an answer must have. Equal ones are compiled once."""
+
+    kind: GrammarKind
+    text: str
+
+
 COLDEST = 1e-5
 """Below this temperature sampling is greedy: float32 logits divided by less run out of range, and nothing but ties would be drawn."""
 
@@ -46,6 +64,8 @@ class SamplingParams:
     """None: no log-probabilities; else those of the answer's tokens, with so many of the likeliest beside each."""
     prompt_logprobs: bool = False
     """The prompt's too, from its second token on. Its KV is then computed whole: nothing known is shared."""
+    grammar: Grammar | None = None
+    """Every answer that ends by itself has this form."""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -60,6 +80,8 @@ class SamplingParams:
             raise ValueError(f"repetition_penalty must be more than 0, got {self.repetition_penalty}")
         if not 0 <= self.min_tokens <= self.max_tokens:
             raise ValueError(f"min_tokens must be from 0 to max_tokens ({self.max_tokens}), got {self.min_tokens}")
+        if self.grammar is not None and (self.ignore_eos or self.min_tokens):
+            raise ValueError("a grammar says where the answer ends, so it takes neither ignore_eos nor min_tokens")
         if self.prompt_logprobs and self.logprobs is None:
             raise ValueError("prompt_logprobs needs logprobs, which says how many tokens to name beside each; 0 will do")
 

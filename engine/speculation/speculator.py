@@ -12,6 +12,7 @@ from engine.drafters.base import DraftBatch, Drafts, Progress, Remembers
 from engine.drafters.builtin import PORTFOLIO, TEXT
 from engine.speculation.calibration import Calibration, Discount
 from engine.speculation.cost_model import CostModel, Load
+from engine.speculation.forced import FORCED, PRIOR, ForcedDrafts, without
 from engine.speculation.planner import FixedLength, Planner, StepCost
 from engine.speculation.portfolio import Portfolio
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from engine.drafters.base import Drafter
     from engine.drafters.builtin import Supply
+    from engine.logit_rules import Constraint
     from engine.sequence import Sequence
     from engine.speculation.planner import DraftPolicy
 
@@ -81,8 +83,8 @@ class Speculator:
         self._portfolio = Portfolio({name: supply.tags(name) for name in supply.members[1:]}, max_sequences)
         self._depths: dict[str, float] = {}
         self._drafters: dict[str, Drafter] = {}
-        self._calibrations: dict[str, Calibration] = {}
-        self._discounts: dict[str, Discount] = {}
+        self._calibrations: dict[str, Calibration] = {FORCED: Calibration(PRIOR, max_sequences)}
+        self._discounts: dict[str, Discount] = {FORCED: Discount()}
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -99,6 +101,7 @@ class Speculator:
         for member in self._members(name):
             self._ensure(member)
             self._calibrations[member].reset(slot)
+        self._calibrations[FORCED].reset(slot)
         if name == PORTFOLIO:
             self._portfolio.enter(slot)
 
@@ -133,8 +136,20 @@ class Speculator:
     def _members(self, name: str) -> tuple[str, ...]:
         return (TEXT, *self._portfolio.neural) if name == PORTFOLIO else (name,)
 
-    def propose(self, sequences: list[Sequence], names: list[str | None], *, step: int, prefill: int, budget: int) -> Proposal:
-        """Drafts for decoding `sequences` (names: their drafters), and how many of each to verify, `budget` in all at most."""
+    def propose(
+        self,
+        sequences: list[Sequence],
+        names: list[str | None],
+        *,
+        step: int,
+        prefill: int,
+        budget: int,
+        constraints: list[Constraint | None] | None = None,
+    ) -> Proposal:
+        """Drafts for decoding `sequences` (names: their drafters), and how many of each to verify, `budget` in all at most.
+
+        constraints: what holds the sequences to a form, one a sequence; None: nothing holds any.
+        """
         proposal = Proposal.empty(len(sequences))
         wanted = {name for name in names if name is not None}
         if not wanted or budget <= 0 or not self._cost.ready:
@@ -147,6 +162,10 @@ class Speculator:
         proposal.survival = np.zeros((len(sequences), self._max_draft))
         proposal.token_ids = np.zeros((len(sequences), self._max_draft), np.int64)
         proposal.bins = np.full((len(sequences), self._max_draft), -1, np.int64)
+        forced = None if constraints is None else ForcedDrafts(constraints, sequences, names, limits)
+        if forced is not None:
+            names = forced.others(names)
+            wanted = {name for name in names if name is not None}
         for name in sorted(wanted):
             rows = np.array([row for row, other in enumerate(names) if other == name], np.int64)
             if name == PORTFOLIO:
@@ -154,7 +173,13 @@ class Speculator:
             else:
                 self._ensure(name)  # the portfolio may have let go of what a request asked for by name
                 self._take(name, rows, self._ask(name, rows, sequences, limits, step, proposal), sequences, proposal)
+        if forced is not None and len(rows := forced.merge(proposal)):
+            slots = np.array([sequences[row].slot for row in rows], np.int64)
+            proposal.survival[rows] = self._calibrations[FORCED].survival(slots, proposal.bins[rows]) * self._discounts[FORCED].factor
+            proposal.groups = [*without(proposal.groups, rows), (FORCED, rows)]
         proposal.chosen = self._policy.choose(proposal.survival, cost, random=bool(proposal.probabilities))
+        if forced is not None:
+            forced.trim(proposal)
         return proposal
 
     def idle(self, sequences: list[Sequence], names: list[str | None], *, step: int, prefill: int) -> bool:

@@ -58,6 +58,11 @@ class GenerationRequest:
     parallel_tool_calls: bool = True
 
     @property
+    def must_call(self) -> bool:
+        """The answer has to be a call of a function."""
+        return self.tool_choice not in ("none", "auto")
+
+    @property
     def template_input(self) -> list[dict[str, Any]]:
         """The messages in the form `apply_chat_template` takes."""
         return [message.as_template_input() for message in self.messages or ()]
@@ -159,11 +164,15 @@ def _check_together(asked: GenerationRequest) -> None:
             code="invalid_value",
         )
     _check_tools(asked)
+    form = asked.answer_format.param if asked.answer_format is not None else "tool_choice" if asked.must_call else None
+    if form is not None and (asked.ignore_eos or asked.min_tokens):
+        other = "ignore_eos" if asked.ignore_eos else "min_tokens"
+        raise LineRejected(f"'{form}' says where the answer ends, so '{other}' cannot be used with it.", param=other, code="invalid_value")
 
 
 def _check_tools(asked: GenerationRequest) -> None:
     choice = asked.tool_choice
-    if choice in ("none", "auto"):
+    if not asked.must_call:
         return
     names = [tool["function"]["name"] for tool in asked.tools]
     if not names:

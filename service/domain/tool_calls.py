@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -43,6 +44,28 @@ def tool_style(template: str | None) -> ToolStyle | None:
 def parse_calls(style: ToolStyle, text: str) -> tuple[str, tuple[ToolCall, ...]]:
     """(what is left as the message's text, the calls). `text` still has its special tokens. A call that is not valid stays text."""
     return {ToolStyle.HERMES: _hermes, ToolStyle.MISTRAL: _mistral, ToolStyle.LLAMA: _llama}[style](text)
+
+
+def call_forms(style: ToolStyle, tools: Sequence[Mapping[str, Any]], choice: str | Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """An answer that is one call: for each function that `choice` allows, `{"before", "schema", "after"}` round its arguments.
+
+    None for a style whose mark is a special token, which is no text.
+    """
+    if style is ToolStyle.MISTRAL:
+        return None
+    key, start, end = ("arguments", "<tool_call>\n", "\n</tool_call>") if style is ToolStyle.HERMES else ("parameters", "", "")
+    functions = [tool["function"] for tool in tools]
+    if not isinstance(choice, str):
+        functions = [function for function in functions if function["name"] == choice["name"]]
+    return [
+        {"before": f'{start}{{"name": "{function["name"]}", "{key}": ', "schema": _of_object(function["parameters"]), "after": f"}}{end}"}
+        for function in functions
+    ]
+
+
+def _of_object(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Arguments are an object, whether the schema says so or not."""
+    return schema if schema.keys() & {"type", "$ref", "anyOf", "oneOf", "allOf"} else {"type": "object", **schema}
 
 
 def call_id(style: ToolStyle, completion_id: str, choice: int, index: int) -> str:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from engine.drafters.builtin import OFF
 from engine.engine import Engine
+from engine.grammars import GrammarError
 from engine.types import FinishReason, Request, Result, TokenLedger
 from service.adapters.engine_runner.answers import Answers
-from service.adapters.engine_runner.requests import Prepared, prepare, request_id
+from service.adapters.engine_runner.requests import Prepared, format_param, grammar_of, prepare, request_id
 from service.domain.line import LineOutcome, LineWork, Outcome
 from service.domain.request_body import GenerationRequest, LineRejected, parse_body
 from service.domain.response_body import Made, answer_body, completion_id
@@ -44,11 +46,16 @@ class _Line:
     results: dict[int, Result] = field(default_factory=dict)
 
 
+_WAITING = 64
+"""Lines whose grammars are being compiled, at most, before no more lines are taken."""
+
+
 class Feed:
     """The engine's requests, made from lines as the engine pulls them, and the way back from its results.
 
-    A rejected line never reaches the engine, and the engine yields only what it ran. So when nothing is running the feed pauses (ends the
-    engine's run) to let rejections out: whoever feeds us may be waiting for exactly those.
+    A line whose answer has a form waits beside the engine while that is compiled, and the others overtake it. A rejected line never reaches
+    the engine, and the engine yields only what it ran. So when nothing is running the feed pauses (ends the engine's run) to let rejections
+    out: whoever feeds us may be waiting for exactly those.
     """
 
     def __init__(self, loaded: Loaded, lines: Iterator[LineWork | None]) -> None:
@@ -57,19 +64,36 @@ class Feed:
         self._lines = lines
         self._running: dict[str, _Line] = {}
         self._rejected: list[LineOutcome] = []
-        self.exhausted = False
+        self._compiling: dict[tuple[str, int], tuple[LineWork, GenerationRequest, Future[Any]]] = {}
+        self._ended = False
+
+    @property
+    def exhausted(self) -> bool:
+        """Every line was taken, and none waits."""
+        return self._ended and not self._compiling
 
     def __iter__(self) -> Iterator[Request | None]:
-        while self._running or not self._rejected:
-            try:
-                line = next(self._lines)
-            except StopIteration:
-                self.exhausted = True
-                return
-            if line is None:
+        while (self._running or not self._rejected) and not self.exhausted:
+            compiled = next((key for key, (_, _, form) in self._compiling.items() if form.done()), None)
+            if compiled is not None:
+                yield from self._admit(*self._compiling.pop(compiled))
+            elif self._ended or len(self._compiling) >= _WAITING:
                 yield None
             else:
-                yield from self._admit(line)
+                try:
+                    line = next(self._lines)
+                except StopIteration:
+                    self._ended = True
+                    continue
+                if line is None:
+                    yield None
+                else:
+                    yield from self._look_at(line)
+
+    def abort(self, keys: Collection[tuple[str, int]]) -> None:
+        """Forgets what has not reached the engine yet. May be called from any thread."""
+        for key in keys:
+            self._compiling.pop(key, None)
 
     def take_rejected(self) -> list[LineOutcome]:
         rejected, self._rejected = self._rejected, []
@@ -108,15 +132,34 @@ class Feed:
         )
         return _outcome(line.work, Outcome.SUCCEEDED, status_code=200, body=body, usage=usage, work=work, drafter=drafter)
 
-    def _admit(self, line: LineWork) -> tuple[Request, ...]:
+    def _look_at(self, line: LineWork) -> tuple[Request, ...]:
+        """The line's requests, unless they have to wait."""
+        engine = self._loaded.engine
         try:
             asked = parse_body(line.endpoint, line.body)
+            grammar = grammar_of(engine, asked)
+        except LineRejected as refusal:
+            return self._reject(line, refusal)
+        form = None if grammar is None else engine.grammars.submit(grammar)
+        if form is None or form.done():
+            return self._admit(line, asked, form)
+        self._compiling[line.key] = line, asked, form
+        return ()
+
+    def _admit(self, line: LineWork, asked: GenerationRequest, form: Future[Any] | None) -> tuple[Request, ...]:
+        if form is not None and isinstance(error := form.exception(), GrammarError):
+            param = format_param(asked)
+            return self._reject(line, LineRejected(f"Invalid '{param}': {error}.", param=param, code="invalid_value"))
+        try:
             prepared = prepare(self._loaded.engine, line, asked)
         except LineRejected as refusal:
-            self._rejected.append(_outcome(line, Outcome.REJECTED, status_code=refusal.status, body=refusal.body))
-            return ()
+            return self._reject(line, refusal)
         self._running[request_id(line.key)] = _Line(line, asked, prepared)
         return prepared.requests
+
+    def _reject(self, line: LineWork, refusal: LineRejected) -> tuple[Request, ...]:
+        self._rejected.append(_outcome(line, Outcome.REJECTED, status_code=refusal.status, body=refusal.body))
+        return ()
 
 
 def _outcome(line: LineWork, outcome: Outcome, **values: Any) -> LineOutcome:

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.drafters.registry import UnknownDrafterError
 from engine.engine import Engine
-from engine.types import Request, SamplingParams
+from engine.types import Grammar, GrammarKind, Request, SamplingParams
 from service.domain.line import LineWork
 from service.domain.request_body import GenerationRequest, LineRejected
-from service.domain.tool_calls import ToolStyle, tool_style
+from service.domain.requests.formats import FormatKind
+from service.domain.tool_calls import ToolStyle, call_forms, tool_style
 
 TEMPLATE_CHARACTERS = 64
 """Lines whose prompts begin alike this far were written from one pattern, as far as drafting and length statistics care."""
+
+_KINDS = {
+    FormatKind.JSON: GrammarKind.JSON_SCHEMA,
+    FormatKind.JSON_SCHEMA: GrammarKind.JSON_SCHEMA,
+    FormatKind.REGEX: GrammarKind.REGEX,
+}
+_ANY_OBJECT = '{"type": "object"}'
 
 MAX_SCORES = 1 << 19
 """Log-probabilities in one answer. Each is some 60 bytes of JSON: a line may not bring more than the worker's memory bears."""
@@ -45,10 +54,8 @@ def prepare(engine: Engine, line: LineWork, asked: GenerationRequest) -> Prepare
         raise LineRejected(f"{error}.", param="drafter", code="unsupported_value") from None
     _check_tokens(engine, "logit_bias", [token for token, _ in asked.logit_bias])
     _check_tokens(engine, "stop_token_ids", asked.stop_token_ids)
-    if asked.answer_format is not None or asked.tool_choice not in ("none", "auto"):
-        param = asked.answer_format.param if asked.answer_format is not None else "tool_choice"
-        raise LineRejected(f"'{param}' is not supported: answers are not constrained to a format.", param=param, code="unsupported_value")
     style = _style(engine, asked)
+    grammar = grammar_of(engine, asked)
     prompts = _encode(engine, asked)
     requests: list[Request] = []
     for number, prompt in enumerate(prompts):
@@ -58,7 +65,7 @@ def prepare(engine: Engine, line: LineWork, asked: GenerationRequest) -> Prepare
             request = Request(
                 id=request_id(line.key),
                 prompt_token_ids=prompt.tokens,
-                sampling=_sampling(asked, limit, sample),
+                sampling=_sampling(asked, limit, sample, grammar),
                 template=line.template or _template(asked),
                 priority=line.priority,
                 deadline=line.deadline,
@@ -83,7 +90,7 @@ def _check_scores(asked: GenerationRequest, requests: Sequence[Request]) -> None
         )
 
 
-def _sampling(asked: GenerationRequest, limit: int, sample: int) -> SamplingParams:
+def _sampling(asked: GenerationRequest, limit: int, sample: int, grammar: Grammar | None) -> SamplingParams:
     if asked.min_tokens > limit:
         raise LineRejected(
             f"Invalid 'min_tokens': {asked.min_tokens}; there is room for {limit} tokens.", param="min_tokens", code="invalid_value"
@@ -105,7 +112,37 @@ def _sampling(asked: GenerationRequest, limit: int, sample: int) -> SamplingPara
         min_tokens=asked.min_tokens,
         logprobs=asked.logprobs,
         prompt_logprobs=asked.echo and asked.logprobs is not None,
+        grammar=grammar,
     )
+
+
+def format_param(asked: GenerationRequest) -> str:
+    """The parameter that says what the answer looks like."""
+    return asked.answer_format.param if asked.answer_format is not None else "tool_choice"
+
+
+def grammar_of(engine: Engine, asked: GenerationRequest) -> Grammar | None:
+    """What holds the answer to a form: `response_format`, `guided_regex`, or a `tool_choice` that asks for a call.
+
+    Raises LineRejected where this model cannot be held to any.
+    """
+    grammar = None
+    if asked.answer_format is not None:
+        grammar = Grammar(_KINDS[asked.answer_format.kind], asked.answer_format.text or _ANY_OBJECT)
+    elif asked.must_call:
+        style = _style(engine, asked)
+        calls = None if style is None else call_forms(style, asked.tools, asked.tool_choice)
+        if calls is None:
+            raise LineRejected(
+                'This model marks its calls with a token that no form can ask for. Allowed: "none", "auto".',
+                param="tool_choice",
+                code="unsupported_value",
+            )
+        grammar = Grammar(GrammarKind.CALLS, json.dumps(calls, ensure_ascii=False))
+    if grammar is not None and not engine.spec.eos_token_ids:
+        param = format_param(asked)
+        raise LineRejected(f"'{param}' is not supported: this model has no end token.", param=param, code="unsupported_value")
+    return grammar
 
 
 def _style(engine: Engine, asked: GenerationRequest) -> ToolStyle | None:

@@ -48,6 +48,7 @@ class EngineRunner:
         self._cache_dir = cache_dir
         self._shared = shared
         self._loaded: Loaded | None = None
+        self._feed: Feed | None = None
         self._load_ns = 0
         self._profile_ns = 0
         self._busy_ns_before = 0
@@ -79,7 +80,7 @@ class EngineRunner:
         """Outcomes as lines finish. A body that cannot be run is REJECTED with OpenAI's 400; the others go on."""
         if self._loaded is None:
             raise RuntimeError("load() comes before run()")
-        feed = Feed(self._loaded, iter(lines))
+        feed = self._feed = Feed(self._loaded, iter(lines))
         while not feed.exhausted:
             for result in self._loaded.engine.run(feed):
                 if (outcome := feed.outcome(result)) is not None:
@@ -95,6 +96,8 @@ class EngineRunner:
                 engine.observe_finished(None, list(engine.tokenizer.hf.encode(text, add_special_tokens=False)))
 
     def abort(self, keys: Collection[tuple[str, int]]) -> None:
+        if self._feed is not None:
+            self._feed.abort(keys)
         if self._loaded is not None:
             self._loaded.engine.abort(request_id(key) for key in keys)
 
@@ -144,7 +147,7 @@ class EngineRunner:
         stats = self._loaded.engine.stats()
         self._busy_ns_before += stats.busy_ns
         self._steps_before += stats.steps
-        self._loaded = None
+        self._loaded = self._feed = None
         gc.collect()  # the engine's parts refer to each other
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -1,14 +1,19 @@
 """The engine behind the runner's port: a real engine on a tiny random model."""
 
+import json
+import re
+
+import jsonschema
 import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion
 
+from engine.grammars.frames import Limits
 from service.adapters.engine_runner import EngineRunner
 from service.config import EngineSettings, ModelEntry
 from service.domain.line import LineWork, Outcome
 from service.errors import ModelUnavailable
-from tests.tiny_model import CONTEXT, make_tiny_model
+from tests.tiny_model import CONTEXT, TEMPLATE, make_tiny_model
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
@@ -255,3 +260,112 @@ def test_recalled_answers_draft_for_other_lines(folder, tmp_path):
     assert len(siblings) == len(engine.tokenizer.hf.encode(text, add_special_tokens=False)) + 1
     (second,) = knowing.run([line])
     assert second.body["choices"][0]["message"]["content"] == text
+
+
+SCHEMA = {"type": "object", "properties": {"ok": {"type": "boolean"}, "code": {"enum": ["x1", "y2"]}}, "required": ["ok", "code"]}
+
+
+def json_schema(schema, **more):
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, **more}}
+
+
+def test_answers_have_the_form_that_was_asked_for(runner):
+    lines = [
+        chat(1, max_tokens=80, response_format=json_schema(SCHEMA)),
+        chat(2, max_tokens=80, response_format=json_schema(SCHEMA, strict=True), n=2, seed=4, temperature=1),
+        chat(3, max_tokens=20, guided_regex="(ab|cd){2}[0-9]"),
+        chat(4, max_tokens=230, response_format={"type": "json_object"}, logit_bias={"92": 30}),  # a liking for closing braces
+        completion(5, "abc", max_tokens=20, guided_regex="x{3}"),
+    ]
+    outcomes = run(runner, *lines)
+    texts = {n: [c.get("text") or c["message"]["content"] for c in outcome.body["choices"]] for n, outcome in outcomes.items()}
+    for text in texts[1] + texts[2]:
+        jsonschema.validate(json.loads(text), SCHEMA)
+    assert re.fullmatch("(ab|cd){2}[0-9]", texts[3][0])
+    assert isinstance(json.loads(texts[4][0]), dict)
+    assert texts[5] == ["xxx"]
+    assert {choice["finish_reason"] for n in (1, 2, 3, 5) for choice in outcomes[n].body["choices"]} == {"stop"}
+    assert outcomes[1].work.accepted > 0
+    off = LineWork("batch_1", 2, 7, "id-2", "tiny", CHAT, lines[1].body, drafter="off")
+    assert run(runner, off)[2].body["choices"] == outcomes[2].body["choices"]
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "words"),
+    [
+        ({"guided_regex": "(a"}, "guided_regex", "parenthesis"),
+        ({"guided_regex": "(?=a)b"}, "guided_regex", "Lookahead"),
+        ({"response_format": json_schema({"type": "string", "not": {}})}, "response_format.json_schema.schema", "'not'"),
+        ({"response_format": json_schema({"$ref": "#/x"})}, "response_format.json_schema.schema", "names nothing"),
+        ({"response_format": json_schema(SCHEMA), "ignore_eos": True}, "ignore_eos", "where the answer ends"),
+        ({"guided_regex": "a", "min_tokens": 2}, "min_tokens", "where the answer ends"),
+    ],
+)
+def test_a_form_that_cannot_be_had_is_a_400_and_the_others_run(runner, body, param, words):
+    outcomes = run(runner, chat(1, **body), chat(2))
+    error = outcomes[1].body["error"]
+    assert (outcomes[1].status_code, error["param"]) == (400, param)
+    assert words in error["message"]
+    assert outcomes[2].outcome is Outcome.SUCCEEDED
+
+
+def test_a_hostile_form_holds_nobody_up(folder, tmp_path):
+    """It is compiled for half a second and given up, while the other lines run; one line ends without it, aborted."""
+    settings = EngineSettings(device="cpu", kv_memory="4MiB", max_sequences=4, threads=1)
+    own = EngineRunner({"tiny": ModelEntry(source=str(folder))}, settings, tmp_path)
+    own.load("tiny")
+    own._loaded.engine.grammars._limits = Limits(cpu_seconds=0.5)
+    hostile = "([ab]|a[bc]){0,4000}(x|y.){0,4000}.{0,9000}z"
+    seen = []
+    for outcome in own.run([chat(1, guided_regex=hostile), chat(2, guided_regex=hostile + "z"), chat(3), chat(4)]):
+        seen.append(outcome.line_no)
+        if outcome.line_no == 3:
+            own.abort([("batch_1", 2)])
+        if outcome.line_no == 1:
+            assert "more than 0.5 s" in outcome.body["error"]["message"]
+    assert sorted(seen) == [1, 3, 4]
+    assert seen[-1] == 1
+
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "weather", "parameters": {"properties": {"city": {"enum": ["Bern", "Rome"]}}, "required": ["city"]}},
+    },
+    {"type": "function", "function": {"name": "stop", "parameters": {"type": "object", "properties": {"now": {"type": "boolean"}}}}},
+]
+TOOL_TEMPLATE = "{% if tools %}<tool_call>{{ tools | length }}{% endif %}" + TEMPLATE
+
+
+@pytest.fixture(scope="module")
+def caller(tmp_path_factory):
+    folder = make_tiny_model(tmp_path_factory.mktemp("caller"))
+    (folder / "chat_template.jinja").write_text(TOOL_TEMPLATE)
+    settings = EngineSettings(device="cpu", kv_memory="4MiB", max_sequences=4, threads=1)
+    runner = EngineRunner({"tiny": ModelEntry(source=str(folder))}, settings, tmp_path_factory.mktemp("cache"))
+    runner.load("tiny")
+    return runner
+
+
+def test_a_required_call_is_a_call_of_one_of_the_functions(caller):
+    named = {"type": "function", "function": {"name": "weather"}}
+    outcomes = run(
+        caller,
+        chat(1, max_tokens=150, tools=TOOLS, tool_choice="required", n=3, seed=1, temperature=1),
+        chat(2, max_tokens=150, tools=TOOLS, tool_choice=named),
+    )
+    for number, names in ((1, {"weather", "stop"}), (2, {"weather"})):
+        answer = ChatCompletion.model_validate(outcomes[number].body, strict=True)
+        for choice in answer.choices:
+            (call,) = choice.message.tool_calls
+            assert choice.finish_reason == "tool_calls"
+            assert choice.message.content is None
+            assert call.function.name in names
+            parameters = next(tool["function"]["parameters"] for tool in TOOLS if tool["function"]["name"] == call.function.name)
+            jsonschema.validate(json.loads(call.function.arguments), {"type": "object", **parameters})
+            assert call.id.startswith("call_")
+
+
+def test_a_model_whose_template_knows_no_tools_says_so(runner):
+    outcome = run(runner, chat(1, tools=TOOLS, tool_choice="required"))[1]
+    assert (outcome.status_code, outcome.body["error"]["param"]) == (400, "tools")
