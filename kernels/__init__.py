@@ -173,7 +173,8 @@ def linear(x: torch.Tensor, packed: PackedLinear | Fp8Linear, residual: torch.Te
 def gated_linear(x: torch.Tensor, packed: PackedLinear | Fp8Linear, activation: str) -> torch.Tensor:
     """activation(x @ gate.T) * (x @ up.T) -> [T, out], of a weight from `pack_gated_linear` (for the same activation) or `pack_linear`."""
     if getattr(packed, "layout", "") == "gated panels":
-        return _compiled("linear", "gated_product")(x, packed.weight, activation, packed.scales)
+        panels = cast("PackedLinear", packed)
+        return _compiled("linear", "gated_product")(x, panels.weight, activation, panels.scales)
     return gated_activation(linear(x, packed), activation)
 
 
