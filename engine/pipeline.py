@@ -107,8 +107,14 @@ class DecodePipeline:
         self, slot: int, *, last: int, length: int, left: int, blocks: list[int], seed: int | None = None, temperature: float = 0.0
     ) -> None:
         """Puts a prefilled sequence into a slot: KV is valid for `length` tokens, `last` comes after them, `blocks` hold
-        `length + left` tokens and `max_drafts` more. seed: of its noise, with a temperature above 0.
+        `length + left` tokens and `max_drafts` more. seed: of its noise, with a temperature above 0. Raises ValueError for blocks that are
+        too few, or more than a slot's table holds.
         """
+        needed, width = -(-(length + left + self._drafts) // self._kv.block_size), self.state.tables.shape[1]
+        if not needed <= len(blocks) <= width:
+            raise ValueError(
+                f"{length} + {left} tokens and {self._drafts} drafts need {needed} blocks of at most {width}, got {len(blocks)}"
+            )
         state = self.state
         row = torch.zeros(state.tables.shape[1], dtype=torch.int32)
         row[: len(blocks)] = torch.tensor(blocks, dtype=torch.int32)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from engine import engine as engine_module
 from engine.batch import ForwardOutput, TargetModel
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.graphs import DirectCapture, Graph, GraphRunner
+from engine.graphs import Capture, DirectCapture, Graph, GraphRunner
 from engine.kv_pool import KVPool
 from engine.runner import Runner, make_runner
 from engine.types import Request, SamplingParams
+from tests.unit.engine.context_hash import ContextHash
 from tests.unit.engine.hash_model import Letters
 from tests.unit.engine.models.tiny import make_hf, make_lean
 
@@ -77,6 +80,55 @@ def test_memory_for_graphs_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert texts(loaded, "ngram", graphs, monkeypatch) == plain
     assert capture.captures == 2
     assert made[0].eager_steps > 0
+
+
+class Recorded:
+    """What `torch.fx` recorded: replayed, it runs the operations of the capture on what its tensors hold now, and no line of Python."""
+
+    used_bytes = 0
+
+    def __init__(self) -> None:
+        self.captures = 0
+
+    def __call__(self, call: Callable[[], ForwardOutput]) -> Graph:
+        self.captures += 1
+        return _Recording(make_fx(lambda: call().logits)())
+
+
+class _Recording:
+    def __init__(self, module: torch.fx.GraphModule) -> None:
+        self._module = module
+        self.output = ForwardOutput(module())
+
+    def replay(self) -> None:
+        self.output = ForwardOutput(self._module())
+
+
+@pytest.mark.parametrize("drafter", ["off", "suffix"])
+def test_replays_follow_tables_lengths_and_tokens_that_changed(drafter: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number that was read while capturing would stay what it was: here nothing is computed anew but what was recorded."""
+
+    def answers() -> tuple[dict[str, tuple[int, ...]], Engine]:
+        sizes = {"kv_bytes": 60 * 8 * 16, "block_size": 16, "max_sequences": 6, "max_step_tokens": 48}
+        engine = Engine(Hashed(), EngineConfig(**sizes, drafter=drafter, seed=1))
+        sampling = [SamplingParams(40, temperature=0.0), SamplingParams(70, temperature=0.9, top_p=0.9, seed=4)]
+        requests = [Request(str(n), tuple(range(3, 5 + 9 * n % 40)), sampling[n % 2], drafter=drafter) for n in range(8)]
+        return {result.id: result.token_ids for result in engine.run(requests)}, engine
+
+    plain, _ = answers()
+    capture = Recorded()
+    monkeypatch.setattr(
+        engine_module, "make_runner", lambda model, kv, size: GraphRunner(model, kv, size, cast("Capture", capture), memory=1 << 30)
+    )
+    replayed, engine = answers()
+    assert replayed == plain
+    assert 3 <= capture.captures < engine.stats().steps / 3, "most steps were replays"
+
+
+class Hashed:
+    def __init__(self) -> None:
+        self.model: TargetModel = ContextHash(torch.device("cpu"))
+        self.tokenizer = Letters()
 
 
 def test_a_cpu_gets_the_plain_runner() -> None:

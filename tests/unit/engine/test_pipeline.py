@@ -97,3 +97,12 @@ def test_drafts_need_a_drafter() -> None:
     kv = KVPool(4, 4, BLOCK, 2, 8, torch.float32, torch.device("cpu"))
     with pytest.raises(ValueError, match="3 drafts a step and no drafter"):
         DecodePipeline(model, kv, slots=1, width=2, capture=DirectCapture(), max_drafts=3)
+
+
+@pytest.mark.parametrize(("left", "blocks"), [(20, 5), (30, 9)])
+def test_blocks_that_do_not_fit_are_refused_before_anything_is_overwritten(left: int, blocks: int) -> None:
+    model = make_lean(make_hf("llama"))
+    kv = KVPool(4, 12, BLOCK, 2, 8, torch.float32, torch.device("cpu"))
+    pipeline = DecodePipeline(model, kv, slots=1, width=8, capture=DirectCapture())
+    with pytest.raises(ValueError, match=f"5 \\+ {left} tokens and 0 drafts need"):
+        pipeline.enter(0, last=3, length=5, left=left, blocks=list(range(1, 1 + blocks)))
