@@ -357,7 +357,7 @@ class Engine:
         pending = self._judge(logits, rows, step.row_counts, work.slots, self._steps, work.row_probabilities(logits))
         timing.stop()
         taps = output.taps
-        promised = self._runner.latest is not None and not work.proposal.groups
+        promised = self._runner.latest is not None and not (work.proposal.groups or work.proposal.drafted.any())
         if promised and taps:
             # Every row is of confirmed text, and the next step overwrites what is tapped.
             self._speculator.observe(Progress(work.chunks, step.query_start, work.counts, step.positions, step.slots, taps))

@@ -8,12 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 
+from engine import engine as engine_module
 from engine.drafters import registry
 from engine.engine import Engine
 from engine.types import FinishReason, Request, Result, SamplingParams
 from tests.unit.engine.hash_model import EOS, HashModel, Letters, continuation
-from tests.unit.engine.late import Queue, graphs, late  # noqa: F401 - fixtures
+from tests.unit.engine.late import GraphsOnCpu, Queue, graphs, late  # noqa: F401 - fixtures
 from tests.unit.engine.test_engine import Oracle, assert_conserved, collect, engine, jobs
+from tests.unit.engine.test_grammar_exactness import FORM, engine_on, loaded, reference  # noqa: F401 - fixtures
+from tests.unit.engine.test_grammar_exactness import requests as form_requests
 from tests.unit.engine.test_memory import Tight
 
 
@@ -86,9 +89,6 @@ def test_end_tokens_end_the_same_answers(monkeypatch: pytest.MonkeyPatch) -> Non
     requests = jobs(40, ignore_eos=False, max_tokens=60)
     plain = collect(engine(model=_ends(256), drafter="off"), requests)
     with monkeypatch.context() as patched:
-        from engine import engine as engine_module
-        from tests.unit.engine.late import GraphsOnCpu
-
         patched.setattr(engine_module, "make_runner", GraphsOnCpu)
         ahead = collect(engine(model=_ends(256), drafter="off"), requests)
     for name, result in plain.items():
@@ -180,6 +180,21 @@ def test_rules_that_read_the_text_wait_for_it(monkeypatch: pytest.MonkeyPatch) -
         assert ahead[name].token_ids == result.token_ids
         assert [entry.token_id for entry in ahead[name].logprobs] == [entry.token_id for entry in result.logprobs]
         assert [entry.logprob for entry in ahead[name].logprobs] == pytest.approx([entry.logprob for entry in result.logprobs])
+
+
+def test_answers_of_a_given_form_are_the_same_beside_free_ones(
+    loaded: object,  # noqa: F811
+    fixed_costs: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = form_requests(1, grammar=FORM, temperature=0.0)
+    made += [replace(request, id=f"free {request.id}", sampling=SamplingParams(30, temperature=0.0)) for request in made]
+    plain = collect(engine_on(loaded, drafter="suffix"), made)
+    monkeypatch.setattr(engine_module, "make_runner", GraphsOnCpu)
+    ahead = collect(engine_on(loaded, drafter="suffix"), made)
+    assert {name: result.token_ids for name, result in ahead.items()} == {name: result.token_ids for name, result in plain.items()}
+    for result in ahead.values():
+        assert_conserved(result.ledger)
 
 
 @pytest.mark.usefixtures("graphs")
