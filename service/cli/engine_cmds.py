@@ -1,16 +1,18 @@
-"""Commands that run a model in this process: run, bench."""
+"""Commands that run a model in this process: run, verify, bench."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from service.cli.output import AsJson, note, print_json
+from service.cli.output import AsJson, Failure, note, print_json
 
 if TYPE_CHECKING:
     from service.cli.local_run import Tally
+    from service.cli.verify import Report
     from service.config import Settings
 
 Model = Annotated[str | None, typer.Option("--model", help="Run every line on this model: a registered name, a Hugging Face id or a path.")]
@@ -23,6 +25,7 @@ Drafter = Annotated[str, typer.Option("--drafter", help="auto, off, a drafter's 
 
 def register(app: typer.Typer) -> None:
     app.command()(run)
+    app.command()(verify)
     app.command()(bench)
 
 
@@ -64,6 +67,35 @@ def run(
     else:
         _print_summary(summary)
     if tally.failed:
+        raise typer.Exit(1)
+
+
+def verify(
+    batch_id: Annotated[str, typer.Argument(metavar="BATCH", help="An ended batch (batch_...).")],
+    sample: Annotated[int, typer.Option("--sample", min=1, help="How many of its answers to run again.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Run some of a batch's lines again in this process, without speculation, and compare. Exit code 1 for more than ties."""
+    from service.bootstrap import make_runner
+    from service.cli import verify as verifying
+    from service.cli.connect import connect, settings
+
+    with connect() as server:
+        batch = server.get(f"/batches/{batch_id}")
+        if batch["output_file_id"] is None:
+            raise Failure(f"Batch {batch_id} is {batch['status']} and has no output file: there is nothing to compare.")
+        answers = verifying.sample(verifying.lines_of(server.download(batch["output_file_id"])), sample, batch_id)
+        lines = verifying.with_requests(answers, verifying.lines_of(server.download(batch["input_file_id"])))
+    runner = make_runner(settings())
+    try:
+        report = verifying.compare(lines, runner)
+    finally:
+        runner.close()
+    if as_json:
+        print_json({"batch": batch_id, "sampled": len(lines), **report.as_json()})
+    else:
+        _print_verified(batch_id, len(lines), report)
+    if not report.passed:
         raise typer.Exit(1)
 
 
@@ -178,6 +210,23 @@ def _peak_rss() -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _print_verified(batch_id: str, sampled: int, report: Report) -> None:
+    for difference in report.differences:
+        gap = "not among the likeliest" if difference.gap is None else f"{difference.gap:.6f}{' (a tie)' if difference.tie else ''}"
+        where = f"{difference.custom_id}, choice {difference.choice}, character {difference.at}"
+        print(f"{where}: delivered {difference.delivered!r}, plain {difference.plain!r}, logit gap {gap}")
+    for custom_id, reason in report.failed:
+        print(f"{custom_id}: could not be run again: {reason}")
+    for delivered, here in report.made:
+        print(f"delivered by {_made(delivered)}; run again by {_made(here)}")
+    rest = f"; {report.unrepeatable} were sampled without a seed and cannot be compared" if report.unrepeatable else ""
+    note(f"{batch_id}: {report.equal} of {report.compared} answers are the same ({sampled} sampled{rest})")
+
+
+def _made(made: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in made.items()) or "a server that does not say"
 
 
 def _print_summary(summary: dict[str, Any]) -> None:
