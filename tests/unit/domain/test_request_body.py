@@ -94,7 +94,8 @@ def test_top_p_zero_is_greedy():
     [
         {"n": 1, "stream": False, "presence_penalty": 0.0, "frequency_penalty": 0, "logit_bias": {}, "repetition_penalty": 1.0},
         {"logprobs": False, "top_logprobs": 0, "response_format": {"type": "text"}, "tools": [], "tool_choice": "auto"},
-        {"user": "u", "metadata": {"k": "v"}, "store": False, "service_tier": "auto", "prompt_cache_key": "p", "modalities": ["text"]},
+        {"user": "u", "metadata": {"k": "v"}, "safety_identifier": "s", "prompt_cache_key": "p", "prompt_cache_retention": "24h"},
+        {"store": False, "service_tier": "auto", "modalities": ["text"]},
     ],
 )
 def test_neutral_values_and_labels_change_nothing(fields):
