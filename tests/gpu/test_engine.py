@@ -21,16 +21,17 @@ from tests.unit.engine.context_hash import BLOCK, ContextHash
 pytestmark = needs_gpu
 
 
-def on_gpu(monkeypatch: pytest.MonkeyPatch, memory: int = 1 << 30, **fields) -> Engine:
+def on_gpu(memory: int = 1 << 30, **fields) -> Engine:
     made: list[GraphRunner] = []
 
     def make_runner(model, kv: KVPool, sequences: int) -> GraphRunner:
         made.append(GraphRunner(model, kv, sequences, memory=memory))
         return made[-1]
 
-    monkeypatch.setattr(engine_module, "make_runner", make_runner)
     config = {"kv_bytes": 1000 * 8 * BLOCK, "block_size": BLOCK, "max_sequences": 8, "max_step_tokens": 64, "seed": 1}
-    engine = Engine(Loaded(ContextHash(DEVICE), NoText()), EngineConfig(**(config | fields)))
+    with pytest.MonkeyPatch.context() as patched:  # graphs for a model that is no LeanDecoder, for this engine alone
+        patched.setattr(engine_module, "make_runner", make_runner)
+        engine = Engine(Loaded(ContextHash(DEVICE), NoText()), EngineConfig(**(config | fields)))
     assert (memory > 0) == (made[0].eager_steps == 0)
     return engine
 
@@ -57,9 +58,9 @@ def answers(engine: Engine, requests: list[Request]) -> dict[str, Result]:
 
 @pytest.mark.parametrize("drafter", ["off", "suffix"])
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 7}, {"temperature": 0.8, "top_k": 9, "top_p": 0.9, "seed": 7}])
-def test_texts_are_those_of_a_cpu(drafter: str, sampling: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_are_those_of_a_cpu(drafter: str, sampling: dict) -> None:
     requests = jobs(40, **sampling)
-    engine = on_gpu(monkeypatch, drafter=drafter)
+    engine = on_gpu(drafter=drafter)
     found, expected = answers(engine, requests), answers(on_cpu(), requests)
     assert {name: result.token_ids for name, result in found.items()} == {name: result.token_ids for name, result in expected.items()}
     assert FinishReason.STOP in {result.finish_reason for result in found.values()}
@@ -68,26 +69,26 @@ def test_texts_are_those_of_a_cpu(drafter: str, sampling: dict, monkeypatch: pyt
     assert stats.kv_blocks_held == 0
 
 
-def test_texts_are_the_same_without_memory_for_graphs_and_under_preemption(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_are_the_same_without_memory_for_graphs_and_under_preemption() -> None:
     requests = jobs(40, ignore_eos=True)
     expected = {name: result.token_ids for name, result in answers(on_cpu(), requests).items()}
-    eager = on_gpu(monkeypatch, memory=0, drafter="off")
+    eager = on_gpu(memory=0, drafter="off")
     assert {name: result.token_ids for name, result in answers(eager, requests).items()} == expected
-    small = on_gpu(monkeypatch, kv_bytes=24 * 8 * BLOCK, drafter="off")
+    small = on_gpu(kv_bytes=24 * 8 * BLOCK, drafter="off")
     assert {name: result.token_ids for name, result in answers(small, requests).items()} == expected
     assert small.stats().preemptions > 0
 
 
-def test_penalties_and_log_probabilities_are_those_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_penalties_and_log_probabilities_are_those_of_a_cpu() -> None:
     requests = jobs(16, frequency_penalty=1.5, logprobs=2)
-    found, expected = answers(on_gpu(monkeypatch, drafter="off"), requests), answers(on_cpu(), requests)
+    found, expected = answers(on_gpu(drafter="off"), requests), answers(on_cpu(), requests)
     for name, result in expected.items():
         assert found[name].token_ids == result.token_ids
         assert [entry.logprob for entry in found[name].logprobs] == pytest.approx([entry.logprob for entry in result.logprobs], abs=1e-4)
 
 
 def test_nothing_waits_for_the_device_while_a_step_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = on_gpu(monkeypatch, drafter="off")
+    engine = on_gpu(drafter="off")
     requests = jobs(40, ignore_eos=True, temperature=0.9, top_p=0.9, seed=3)
     answers(engine, requests)  # graphs are captured, kernels compiled
     launch, read, events = engine._launch, engine._book, []

@@ -51,3 +51,12 @@ def test_they_are_collected_without_anything_else() -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "error" not in done.stdout
     assert "skipped" in done.stdout  # no GPU here; on one they run
+
+
+def test_the_engines_tests_for_a_gpu_pass_with_calls_in_place_of_captures() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.unit.gpu_on_cpu", "-p", "no:cacheprovider", "tests/gpu/test_engine.py"]
+    command += ["tests/gpu/test_runner.py", "-k", "not captured_pipeline"]  # that one compares captures with calls
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "skipped" not in done.stdout

@@ -51,8 +51,8 @@ def test_a_device_that_is_behind_gives_the_same_answers(late: list[Queue], draft
 
 
 @pytest.mark.usefixtures("graphs")
-@pytest.mark.parametrize("drafter", ["off", "ngram", "auto"])
-@pytest.mark.parametrize("loop", [0, 5])
+@pytest.mark.parametrize("drafter", ["off", "auto"])
+@pytest.mark.parametrize("loop", [5])
 def test_captured_steps_give_the_same_answers(drafter: str, loop: int) -> None:
     made = engine(loop, drafter=drafter)
     requests = jobs(10)
