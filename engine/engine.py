@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 import time
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -96,7 +97,10 @@ class Engine:
             max_step_tokens=self.limits.max_step_tokens,
             max_positions=spec.max_positions,
         )
-        warm_up(self._runner)
+        with nullcontext() if profiles is None else profiles.tuned(spec.device):
+            warm_up(self._runner, self.limits.max_step_tokens)
+        if isinstance(self._judge, DeviceJudge):
+            self._judge.warm_up(spec.vocab_size)
         cost = CostModel(self.limits.max_step_tokens)
         self.profile_reused = False
         points: list[tuple[Load, float]] = []

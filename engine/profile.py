@@ -7,6 +7,7 @@ import json
 import logging
 import platform
 import time
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,8 @@ from engine.runner import PackedStep
 from engine.speculation.cost_model import Load
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from engine.batch import ModelSpec
     from engine.checkpoints.cache import SharedFolders
     from engine.runner import Runner
@@ -29,6 +32,7 @@ PROFILE = 3
 _REPEATS = 2
 _DEEP = (2, 4)
 """Tokens a sequence in the largest steps: how far past one token each it pays to draft on a full batch shows only there."""
+_PROMPT = 2048
 _FILE = "steps.json"
 
 _log = logging.getLogger(__name__)
@@ -41,6 +45,19 @@ class Profiles:
         self._directory = directory / "profiles"
         self._shared = shared
 
+    @contextmanager
+    def tuned(self, device: torch.device) -> Iterator[None]:
+        """Within it, kernels take up launch configurations found on this device before, and those of new shapes are measured and kept.
+
+        Without a folder to keep them in, kernels run as they do untuned.
+        """
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(kernels.tuned(self._directory.parent / "kernels", device))
+            except OSError as error:
+                _log.warning("launch configurations of kernels cannot be kept: %s", error)
+            yield
+
     def steps(self, runner: Runner, spec: ModelSpec, max_sequences: int, max_tokens: int) -> tuple[list[tuple[Load, float]], bool]:
         """What `measure_steps` returns, and whether it was there already. A cache that cannot be used costs the measurement only."""
         measured: list[tuple[Load, float]] = []
@@ -52,7 +69,7 @@ class Profiles:
         about = [*describe(spec, max_sequences, max_tokens), *(["fp8 KV"] if runner.kv.keys[0].dtype == torch.float8_e4m3fn else [])]
         name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
         try:
-            with kernels.tuned(self._directory.parent / "kernels", spec.device):
+            with self.tuned(spec.device):
                 folder = make_once(self._directory / f"{spec.name.replace('/', '--')}-{name}", build, self._shared)
             if not measured:
                 return from_json((folder / _FILE).read_text()), True
@@ -92,9 +109,14 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def warm_up(runner: Runner) -> None:
-    """Runs one step of one token, so that what is done once (compiling kernels, say) is done while loading and not in the first request."""
+def warm_up(runner: Runner, max_tokens: int) -> None:
+    """Runs one step of one token, so that what is done once (compiling kernels, say) is done while loading and not in the first request.
+
+    On a GPU also one of a long prompt, whose attention runs in a shape of its own (and is tuned for it, within `Profiles.tuned`).
+    """
     _seconds(runner, _dummy(1))
+    if runner.latest is not None:
+        _seconds(runner, _prompt(min(max_tokens, _PROMPT, runner.model.spec.max_positions), runner.kv.block_size))
 
 
 def measure_steps(runner: Runner, max_sequences: int, max_tokens: int) -> list[tuple[Load, float]]:
@@ -111,6 +133,23 @@ def measure_steps(runner: Runner, max_sequences: int, max_tokens: int) -> list[t
         (Load(count * each, count * each, count * each), min(_seconds(runner, _dummy(count, each)) for _ in range(_REPEATS)))
         for count, each in ordered
     ]
+
+
+def _prompt(count: int, block_size: int) -> PackedStep:
+    """The first `count` tokens of one sequence, all in block 0."""
+    index = np.arange(count, dtype=np.int64)
+    return PackedStep(
+        token_ids=np.zeros(count, np.int64),
+        positions=index,
+        slots=index % block_size,
+        tables=np.zeros((1, -(-count // block_size)), np.int32),
+        query_start=np.array([0, count], np.int32),
+        kv_lengths=np.array([count], np.int32),
+        logit_rows=index[-1:],
+        row_starts=np.zeros(1, np.int64),
+        row_counts=np.ones(1, np.int64),
+        shared_prefix_blocks=0,
+    )
 
 
 def _dummy(count: int, each: int = 1) -> PackedStep:

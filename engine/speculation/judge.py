@@ -9,14 +9,12 @@ import numpy as np
 import torch
 
 import kernels
-from engine.speculation.verify import accepted_lengths, verify
+from engine.speculation.verify import Rows, accepted_lengths, verify
 from engine.transfer import to_device
 from kernels.reference.sampling import DraftWeights, SampleRows
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-    from engine.speculation.verify import Rows
 
     Ints = NDArray[np.int64]
 
@@ -112,6 +110,14 @@ class DeviceJudge:
     def __init__(self, latest: torch.Tensor) -> None:
         """latest: int64 [slots]."""
         self._latest = latest
+
+    def warm_up(self, vocab: int) -> None:
+        """Judges one row, with a draft from a distribution and without, so that the kernels are compiled before the first request."""
+        one = np.ones(1, np.int64)
+        rows = Rows(np.ones(1, np.int8), np.ones(1, np.float32), one, np.full(1, 0.5, np.float32), one.astype(np.uint64), one, -one)
+        logits = torch.zeros(1, vocab, device=self._latest.device)
+        for probabilities in (None, logits + 1.0 / vocab):
+            self(logits, rows, one, 0 * one, 0, probabilities).read()
 
     @torch.inference_mode()
     def __call__(
