@@ -7,7 +7,6 @@ that was given up for dead can come back and try to commit.
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -15,9 +14,11 @@ from typing import Any
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from sqlalchemy import func, update
 
 from service.adapters.memory import MemoryBlobStore, MemoryBuckets
 from service.adapters.standin import StandinRunner
+from service.adapters.tables import batches
 from service.config import Settings
 from service.domain.job import BatchStatus, OnInvalidLine
 from service.domain.line import GroupLease
@@ -39,7 +40,7 @@ from service.usecases.sweep import sweep
 from tests.bad_input import MODEL, body, good
 from tests.integration.intake import LEASE, Intake
 
-ROUNDS = 500
+ROUNDS = 50
 """After which a batch that has not ended never will."""
 
 _names = itertools.count(1)
@@ -168,10 +169,12 @@ class Sequences(RuleBasedStateMachine):
     @precondition(lambda self: self.batches)
     @rule(data=st.data())
     def expire(self, data: st.DataObject) -> None:
+        """As if the batch had been created so much earlier: its window keeps its length, and so does that of a batch that retries it."""
         batch_id = self._some_batch(data)
         with self.database.begin() as uow:
-            batch = uow.batches.load(batch_id, lock=True)
-            uow.batches.save(batch.evolve(expires_at=uow.now))
+            uow.batches.load(batch_id, lock=True)
+            earlier = {"created_at": batches.c.created_at - (batches.c.expires_at - func.now()), "expires_at": func.now()}
+            uow.batches._connection.execute(update(batches).where(batches.c.id == batch_id).values(earlier))  # type: ignore[attr-defined]
         expire_batch(self.database, batch_id)
 
     @rule(rates=st.tuples(*[st.integers(0, 10**9)] * 3))
@@ -252,7 +255,6 @@ class Sequences(RuleBasedStateMachine):
             for worker in self.alive:
                 uow.watch.take_back_worker(worker.name)
         last = HandDriven(self.database, self.blobs, StandinRunner(self.settings))
-        # A batch that retries an expired one has its window, too: it may end at any moment.
         for _ in range(ROUNDS):
             self.validate()
             last.work_off()
@@ -260,7 +262,6 @@ class Sequences(RuleBasedStateMachine):
             self.finalize()
             if self._all_ended():
                 break
-            time.sleep(0.01)
         last.inputs.close()
         for batch_id in self.batches:
             with self.database.begin() as uow:
