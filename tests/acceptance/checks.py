@@ -309,4 +309,47 @@ CHECKS: Sequence[Check] = (
         pytest("tests/acceptance/test_real_models.py"),
         tests_pass,
     ),
+    Check(
+        "requests/fields",
+        "every field of the SDK's request types is supported (a test that exists) or refused (the message): service/REQUESTS.md",
+        pytest("tests/unit/domain/test_request_fields.py"),
+        tests_pass,
+    ),
+    Check(
+        "requests/forms",
+        "200 lines of six schemas: all valid, texts equal with and without drafts, drafts accepted, >= 0.98 of plain decoding's speed",
+        module("tests.benchmarks.json_schema", "--json"),
+        own_verdict,
+        seconds=3600,
+    ),
+    Check(
+        "requests/hostile-forms",
+        "schemas and patterns compile within their time and memory, hold nobody up, and what cannot be held to is refused by name",
+        pytest("tests/unit/engine/grammars", "tests/unit/adapters/test_engine_runner.py"),
+        tests_pass,
+    ),
+    Check(
+        "requests/several-answers",
+        "eight answers to a prompt hold its KV cache once",
+        module("tests.benchmarks.n_answers", "--json"),
+        own_verdict,
+    ),
+    Check(
+        "requests/log-probabilities",
+        "log-probabilities of answers and prompts within 1e-4 of transformers', with drafts and without",
+        pytest("tests/unit/engine/test_engine_on_llama.py", "-k", "log_probabilities or scored"),
+        tests_pass,
+    ),
+    Check(
+        "requests/exactness",
+        "sampling with temperature, cuts, penalties and forms has its distribution under drafts (chi-square); mutants fail",
+        pytest("tests/unit/engine/test_exactness.py", "tests/unit/engine/test_grammar_exactness.py"),
+        tests_pass,
+    ),
+    Check(
+        "requests/verify",
+        "delivered answers are plain decoding's; one that was tampered with is found, with its logit gap",
+        pytest("tests/unit/cli/test_verify.py"),
+        tests_pass,
+    ),
 )

@@ -83,6 +83,8 @@ def run(loaded: LoadedModel, config: EngineConfig, requests: Iterable[Request], 
 
     engine = Engine(loaded, config, Profiles(default_cache_dir()))
     asked = list(requests)
+    for grammar in {request.sampling.grammar for request in asked if request.sampling.grammar is not None}:
+        engine.grammars.compile(grammar)  # once a worker, like loading
     results, ends = [], []
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.benchmarks import memory_budget, offline_engines, replay_accuracy, shared_prompts, speculation_pays
+from tests.benchmarks import json_schema, memory_budget, n_answers, offline_engines, replay_accuracy, shared_prompts, speculation_pays
 from tests.tiny_model import make_tiny_model
 
 
@@ -71,6 +71,28 @@ def test_memory_budget(run):
     result = run(memory_budget, "--budget-gib", 1 / (1 << 14), "--wants-gib", 1 / (1 << 12), "--sequences", 8, "--answer", 32)
     assert result["answered"] == [8, 8]
     assert result["kv_peak_bytes"] <= result["budget_bytes"] == 64 << 10
+    assert result["pass"]
+
+
+def test_json_schema(run):
+    result = run(json_schema, "--lines", 12, "--repeats", 1, "--max-tokens", 200, "--max-sequences", 4)
+    assert result["valid"][0] + result["cut_off"] == 12  # random weights like long numbers
+    assert result["valid"][0] > 6
+    assert result["texts_equal"]
+    assert result["accepted_drafts"] > 12
+    assert set(result["tokens_per_second"]) == {"plain", "drafts", "free plain", "free drafts"}
+    assert not json_schema.valid_under(json_schema.SCHEMAS["enums"], '{"sentiment": "positive"}')
+    assert not json_schema.valid_under(json_schema.SCHEMAS["enums"], "{")
+
+
+def test_n_answers(run):
+    """Prompts of six blocks and a part of one, answers of one block: one holds 8 blocks, four hold 6 + 4 * 2."""
+    result = run(n_answers, "--n", 4, "--prompt-tokens", 100, "--answer", 16)
+    one, several, apart = result["kv_peak_bytes"].values()
+    assert result["prefilled_tokens"] == {"one answer": 100, "4 answers": 100 + 3 * 4, "4 lines": 400}
+    assert several <= result["most_bytes"] < apart
+    assert one < several
+    assert result["distinct_answers"] == 4
     assert result["pass"]
 
 

@@ -111,6 +111,32 @@ def test_sampled_text_has_the_targets_distribution(drafter: str) -> None:
 
 
 @pytest.mark.parametrize("drafter", ["ngram", "guesser"])
+def test_several_answers_to_a_prompt_some_with_scores_have_the_targets_distribution(drafter: str) -> None:
+    """250 prompts, eight unseeded answers each, in one another's company; half of them want log-probabilities."""
+    config = EngineConfig(kv_bytes=4 << 20, max_sequences=256, max_step_tokens=1024, drafter=drafter, max_draft_tokens=4, seed=5)
+    made = Engine(TableModel(TABLE), config)
+    prompts = np.random.default_rng(0).integers(0, 4, (250, 12))
+    asked = [
+        Request(
+            str(n), tuple(prompt.tolist()), SamplingParams(max_tokens=24, sample=sample, logprobs=1 if sample % 2 else None), choice=sample
+        )
+        for n, prompt in enumerate(prompts)
+        for sample in range(8)
+    ]
+    counts, texts = np.zeros((4, 4), np.int64), set()
+    for result in made.run(iter(asked)):
+        text = np.array([prompts[int(result.id)][-1], *result.token_ids])
+        np.add.at(counts, (text[:-1], text[1:]), 1)
+        texts.add(result.token_ids)
+        if result.choice % 2:
+            want = TABLE.double().log().numpy()[text[:-1], text[1:]]
+            assert [entry.logprob for entry in result.logprobs] == pytest.approx(want.tolist(), abs=1e-4)
+    assert len(texts) > 1990
+    assert chi_square(counts, TABLE) < CRITICAL
+    assert made.stats().accepted > 5000
+
+
+@pytest.mark.parametrize("drafter", ["ngram", "guesser"])
 def test_truncated_sampling_has_the_truncated_distribution(drafter: str) -> None:
     kept = TABLE.pow(1 / 0.8)
     kept[TABLE.topk(3).values[:, -1:] > TABLE] = 0.0
