@@ -415,7 +415,7 @@ class Engine:
                 self._scheduler.complete(chunk, _NOTHING, chunk.count)
             return [], 0
         if not outcome.finite[index]:
-            return self._close(live, FinishReason.ERROR, "the model's output for this request is not a number (NaN or infinite logits)"), 0
+            return self._close(live, FinishReason.ERROR, self._no_number(sequence)), 0
         tokens = [*work.drafts[index][:accepted].tolist(), int(outcome.following[index])]
         kept, reason = live.watch.scan(tokens, sequence.room + sequence.promised)
         ledger.sampled += len(tokens)
@@ -458,6 +458,13 @@ class Engine:
         self._logprobs.leave(live.sequence)
         if live.drafter is not None:
             self._speculator.finish(live.drafter, live.sequence, complete=complete)
+
+    def _no_number(self, sequence: Sequence) -> str:
+        if sequence.request.sampling.grammar is not None:
+            return (
+                "none of the tokens that the answer's form allows next has a number, or the model's vocabulary cannot spell what must come"
+            )
+        return "the model's output for this request is not a number (NaN or infinite logits)"
 
     def _outgrown(self, sequence: Sequence) -> str:
         return (

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
 
 
+_FEW_WORDS = 64
+"""Words of a mask up to which its tokens are looked up one by one."""
+
+
 class Constraint(Protocol):
     """What may come next, by the text so far (a grammar, say). One a sequence."""
 
@@ -176,11 +180,30 @@ def edit(logits: torch.Tensor, edits: Edits) -> None:
 def allow(logits: torch.Tensor, rows: Ints, masks: NDArray[np.int32]) -> None:
     """Sets what the `masks` [N, ceil(vocab / 32)] of `rows` [N] leave out to -inf, in place."""
     device = logits.device
+    if device.type == "cpu":
+        # Most rows of a form leave a handful of tokens: 10 us each instead of 120 for unpacking 49,152 bits and going over the row twice.
+        few = np.count_nonzero(masks, axis=1) <= _FEW_WORDS
+        for row, mask in zip(rows[few].tolist(), masks[few], strict=True):
+            _keep_only(logits[row], mask)
+        rows, masks = rows[~few], masks[~few]
+        if not len(rows):
+            return
     octets = to_device(np.ascontiguousarray(masks, "<i4").view(np.uint8), device)
     bits = octets[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=device) & 1
     refused = bits.view(len(rows), -1)[:, : logits.shape[1]] == 0
     at = to_device(rows, device)
     logits[at] = logits[at].masked_fill_(refused, -torch.inf)
+
+
+def _keep_only(row: torch.Tensor, mask: NDArray[np.int32]) -> None:
+    """Sets a row [vocab] to -inf but for the tokens of its mask, in place."""
+    words = np.flatnonzero(mask)
+    bits = np.unpackbits(np.ascontiguousarray(mask[words], "<i4").view(np.uint8), bitorder="little").reshape(-1, 32)
+    tokens = (words[:, None] * 32 + np.arange(32))[bits.astype(np.bool_)]
+    kept = torch.from_numpy(tokens[tokens < len(row)])
+    values = row[kept]
+    row.fill_(-torch.inf)
+    row[kept] = values
 
 
 def _grown(array: NDArray[Any], room: int) -> NDArray[Any]:

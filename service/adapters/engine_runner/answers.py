@@ -34,13 +34,17 @@ class Answers:
     def usage(self, asked: GenerationRequest, prepared: Prepared, results: Sequence[Result]) -> Usage:
         """A prompt counts once, however many answers it has; of it, what was not computed for any of them was cached."""
         prompts = [results[start : start + asked.n] for start in range(0, len(results), asked.n)]
-        reasoning = sum(self._thinking(prepared.prompts[0], result) for result in results) if self._thinks and asked.messages else 0
+        reasoning = sum(self._thinking(prepared.prompts[0], result) for result in results) if self._thinks_in(asked) else 0
         return Usage(
             input_tokens=sum(samples[0].ledger.prompt for samples in prompts),
             cached_tokens=sum(min(result.ledger.cached for result in samples) for samples in prompts),
             output_tokens=0 if asked.max_tokens == 0 else sum(result.ledger.generated for result in results),
             reasoning_tokens=reasoning,
         )
+
+    def _thinks_in(self, asked: GenerationRequest) -> bool:
+        """An answer that is held to a form from its first token on has no room for thoughts."""
+        return self._thinks and asked.messages is not None and asked.answer_format is None and not asked.must_call
 
     def _text_choice(self, asked: GenerationRequest, prepared: Prepared, number: int, result: Result) -> Choice:
         prompt = prepared.prompts[number]
@@ -58,13 +62,14 @@ class Answers:
 
     def _chat_choice(self, completion_id: str, asked: GenerationRequest, prepared: Prepared, index: int, result: Result) -> Choice:
         text, reasoning, reason = result.text, None, result.finish_reason.value
-        if self._thinks:
+        thinks = self._thinks_in(asked)
+        if thinks:
             thoughts = split_thoughts(text, prepared.prompts[0].text)
             text, reasoning = thoughts.content, thoughts.reasoning or None
         calls = []
         if prepared.style is not None:
             spoken = self._tokenizer.decode(self._spoken(asked, result), special=True)
-            if self._thinks:
+            if thinks:
                 spoken = split_thoughts(spoken, prepared.prompts[0].text).content
             left, found = parse_calls(prepared.style, spoken)
             if not asked.parallel_tool_calls:

@@ -369,3 +369,19 @@ def test_a_required_call_is_a_call_of_one_of_the_functions(caller):
 def test_a_model_whose_template_knows_no_tools_says_so(runner):
     outcome = run(runner, chat(1, tools=TOOLS, tool_choice="required"))[1]
     assert (outcome.status_code, outcome.body["error"]["param"]) == (400, "tools")
+
+
+def test_what_a_thinking_model_says_in_a_form_is_the_answer(tmp_path_factory):
+    """Its template opens the thinking, which a form leaves no room for."""
+    folder = make_tiny_model(tmp_path_factory.mktemp("thinker"))
+    (folder / "chat_template.jinja").write_text(TEMPLATE + "<think>{# closed by </think> #}")
+    settings = EngineSettings(device="cpu", kv_memory="4MiB", max_sequences=4, threads=1)
+    thinker = EngineRunner({"tiny": ModelEntry(source=str(folder))}, settings, tmp_path_factory.mktemp("cache"))
+    thinker.load("tiny")
+    outcomes = run(thinker, chat(1, max_tokens=20, guided_regex="(ab|cd){2}"), chat(2))
+    formed, free = (outcomes[number].body["choices"][0]["message"] for number in (1, 2))
+    assert re.fullmatch("(ab|cd){2}", formed["content"])
+    assert "reasoning_content" not in formed
+    assert outcomes[1].usage.reasoning_tokens == 0
+    assert free["content"] == ""
+    assert outcomes[2].usage.reasoning_tokens > 0

@@ -76,6 +76,21 @@ def test_the_same_numbers_as_transformers_processors() -> None:
     assert torch.equal(found, want)
 
 
+def test_rows_with_few_and_with_many_allowed_tokens_are_treated_alike() -> None:
+    rng = np.random.default_rng(4)
+    vocab, rows = 5000, np.array([0, 2, 3, 5, 6])
+    allowed = rng.random((5, vocab)) < np.array([0.0, 0.002, 0.01, 0.5, 0.999])[:, None]
+    allowed[1, [0, 31, 32, vocab - 1]] = True
+    masks = np.packbits(np.pad(allowed, ((0, 0), (0, -vocab % 32))), axis=1, bitorder="little").view(np.int32)
+    masks[1, -1] |= np.int32(-(2**31))  # past the vocabulary
+    logits = torch.from_numpy(rng.normal(0, 2, (8, vocab)).astype(np.float32))
+    found = logits.clone()
+    allow(found, rows, masks)
+    for row in range(8):
+        want = logits[row] if row not in rows else logits[row].masked_fill(torch.from_numpy(~allowed[rows.tolist().index(row)]), -torch.inf)
+        assert torch.equal(found[row], want)
+
+
 def test_masks_leave_the_allowed_tokens_of_their_rows_alone() -> None:
     rng = np.random.default_rng(3)
     allowed = rng.random((2, VOCAB)) < 0.4
