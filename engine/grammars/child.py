@@ -23,7 +23,9 @@ def main() -> None:
     os.dup2(2, 1)  # what a library prints is not part of an answer
     from engine.grammars import backend
 
-    vocabulary, limits = pickle.loads(read_frame(incoming) or b"")  # noqa: S301 - from our parent, over a pipe of ours
+    if (first := read_frame(incoming)) is None:
+        return  # whoever started us is gone
+    vocabulary, limits = pickle.loads(first)  # noqa: S301 - from our parent, over a pipe of ours
     info = backend.token_info(vocabulary)
     with tempfile.TemporaryFile() as complaints:
         os.dup2(complaints.fileno(), 2)

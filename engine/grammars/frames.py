@@ -17,9 +17,13 @@ class Limits:
 
 
 def read_frame(stream: IO[bytes]) -> bytes | None:
-    """None at the end of the stream."""
+    """None at the end of the stream, whole frames only."""
     head = stream.read(4)
-    return stream.read(struct.unpack(">I", head)[0]) if len(head) == 4 else None
+    if len(head) < 4:
+        return None
+    (length,) = struct.unpack(">I", head)
+    data = stream.read(length)
+    return data if len(data) == length else None
 
 
 def write_frame(stream: IO[bytes], data: bytes) -> None:

@@ -237,12 +237,32 @@ def test_a_message_never_grows_with_the_value():
     assert len(rejection(chat, **{"y" * 10**6: 1})["message"]) < 400
 
 
+KEYS = [
+    "role",
+    "content",
+    "type",
+    "text",
+    "name",
+    "user",
+    "refusal",
+    "function",
+    "json_schema",
+    "schema",
+    "strict",
+    "arguments",
+    "tool_calls",
+]
+KEYS += ["tool_call_id", "id", "parameters", "description", "5", "17"]
+WORDS = ["function", "json_schema", "json_object", "text", "assistant", "tool", "user", "required", "none", "f", "{}", "[ab]+", "24h"]
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["role", "content", "type", "text", "name", "user", "refusal"]), inner, max_size=4)
-    ),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63)
+    | st.integers(0, 130)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=5)
+    | st.sampled_from(WORDS),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4),
     max_leaves=10,
 )
 
