@@ -76,6 +76,11 @@ def load_model(
     return LoadedModel(model, tokenizer, checkpoint.directory)
 
 
+def multiplies_fp8(device: torch.device) -> bool:
+    """Whether products on `device` take weights in eight bits as they are stored."""
+    return device.type == "cuda"
+
+
 def fit(directory: str, dtype: str, device: str) -> str:
     """What a local checkpoint needs and what there is, in words, without loading it. Raises NotEnoughMemoryError where it does not fit."""
     folder, place = Path(directory), _device(device)
@@ -107,7 +112,7 @@ def build_lean(tensors: dict[str, torch.Tensor], config: Any, make_spec: Callabl
         head_dim=arch.head_dim,
         parameters=sum(tensor.numel() for tensor in tensors.values()),
     )
-    scales = replace(scales, keep=spec.device.type == "cuda")
+    scales = replace(scales, keep=multiplies_fp8(spec.device))
     names = {shape.rope for shape in arch.layers if shape.rope is not None}
     ropes = read_ropes(type(empty.model.rotary_emb), config, names, spec.device)
     tied = "lm_head.weight" in tied_names(empty)

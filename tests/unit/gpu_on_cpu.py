@@ -10,7 +10,6 @@ import torch
 import engine.checkpoints.loader as loader
 import engine.engine as engine_module
 import tests.gpu.requirements as requirements
-from engine.checkpoints.fp8 import Fp8Scales
 from engine.graphs import DirectCapture, GraphRunner
 
 CPU = torch.device("cpu")
@@ -26,5 +25,5 @@ def _with_calls(self: GraphRunner, model: Any, kv: Any, sequences: int, capture:
 
 GraphRunner.__init__ = _with_calls  # type: ignore[method-assign]
 engine_module.make_runner = GraphRunner  # type: ignore[assignment]
-loader.replace = lambda scales, **_: Fp8Scales(scales.block, scales.by_name, keep=True)  # type: ignore[assignment]
+loader.multiplies_fp8 = lambda device: True
 torch.cuda.set_sync_debug_mode = lambda mode: None  # type: ignore[assignment]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engine.checkpoints import load_model, loader
-from engine.checkpoints.fp8 import Fp8Scales, take_scales
+from engine.checkpoints.fp8 import take_scales
 from kernels.reference.fp8_linear import Fp8Linear, dequantise
 from tests.unit.engine.checkpoints.test_loader import edit, edit_config, folder
 from tests.unit.engine.models.tiny import ONE_SHOT, Texts, run_steps, worst_gap
@@ -49,7 +49,7 @@ def test_it_computes_what_its_numbers_stand_for(pair: tuple[Path, Path], keep: b
     expected = run_steps(load_model(str(pair[1])).model, texts, ONE_SHOT)
     kept: list[Any] = []
     if keep:  # as on a GPU
-        monkeypatch.setattr(loader, "replace", lambda scales, **_: Fp8Scales(scales.block, scales.by_name, keep=True))
+        monkeypatch.setattr(loader, "multiplies_fp8", lambda device: True)
         monkeypatch.setattr(Fp8Linear, "__post_init__", lambda self: kept.append(self))
     found = run_steps(load_model(str(pair[0])).model, texts, ONE_SHOT)
     assert worst_gap(found, expected) < 2e-5
