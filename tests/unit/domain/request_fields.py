@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from openai.types import chat
 from openai.types import completion_create_params as completion_types
 from openai.types.chat import completion_create_params as chat_types
 
@@ -68,6 +69,111 @@ TESTS: Mapping[str, str] = {
 """Field -> the test that shows what it does."""
 ASKING: tuple[Any, ...] = (True, 7, "high", ["audio"], {"type": "content"})
 """Values that ask for something; a refused field is shown with the first one that is not its default."""
+
+
+_CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+_TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
+_SCHEMA = {"name": "n", "description": "d", "schema": {"type": "object"}, "strict": True}
+_CALLED = f"{_RUNNER}::test_a_required_call_is_a_call_of_one_of_the_functions"
+_MESSAGES = f"{_BODY}::test_messages_are_normalised"
+_MADE_CALLS = f"{_BODY}::test_tools_arrive_as_templates_take_them"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A type inside a chat request: where it stands, and a value of it with every field that it has, as far as they are supported."""
+
+    place: str
+    type: str
+    value: Any
+    test: str = ""
+    """Empty: the type is refused as a whole."""
+
+
+PARTS: tuple[Part, ...] = (
+    Part("messages[]", "ChatCompletionDeveloperMessageParam", {"role": "developer", "content": "x", "name": "n"}, _MESSAGES),
+    Part("messages[]", "ChatCompletionSystemMessageParam", {"role": "system", "content": "x", "name": "n"}, _MESSAGES),
+    Part("messages[]", "ChatCompletionUserMessageParam", {"role": "user", "content": "x", "name": "n"}, _MESSAGES),
+    Part(
+        "messages[]",
+        "ChatCompletionAssistantMessageParam",
+        {"role": "assistant", "content": "x", "name": "n", "tool_calls": [_CALL]},
+        _MADE_CALLS,
+    ),
+    Part("messages[]", "ChatCompletionToolMessageParam", {"role": "tool", "content": "x", "tool_call_id": "c1"}, _MADE_CALLS),
+    Part("messages[]", "ChatCompletionFunctionMessageParam", {"role": "function", "content": "x", "name": "f"}),
+    Part(
+        "messages[].content[]",
+        "ChatCompletionContentPartTextParam",
+        {"type": "text", "text": "x", "prompt_cache_breakpoint": {}},
+        _MESSAGES,
+    ),
+    Part("messages[].content[]", "ChatCompletionContentPartImageParam", {"type": "image_url", "image_url": {"url": "https://x/y"}}),
+    Part(
+        "messages[].content[]",
+        "ChatCompletionContentPartInputAudioParam",
+        {"type": "input_audio", "input_audio": {"data": "", "format": "wav"}},
+    ),
+    Part("messages[].content[]", "File", {"type": "file", "file": {"file_id": "f"}}),
+    Part("response_format", "ResponseFormatText", {"type": "text"}, _LABEL),
+    Part("response_format", "ResponseFormatJSONObject", {"type": "json_object"}, _FORM),
+    Part("response_format", "ResponseFormatJSONSchema", {"type": "json_schema", "json_schema": _SCHEMA}, _FORM),
+    Part("tools[]", "ChatCompletionFunctionToolParam", _TOOL, _CALLED),
+    Part("tools[]", "ChatCompletionCustomToolParam", {"type": "custom", "custom": {"name": "f"}}),
+    Part("tool_choice", "ChatCompletionNamedToolChoiceParam", {"type": "function", "function": {"name": "f"}}, _CALLED),
+    Part("tool_choice", "ChatCompletionNamedToolChoiceCustomParam", {"type": "custom", "custom": {"name": "f"}}),
+    Part(
+        "tool_choice",
+        "ChatCompletionAllowedToolChoiceParam",
+        {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [_TOOL]}},
+    ),
+)
+
+
+def sdk_parts() -> dict[str, dict[str, Any]]:
+    """The types that messages, their parts, formats, tools and choices may have: name -> fields."""
+    unions = (
+        chat.ChatCompletionMessageParam,
+        chat.ChatCompletionContentPartParam,
+        chat_types.ResponseFormat,
+        chat.ChatCompletionToolUnionParam,
+        chat.ChatCompletionToolChoiceOptionParam,
+    )
+    found = [part for union in unions for part in typing.get_args(union) if isinstance(part, type)]
+    return {part.__name__: typing.get_type_hints(part) for part in found}
+
+
+def body_with(part: Part, value: Any) -> dict[str, Any]:
+    """A request that holds the value at the part's place."""
+    base = dict(BASE[CHAT])
+    if part.place == "messages[]":
+        return {**base, "messages": [*base["messages"], value]}
+    if part.place == "messages[].content[]":
+        return {**base, "messages": [{"role": "user", "content": [value]}]}
+    if part.place == "tools[]":
+        return {**base, "tools": [value]}
+    return {**base, part.place: value, **({"tools": [_TOOL]} if part.place == "tool_choice" else {})}
+
+
+def part_rows() -> Iterator[Row]:
+    """Every such type, and every field of those that are supported. Raises where one is neither supported nor refused."""
+    for part in PARTS:
+        name = f"{part.place} {part.value.get('role') or part.value['type']}"
+        if not part.test:
+            yield Row(name, False, _refused(body_with(part, part.value)), False)
+            continue
+        parse_body(CHAT, body_with(part, part.value))
+        yield Row(name, True, part.test, False)
+        for field in sorted(sdk_parts()[part.type].keys() - part.value.keys()):
+            yield Row(f"{name}: {field}", False, _refused(body_with(part, {**part.value, field: {"id": "x"}})), False)
+
+
+def _refused(body: Mapping[str, Any]) -> str:
+    try:
+        parse_body(CHAT, body)
+    except LineRejected as error:
+        return error.message
+    raise AssertionError(f"{body} is neither supported nor refused")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +233,10 @@ def page() -> str:
             evidence = f"`{row.evidence}`" if row.supported else row.evidence.replace("|", "\\|")
             name = f"`{row.field}`{' *ours*' if row.extension else ''}"
             parts.append(f"| {name} | {'supported' if row.supported else 'refused'} | {evidence} |")
+    parts += ["", "## Inside a chat request", "", "| type or field | | test or message |", "|---|---|---|"]
+    for row in part_rows():
+        evidence = f"`{row.evidence}`" if row.supported else row.evidence.replace("|", "\\|")
+        parts.append(f"| `{row.field}` | {'supported' if row.supported else 'refused'} | {evidence} |")
     return "\n".join(parts) + "\n"
 
 

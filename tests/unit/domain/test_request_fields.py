@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from service.domain.request_body import ENDPOINTS
-from tests.unit.domain.request_fields import PAGE, TESTS, exists, page, rows, sdk_fields
+from tests.unit.domain.request_fields import PAGE, PARTS, TESTS, exists, page, part_rows, rows, sdk_fields, sdk_parts
 
 
 def test_the_page_is_what_the_code_does() -> None:
@@ -21,6 +21,13 @@ def test_every_field_of_the_sdk_is_supported_or_refused(endpoint: str) -> None:
         assert row.supported or ("Allowed:" in row.evidence and row.field in row.evidence)
 
 
+def test_every_type_inside_a_chat_request_is_supported_or_refused() -> None:
+    assert {part.type for part in PARTS} == set(sdk_parts())
+    assert len(list(part_rows())) > len(PARTS)
+    for part in PARTS:
+        assert set(part.value) <= set(sdk_parts()[part.type])
+
+
 def test_a_field_that_the_table_does_not_know_is_not_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     """When the SDK grows one, the page shows it as refused, and so is no longer what is committed."""
     monkeypatch.setattr("tests.unit.domain.request_fields.sdk_fields", lambda endpoint: {"model", "telepathy"})
@@ -29,7 +36,7 @@ def test_a_field_that_the_table_does_not_know_is_not_passed_over(monkeypatch: py
     assert page() != PAGE.read_text()
 
 
-@pytest.mark.parametrize("test", sorted(set(TESTS.values())))
+@pytest.mark.parametrize("test", sorted({*TESTS.values(), *(part.test for part in PARTS if part.test)}))
 def test_the_tests_that_are_named_exist(test: str) -> None:
     assert exists(test)
 
