@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,6 +116,8 @@ def parse_body(endpoint: str, body: Mapping[str, Any]) -> GenerationRequest:
         values.update(top_p=1.0, temperature=0.0)
     request = GenerationRequest(endpoint=endpoint, **values)
     _check_together(request)
+    if request.template_tools and not request.must_call:
+        _refuse_strict(body["tools"])
     return request
 
 
@@ -168,6 +170,18 @@ def _check_together(asked: GenerationRequest) -> None:
     if form is not None and (asked.ignore_eos or asked.min_tokens):
         other = "ignore_eos" if asked.ignore_eos else "min_tokens"
         raise LineRejected(f"'{form}' says where the answer ends, so '{other}' cannot be used with it.", param=other, code="invalid_value")
+
+
+def _refuse_strict(tools: Sequence[Mapping[str, Any]]) -> None:
+    """A call that the model makes of its own accord is not held to a schema."""
+    for index, tool in enumerate(tools):
+        if tool["function"].get("strict"):
+            raise LineRejected(
+                f"'tools[{index}].function.strict' true needs a 'tool_choice' that asks for a call: \"required\" or a named function. "
+                "Otherwise allowed: false, null.",
+                param=f"tools[{index}].function.strict",
+                code="unsupported_value",
+            )
 
 
 def _check_tools(asked: GenerationRequest) -> None:

@@ -61,13 +61,6 @@ def _tool(param: str, item: Any) -> Mapping[str, Any]:
         raise wrong_type(f"{param}.function.parameters", "a JSON schema", parameters)
     if strict is not None and not isinstance(strict, bool):
         raise wrong_type(f"{param}.function.strict", "true or false", strict)
-    if strict:
-        raise LineRejected(
-            f"'{param}.function.strict' true is not supported: arguments follow their schema only under "
-            'tool_choice "required" or a named function. Allowed: false, null.',
-            param=f"{param}.function.strict",
-            code="unsupported_value",
-        )
     made["description"] = description or ""
     made["parameters"] = parameters if parameters is not None else {"type": "object", "properties": {}}
     return {"type": "function", "function": made}

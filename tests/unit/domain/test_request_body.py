@@ -321,6 +321,17 @@ def test_what_is_out_of_range_is_named(parse, fields, param):
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}
 
 
+def test_strict_arguments_need_a_call_that_is_asked_for():
+    strict = {"type": "function", "function": {**TOOL["function"], "strict": True}}
+    for choice in ({}, {"tool_choice": "auto"}):
+        assert (
+            rejection(chat, tools=[TOOL, {**strict, "function": {**strict["function"], "name": "g"}}], **choice)["param"]
+            == "tools[1].function.strict"
+        )
+    assert chat(tools=[strict], tool_choice="required").template_tools == chat(tools=[TOOL]).template_tools
+    assert chat(tools=[strict], tool_choice="none").template_tools is None
+
+
 def test_tools_arrive_as_templates_take_them():
     request = chat(tools=[TOOL], tool_choice={"type": "function", "function": {"name": "weather"}}, parallel_tool_calls=False)
     assert request.template_tools == [{"type": "function", "function": {**TOOL["function"], "description": ""}}]
