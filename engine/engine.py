@@ -426,6 +426,10 @@ class Engine:
             self._scheduler.settle(chunk, tokens[0])
         else:
             self._scheduler.complete(chunk, np.array(tokens[:kept], np.int64), chunk.count + min(accepted, kept))
+        if reason is None and self._rules.too_slow(sequence):
+            return self._close(
+                live, FinishReason.ERROR, "following the answer's form takes too long: ask for a simpler pattern or schema"
+            ), kept
         return ([] if reason is None else self._close(live, reason)), kept
 
     def _close(self, live: Live, reason: FinishReason, error: str | None = None) -> list[Result]:

@@ -41,6 +41,11 @@ class Constraint(Protocol):
         """
         ...
 
+    @property
+    def too_slow(self) -> bool:
+        """Whether it takes so long that the request has to go."""
+        ...
+
     def legal(self, output: Ints, drafts: Ints) -> int:
         """How many leading `drafts` may come after `output`."""
         ...
@@ -136,6 +141,11 @@ class LogitRules:
 
     def leave(self, sequence: Sequence) -> None:
         self._of.pop(sequence.serial, None)
+
+    def too_slow(self, sequence: Sequence) -> bool:
+        """Whether following what the sequence asks for holds up everybody else."""
+        rules = self._of.get(sequence.serial)
+        return rules is not None and rules.constraint is not None and rules.constraint.too_slow
 
     def constraints(self, sequences: list[Sequence]) -> list[Constraint | None] | None:
         """One a sequence; None where none of them has any."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
     Ints = NDArray[np.int64]
 
+PATIENCE_SECONDS, SECONDS_A_TOKEN = 3.0, 0.02
+"""CPU time of following an answer, at first and for each token. Most forms take 0.0001 s a token; some patterns take 1 s."""
 SURE, INNER, LAST = range(3)
 """How a forced token came about: nothing else is allowed; inside a text that is certain; its last token, which may merge with the next."""
 
@@ -29,9 +32,16 @@ class GrammarConstraint:
         self._vocabulary = vocabulary
         self._encode = encode
         self._seen = 0
+        self._spent = 0.0
+
+    @property
+    def too_slow(self) -> bool:
+        """Whether it holds up everybody else: it has taken more time than any sensible form."""
+        return self._spent > PATIENCE_SECONDS + SECONDS_A_TOKEN * self._seen
 
     def masks(self, output: Ints, drafts: Ints) -> NDArray[np.int32]:
         """See `Constraint.masks`. Rows that nobody will read allow everything."""
+        started = time.thread_time()
         self._follow(output)
         matcher = self._matcher
         rows = np.full((len(drafts) + 1, -(-len(self._vocabulary.tokens) // 32)), -1, np.int32)
@@ -44,6 +54,7 @@ class GrammarConstraint:
             if matcher.ended:
                 break
         matcher.back(taken)
+        self._spent += time.thread_time() - started
         return rows
 
     def legal(self, output: Ints, drafts: Ints) -> int:
@@ -59,6 +70,7 @@ class GrammarConstraint:
 
     def forced(self, output: Ints, limit: int) -> tuple[list[int], list[int]]:
         """Up to `limit` tokens that spell out what must come after `output`, and how each came about."""
+        started = time.thread_time()
         self._follow(output)
         tokens: list[int] = []
         kinds: list[int] = []
@@ -72,6 +84,7 @@ class GrammarConstraint:
             if not taken:
                 break
         self._matcher.back(len(tokens))
+        self._spent += time.thread_time() - started
         return tokens, kinds
 
     def _next(self) -> tuple[list[int], list[int]]:

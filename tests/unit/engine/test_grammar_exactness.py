@@ -125,6 +125,16 @@ def test_a_form_that_does_not_compile_is_that_requests_error(loaded: Loaded) -> 
     assert "parenthesis" in str(results["1"].error)
 
 
+def test_a_form_that_takes_too_long_to_follow_ends_its_request_alone(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.grammars.constraint.PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr("engine.grammars.constraint.SECONDS_A_TOKEN", 0.0)
+    formed, free = requests(1, grammar=FORM, temperature=0.0)[0], requests(2, temperature=0.0)[1]
+    results = {result.id: result for result in engine_on(loaded).run(iter([formed, free]))}
+    assert results["0"].finish_reason is FinishReason.ERROR
+    assert "takes too long" in str(results["0"].error)
+    assert results["1"].finish_reason is not FinishReason.ERROR
+
+
 # --- distributions --------------------------------------------------------------------------------------------------------------
 
 TABLE = torch.tensor(
