@@ -349,7 +349,7 @@ CHECKS: Sequence[Check] = (
     Check(
         "requests/verify",
         "delivered answers are plain decoding's; one that was tampered with is found, with its logit gap",
-        pytest("tests/unit/cli/test_verify.py"),
+        pytest("tests/unit/cli/test_verify.py", "tests/integration/test_verify_cli.py"),
         tests_pass,
     ),
 )
