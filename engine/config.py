@@ -21,6 +21,9 @@ class EngineConfig:
     of one. `seed` makes unseeded sampling repeatable for the same requests in the same order on an otherwise equal run; None draws
     fresh entropy. `threads` bounds the CPU threads of the model.
 
+    `adapt`: the DSpark or DFlash drafter in use learns from this engine's own answers beside the job, and goes on with the new weights
+    where they draft better on answers that they did not learn from (`engine.training.adapt`).
+
     `fixed_drafts` verifies that many drafted tokens a request and step whatever they cost: for measurements. `trace` names a file that
     gets a record of everything the engine does (see `engine.lab.trace`), prompts and answers included.
     """
@@ -41,6 +44,7 @@ class EngineConfig:
     threads: int | None = None
     fixed_drafts: int | None = None
     trace: Path | None = None
+    adapt: bool = False
 
     def __post_init__(self) -> None:
         positive = ("kv_bytes", "block_size", "max_sequences", "max_step_tokens", "max_draft_tokens", "threads", "fixed_drafts")

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from engine.runner import Runner
     from engine.sequence import Sequence
     from engine.speculation.judge import Judge
+    from engine.training.adapt import Adapter
     from engine.work import Outcome
 
 _log = logging.getLogger(__name__)
@@ -125,6 +126,7 @@ class Engine:
         self._speculator = Speculator(
             config.max_draft_tokens, self.limits.max_sequences, cost, self.drafters, fixed_drafts=config.fixed_drafts
         )
+        self._adapting = self._adapter(loaded) if config.adapt else None
         self._recorder = Recorder.of(config, spec, self.limits, points, self.drafters)
         self._table = RowTable(self.limits.max_sequences, entropy)
         self._rules = LogitRules()
@@ -264,6 +266,7 @@ class Engine:
         self._steps += 1
         if self._steps % _RECLAIM_EVERY == 0:
             self._reclaim()
+            self._adapt()
         results = [] if self._may_run_ahead() else self._land()
         plan = self._scheduler.schedule()
         for sequence in plan.unfit:
@@ -321,6 +324,27 @@ class Engine:
         self._preemptions += preempted + plan.preempted
         _log.warning("a step of %d tokens got no memory: steps hold %d now", num_tokens, self._scheduler.max_step_tokens)
         return []
+
+    def _adapter(self, loaded: LoadedModel) -> tuple[str, Adapter] | None:
+        """For the first drafter that can learn, None where there is none."""
+        from engine.drafters.dspark import DSparkDrafter
+        from engine.training.adapt import Adapter, adaptable
+
+        for name, drafter in self.drafters.made().items():
+            if isinstance(drafter, DSparkDrafter) and drafter.folder is not None and adaptable(drafter.spec):
+                made = Adapter(drafter.spec, drafter.folder.tensors(), loaded.model.frozen(), seed=self.config.seed or 0)
+                self._speculator.listen(made.collector)
+                return name, made
+        _log.warning("adapt: no drafter in use can learn from this job's answers")
+        return None
+
+    def _adapt(self) -> None:
+        """Goes on with better weights of a drafter, where a round of learning from this job found some."""
+        if self._adapting is not None and (better := self._adapting[1].tend()) is not None:
+            exchanged = self._speculator.exchange(self._adapting[0], better)
+            _log.info(
+                "drafter %s %s", self._adapting[0], "goes on with what it learned from this job" if exchanged else "is not used any more"
+            )
 
     def _reclaim(self) -> None:
         """Memory of drafters that do not pay goes to the KV cache, once none of them is left."""

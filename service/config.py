@@ -95,6 +95,8 @@ class EngineSettings(_Section):
     threads: int | None = Field(None, gt=0)
     fixed_drafts: int | None = Field(None, gt=0)
     """Verify this many drafted tokens of every request in every step, whether it pays or not: for measurements."""
+    adapt: bool = False
+    """Let a DSpark or DFlash drafter learn from the answers of the job it runs in, beside it."""
     trace: Path | None = None
     """A file that gets a record of what the engine does, prompts and answers included, for `longdraft replay`; one engine at a time."""
 

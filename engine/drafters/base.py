@@ -106,6 +106,25 @@ class Remembers(Protocol):
         ...
 
 
+@runtime_checkable
+class Exchangeable(Protocol):
+    """A drafter whose weights can be exchanged between two steps."""
+
+    def exchange(self, tensors: dict[str, torch.Tensor]) -> None:
+        """By the names of its checkpoint. Raises DrafterError where they do not fit."""
+        ...
+
+
+class Listener(Protocol):
+    """Sees what drafters see, and drafts nothing."""
+
+    taps: tuple[int, ...]
+
+    def observe(self, progress: Progress) -> None: ...
+
+    def finish(self, sequence: Sequence, *, complete: bool) -> None: ...
+
+
 class Drafter(Protocol):
     """One drafter serves all sequences that use it. State per sequence is keyed by `Sequence.serial`.
 

@@ -42,6 +42,7 @@ class DSparkDrafter:
 
     def __init__(self, name: str, spec: BlockSpec, weights: Weights, host: Host, temperatures_fitted: dict[str, list[float]]) -> None:
         self.name = name
+        self.folder: DrafterFolder | None = None
         self.taps = tuple(sorted(set(spec.taps)))
         self._spec = spec
         self._host = host
@@ -63,7 +64,21 @@ class DSparkDrafter:
         tensors = folder.tensors()
         check_tensors(tensors, *block_shapes(spec), spec.format)
         weights = Weights(tensors, target.dtype, target.device)
-        return cls(folder.name, spec, weights, host, folder.calibration.get("temperatures", {}))
+        made = cls(folder.name, spec, weights, host, folder.calibration.get("temperatures", {}))
+        made.folder = folder
+        return made
+
+    @property
+    def spec(self) -> BlockSpec:
+        return self._spec
+
+    def exchange(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Drafts with other weights from now on. Raises DrafterError where they are not of this drafter's shapes."""
+        check_tensors(tensors, *block_shapes(self._spec), self._spec.format)
+        target = self._host.target.spec
+        weights = Weights(tensors, target.dtype, target.device)
+        self._backbone.exchange(weights)
+        self._head = _sequential_head(self._spec, weights, self._vocabulary.target_ids)
 
     @property
     def nbytes_per_block(self) -> int:

@@ -70,6 +70,10 @@ class Catalogue:
         """What `prepare` made and nobody uses yet."""
         return tuple(self._made)
 
+    def made(self) -> dict[str, Drafter]:
+        """By name, what `prepare` made and nobody uses yet."""
+        return dict(self._made)
+
     def watch(self, name: str, around: Callable[[Drafter], Drafter]) -> None:
         """Puts something round a drafter that `prepare` made, before anyone uses it. Raises UnknownDrafterError where there is none."""
         if name not in self._made:

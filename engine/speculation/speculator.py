@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engine.drafters.base import DraftBatch, Drafts, Progress, Remembers
+from engine.drafters.base import DraftBatch, Drafts, Exchangeable, Progress, Remembers
 from engine.drafters.builtin import PORTFOLIO, TEXT
 from engine.speculation.calibration import Calibration, Discount
 from engine.speculation.cost_model import CostModel, Load
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from engine.drafters.base import Drafter
+    from engine.drafters.base import Drafter, Listener
     from engine.drafters.builtin import Supply
     from engine.logit_rules import Constraint
     from engine.sequence import Sequence
@@ -85,11 +85,13 @@ class Speculator:
         self._drafters: dict[str, Drafter] = {}
         self._calibrations: dict[str, Calibration] = {FORCED: Calibration(PRIOR, max_sequences)}
         self._discounts: dict[str, Discount] = {FORCED: Discount()}
+        self._listener: Listener | None = None
 
     @property
     def taps(self) -> tuple[int, ...]:
         """Hidden-state indices that the drafters in use want."""
-        return tuple(sorted({tap for drafter in self._drafters.values() for tap in drafter.taps}))
+        wanted = {tap for drafter in self._drafters.values() for tap in drafter.taps}
+        return tuple(sorted(wanted if self._listener is None else wanted.union(self._listener.taps)))
 
     @property
     def cost(self) -> CostModel:
@@ -105,7 +107,24 @@ class Speculator:
         if name == PORTFOLIO:
             self._portfolio.enter(slot)
 
+    def listen(self, listener: Listener | None) -> None:
+        """Shows `listener` the hidden states of every step, and every sequence that ends."""
+        self._listener = listener
+
+    def exchange(self, name: str, tensors: dict[str, torch.Tensor]) -> bool:
+        """Drafter `name` goes on with other weights; False where it is not in use. Its record weighs less from now on."""
+        if name not in self._drafters:
+            return False
+        drafter: object = self._drafters[name]
+        if not isinstance(drafter, Exchangeable):
+            raise TypeError(f"the weights of {name} cannot be exchanged")
+        drafter.exchange(tensors)
+        self._portfolio.forget(name)
+        return True
+
     def finish(self, name: str, sequence: Sequence, *, complete: bool) -> None:
+        if self._listener is not None:
+            self._listener.finish(sequence, complete=complete)
         for member in self._members(name):
             if member in self._drafters:
                 self._drafters[member].finish(sequence, complete=complete)
@@ -230,6 +249,8 @@ class Speculator:
         for drafter in self._drafters.values():
             if drafter.taps:
                 drafter.observe(progress)
+        if self._listener is not None:
+            self._listener.observe(progress)
 
     def learn_cost(self, load: Load, seconds: float) -> None:
         self._cost.observe(load, seconds)

@@ -98,6 +98,12 @@ class BlockModule(nn.Module):
         if fc.shape[1] % len(fc) == 0:
             fc.mul_(0.1)[:, -len(fc) :].add_(torch.eye(len(fc), device=fc.device))
 
+    @torch.no_grad()
+    def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """By DeepSpec's names, all of them."""
+        for key, parameter in self.weights.items():
+            parameter.copy_(tensors[key.replace("/", ".")])
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """By DeepSpec's names."""
         return {key.replace("/", "."): parameter.detach() for key, parameter in self.weights.items()}

@@ -18,7 +18,7 @@ from engine.config import EngineConfig
 from engine.drafters.parts.confidence import bucket_of
 from engine.drafters.sources import registry_folders
 from engine.engine import Engine
-from engine.training.answers import answer, read
+from engine.training.answers import answer, hash_of, read
 from engine.training.calibrate import fit, quality, reliability
 from engine.training.evaluate import measure
 from engine.training.export import new_config, set_calibration, write_folder, write_record
@@ -64,12 +64,14 @@ def train(
     config: TrainConfig,
     benchmarks: Iterable[str] = (),
     data: Path | None = None,
+    generate_missing: bool = True,
     tell: Callable[[str], None],
 ) -> dict[str, Any]:
     """Writes a drafter to `out` and its work to `out`/training; returns the training record. Raises DrafterError for unusable input.
 
     data: folder of answers and hidden states (`out`/training where None). What another run of this target left there is used; with the
-    same prompts nothing is generated twice.
+    same prompts nothing is generated twice, and without `generate_missing` nothing at all. Answers to prompts that are to stay out are an
+    error.
     """
     parts = split(prompts, benchmarks)
     if not parts.train:
@@ -79,9 +81,9 @@ def train(
     data = data or work
     data.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    engine = Engine(loaded, EngineConfig(drafter="suffix", seed=config.seed))
-    generate(engine, parts, data, recipe=recipe, tell=tell)
-    del engine
+    if generate_missing:
+        generate(Engine(loaded, EngineConfig(drafter="suffix", seed=config.seed)), parts, data, recipe=recipe, tell=tell)
+    check_answers(parts, data)
     store_states(loaded, data, recipe, tell)
     record = fit_drafter(loaded, data, out, recipe=recipe, config=config, tell=tell)
     counts = {"trained": len(parts.train), "calibrated": len(parts.calibrate), "kept": len(parts.judged)}
@@ -97,6 +99,15 @@ def generate(engine: Engine, parts: Split, data: Path, *, recipe: Recipe, tell: 
     samples, length = recipe.samples, recipe.max_tokens
     answer(engine, parts.train, data / "answers.jsonl", samples=samples, temperature=recipe.temperature, max_tokens=length, tell=tell)
     answer(engine, parts.calibrate[:_WATCHED], data / "held.jsonl", samples=1, temperature=0.0, max_tokens=length, tell=tell)
+
+
+def check_answers(parts: Split, data: Path) -> None:
+    """Raises DrafterError where an answer in `data` is to no prompt that may be trained on."""
+    allowed = {hash_of(prompt.text) for prompt in parts.train}
+    path = data / "answers.jsonl"
+    foreign = {text.id for text in read(path) if text.id.split("-")[1] not in allowed} if path.exists() else set()
+    if foreign:
+        raise DrafterError(f"{path} holds {len(foreign)} answers to prompts that are not trained on ({min(foreign)}); use another --data")
 
 
 def store_states(loaded: LoadedModel, data: Path, recipe: Recipe, tell: Callable[[str], None]) -> None:

@@ -7,7 +7,7 @@ import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.nn import functional
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from engine.batch import FrozenParts
     from engine.checkpoints.drafters.specs import BlockSpec
-    from engine.training.states import States, StateStore
+    from engine.training.states import States
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +70,14 @@ class _Columns:
     head: torch.Tensor
 
 
+class Texts(Protocol):
+    """Where hidden states come from: a `StateStore`, or memory."""
+
+    def names(self) -> list[str]: ...
+
+    def load(self, name: str) -> States: ...
+
+
 class Trainer:
     """folder: gets `state.pt`, `log.jsonl` and `loss.png`. All randomness is a function of (seed, step): a resumed run is the same.
 
@@ -82,18 +90,19 @@ class Trainer:
         self,
         spec: BlockSpec,
         frozen: FrozenParts,
-        store: StateStore,
+        store: Texts,
         folder: Path,
         config: TrainConfig,
-        held: StateStore | None = None,
+        held: Texts | None = None,
         target: dict[str, torch.Tensor] | None = None,
+        workers: int | None = None,
     ) -> None:
-        """target: tensors of its checkpoint to begin with (`BlockModule.start_from`)."""
+        """target: tensors of its checkpoint to begin with (`BlockModule.start_from`). workers: texts at a time; None: one a thread."""
         self._spec, self._store, self._folder, self._config, self._held = spec, store, folder, config, held
         self._device = frozen.embedding.device
         self._dtype = torch.bfloat16 if _bfloat16_is_fast(self._device) else torch.float32
         # A step's matrices are small: two cores do more with a text each than with both at one product.
-        self._workers = torch.get_num_threads() if self._device.type == "cpu" else 1
+        self._workers = workers or (torch.get_num_threads() if self._device.type == "cpu" else 1)
         self._embedding = frozen.embedding.to(self._dtype)
         # The packed product of inference has no gradient; its rows are read back through it.
         identity = torch.eye(spec.layers.hidden_size, dtype=frozen.embedding.dtype, device=self._device)
@@ -115,8 +124,11 @@ class Trainer:
 
     def train(self, tell: Callable[[str], None]) -> None:
         """Runs to `config.steps`, from wherever an earlier run stopped."""
+        if self._workers == 1:
+            self._run(tell)
+            return
         threads = torch.get_num_threads()
-        torch.set_num_threads(1 if self._workers > 1 else threads)
+        torch.set_num_threads(1)
         try:
             self._run(tell)
         finally:
@@ -145,9 +157,14 @@ class Trainer:
                     done = f"step {self.step} of {self._config.steps}, {entry['seconds']} s"
                     tell(f"{done}: loss {entry['loss']}, length {entry['length']}{held}")
 
-    @torch.no_grad()
     def held_length(self, texts: int = 64) -> float:
-        """Tokens a block brings on held-out text at temperature 0, the bonus token included: drafts that are the text's own, in a row."""
+        """Mean of `held_lengths`."""
+        found = self.held_lengths(texts)
+        return sum(found) / max(len(found), 1)
+
+    @torch.no_grad()
+    def held_lengths(self, texts: int = 64) -> list[float]:
+        """Tokens a block brings on each held-out text at temperature 0: drafts in a row that are the text's own, and the bonus token."""
         assert self._held is not None
         found = []
         for name in self._held.names()[:texts]:
@@ -156,7 +173,7 @@ class Trainer:
                 made = self._forward(states, torch.linspace(0, room - 1, min(room, self._config.anchors)).long(), None)
                 same = (made.logits.argmax(-1) == made.targets) & made.valid
                 found.append(1.0 + float(torch.cumprod(same.float(), 1).sum(1).mean()))
-        return sum(found) / max(len(found), 1)
+        return found
 
     def _most_frequent(self) -> torch.Tensor:
         """int64, ascending: three quarters of `config.vocabulary` tokens."""

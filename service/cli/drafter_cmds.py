@@ -104,12 +104,20 @@ def train(
     texts: Annotated[int, typer.Option("--texts", min=1, help="Texts an optimiser step.")] = 4,
     anchors: Annotated[int, typer.Option("--anchors", min=1, help="Blocks a text and step.")] = 32,
     learning_rate: Annotated[float, typer.Option("--learning-rate", min=1e-7)] = 6e-4,
+    intermediate: Annotated[int, typer.Option("--intermediate-size", min=0, help="Of the drafter's MLPs (0: twice the hidden size).")] = 0,
+    vocabulary: Annotated[
+        int, typer.Option("--vocabulary", min=0, help="Tokens that a step compares; 0: all. A few thousand save most of a step on a CPU.")
+    ] = 0,
+    minutes: Annotated[float | None, typer.Option("--minutes", min=0.01, help="End the optimiser's steps after so long.")] = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first N prompts.")] = None,
     dtype: Annotated[str, typer.Option("--dtype")] = "float32",
     data: Annotated[
         Path | None, typer.Option("--data", help="Folder of answers and hidden states, to share among runs (default: in the drafter's).")
     ] = None,
+    generate: Annotated[
+        bool, typer.Option("--generate/--stored", help="Generate answers that are missing, or train on what there is.")
+    ] = True,
     as_json: AsJson = False,
 ) -> None:
     """Train a DSpark drafter on the model's own answers to these prompts, then calibrate it on prompts that it did not see.
@@ -123,11 +131,30 @@ def train(
         from engine.training.trainer import TrainConfig
 
         size = int(disk * (1 << 30))
-        recipe = Recipe(layers=layers, block_size=block_size, rank=rank, head=head, samples=samples, max_tokens=max_tokens, disk_bytes=size)
-        config = TrainConfig(steps=steps, texts=texts, anchors=anchors, learning_rate=learning_rate, seed=seed)
+        recipe = Recipe(
+            layers=layers,
+            block_size=block_size,
+            rank=rank,
+            head=head,
+            intermediate_size=intermediate,
+            samples=samples,
+            max_tokens=max_tokens,
+            disk_bytes=size,
+        )
+        config = TrainConfig(
+            steps=steps,
+            texts=texts,
+            anchors=anchors,
+            learning_rate=learning_rate,
+            vocabulary=vocabulary,
+            seconds=None if minutes is None else minutes * 60.0,
+            seed=seed,
+        )
         given = read_prompts(prompts)[:limit]
         kept = [prompt.text for path in benchmark or [] for prompt in read_prompts(path)]
-        record = run_training(load(model, dtype), given, out, recipe=recipe, config=config, benchmarks=kept, data=data, tell=note)
+        record = run_training(
+            load(model, dtype), given, out, recipe=recipe, config=config, benchmarks=kept, data=data, generate_missing=generate, tell=note
+        )
     if as_json:
         print_json(record)
     else:

@@ -32,11 +32,7 @@ class BlockBackbone:
         self._spec = spec
         self._eps = spec.layers.norm_eps
         layers = spec.layers
-        self._fc = weights.linear("fc")
-        self._hidden_norm = weights.take("hidden_norm.weight")
-        self._norm = weights.take("norm.weight")
-        self._layers = [take_layer(weights, layers, f"layers.{index}.") for index in range(layers.num_layers)]
-        self._context = context_projection(weights, layers)
+        self.exchange(weights)
         self._rope = read_rope(layers, weights.device)
         self._dtype, self._device = weights.dtype, weights.device
         self._block_size = block_size
@@ -44,6 +40,15 @@ class BlockBackbone:
         self._keys = [torch.zeros(shape, dtype=weights.dtype, device=weights.device) for _ in self._layers]
         self._values = [torch.zeros_like(keys) for keys in self._keys]
         self._known = np.zeros(num_blocks * block_size, bool)
+
+    def exchange(self, weights: Weights) -> None:
+        """Other weights of the same shape. Context that was taken in stays as the old ones made it."""
+        layers = self._spec.layers
+        self._fc = weights.linear("fc")
+        self._hidden_norm = weights.take("hidden_norm.weight")
+        self._norm = weights.take("norm.weight")
+        self._layers = [take_layer(weights, layers, f"layers.{index}.") for index in range(layers.num_layers)]
+        self._context = context_projection(weights, layers)
 
     @property
     def nbytes(self) -> int:

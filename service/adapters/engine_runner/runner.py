@@ -166,6 +166,7 @@ class EngineRunner:
             threads=chosen.threads,
             fixed_drafts=chosen.fixed_drafts,
             trace=chosen.trace,
+            adapt=chosen.adapt,
         )
 
 

@@ -169,6 +169,13 @@ def test_held_out_prompts_are_followed_and_data_is_shared_among_runs(loaded: Loa
     assert not [line for line in said if line.startswith(("answers", "hidden states"))]
     assert sorted(path.stat().st_mtime_ns for path in (trained / "training" / "states").iterdir()) == before
     assert record["texts"] == read_folder(trained).record["texts"]
+    # What stays out by another choice of benchmarks must not come in by way of the stored answers.
+    barred = split(PROMPTS).train[0].text
+    with pytest.raises(DrafterError, match="not trained on"):
+        train(
+            loaded, PROMPTS, tmp_path / "b", recipe=plain, config=CONFIG, benchmarks=[barred], data=trained / "training",
+            generate_missing=False, tell=said.append,
+        )  # fmt: skip
 
 
 def test_the_loss_falls_and_the_record_says_how(trained: Path) -> None:
