@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -34,3 +36,13 @@ def stranger(api: ApiServer) -> Iterator[Tenant]:
     """Another project's."""
     with api.tenant() as other:
         yield other
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """One that anybody may walk into: as root PostgreSQL runs as another user."""
+    for parent in (tmp_path, *tmp_path.parents):
+        if parent == Path(tempfile.gettempdir()):
+            break
+        parent.chmod(0o755)
+    return tmp_path

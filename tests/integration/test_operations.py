@@ -72,13 +72,6 @@ def samples(text: str) -> dict[str, float]:
 # --- a whole service ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    for parent in (tmp_path, *tmp_path.parents[:2]):
-        parent.chmod(0o755)
-    return tmp_path
-
-
 def test_a_job_as_its_operator_sees_it(folder: Path) -> None:
     """One job on `up` with every log line on: all three processes answer, the counters add up, and no log holds a word of a prompt."""
     first = free_ports(3)

@@ -9,8 +9,6 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
-
 COMMAND = [sys.executable, "-m", "service.cli.main"]
 LINES = 120
 
@@ -73,13 +71,6 @@ class Machine:
         started = [line.split() for line in messages.splitlines() if " started (pid " in line]
         pids = [int(words[-1].rstrip(")")) for words in started]
         return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
-
-
-@pytest.fixture
-def folder(tmp_path):
-    for parent in (tmp_path, *tmp_path.parents[:2]):
-        parent.chmod(0o755)  # as root PostgreSQL runs as another user, who must be able to walk in
-    return tmp_path
 
 
 def wait_for(condition, seconds=60):
