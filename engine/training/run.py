@@ -281,8 +281,9 @@ def plot_reliability(judged: Mapping[str, Judged], path: Path) -> None:
                 axes = grid[row, position]
                 axes.plot([0, 1], [0, 1], color="0.8", linewidth=1)
                 axes.plot(predicted, stood, marker="o", markersize=3, linewidth=1, label=label)
-                axes.set(title=f"{name}, drafts 1..{position + 1}" if position else f"{name}, draft 1", xlim=(0, 1), ylim=(0, 1))
-        grid[row, 0].set_ylabel("stood")
+                axes.set_title(f"drafts 1 to {position + 1}" if position else "draft 1", fontsize="small")
+                axes.set(xlim=(0, 1), ylim=(0, 1))
+        grid[row, 0].set_ylabel(f"{name}\nstood", fontsize="small")
         grid[row, 0].legend(fontsize="small")
     figure.supxlabel("predicted chance (15 bins of equal mass)")
     figure.savefig(path, dpi=110)
