@@ -196,6 +196,18 @@ CHECKS: Sequence[Check] = (
         measured,
     ),
     Check(
+        "drafters/exactness",
+        "every drafter and the portfolio change no greedy answer and no distribution; choosing by realised drafts is shown to be biased",
+        pytest("tests/unit/engine/test_drafter_exactness.py", "tests/unit/engine/drafters"),
+        tests_pass,
+    ),
+    Check(
+        "drafters/training",
+        "training resumes to the same weights, keeps judged and benchmark prompts out, calibrates; adapting exchanges only for better",
+        pytest("tests/unit/engine/training"),
+        tests_pass,
+    ),
+    Check(
         "costs/ledger-sequences",
         "O1-O7 hold after 2,000 random sequences of submit, run, crash, retry, cancel, expire, reprice, reverse",
         module("tests.acceptance.ledger_sequences"),
