@@ -89,7 +89,10 @@ def run(name: str, environment: Mapping[str, str], log: str) -> None:
     for standard in (1, 2):
         os.dup2(descriptor, standard)
     point, _, countdown = environment.get("FAULT", "").partition(":")
-    trap = Trap(point, int(countdown or 1), int(environment.get("FAULT_SIGNAL", signal.SIGKILL)))
+    number = int(environment.get("FAULT_SIGNAL", signal.SIGKILL))
+    if number != signal.SIGKILL:
+        signal.signal(number, signal.SIG_DFL)  # shells start what runs in the background with some signals ignored
+    trap = Trap(point, int(countdown or 1), number)
     if skew := float(environment.get("FAULT_CLOCK", 0)):
         real = time.time
         time.time = lambda: real() + skew
