@@ -16,6 +16,7 @@ import torch
 
 import kernels
 from engine.batch import ForwardBatch
+from engine.types import COLDEST
 from kernels.reference.sampling import NO_DRAFT, Mode, SampleRows
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ class DecodePipeline:
         row = torch.zeros(state.tables.shape[1], dtype=torch.int32)
         row[: len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
         state.tables[slot].copy_(row, non_blocking=True)
-        mode = Mode.GREEDY if temperature == 0.0 else Mode.SEEDED
+        mode = Mode.GREEDY if temperature < COLDEST else Mode.SEEDED
         values = (
             (state.last, last),
             (state.length, length),
