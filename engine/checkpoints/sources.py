@@ -62,6 +62,8 @@ def fetch(
         inside = sorted(path.glob("*.gguf"))
         if not (path / "config.json").exists() and len(inside) == 1:
             return _convert_file(inside[0], cache, shared, tell)
+        if (made := _converted_from(path)) is not None:
+            return LocalCheckpoint(made.name, made.revision, path)
         return LocalCheckpoint(path.resolve().name, revision or _folder_revision(path), path)
     if path.is_file():
         if path.suffix != ".gguf":
@@ -99,6 +101,11 @@ def _find_in_hub_cache(source: str, revision: str | None) -> Path | None:
 
 def _packaged_folder(model: PackagedModel, cache: Path) -> Path:
     return cache / "models" / f"{model.name}-{model.revision}-v{CONVERSION}"
+
+
+def _converted_from(path: Path) -> PackagedModel | None:
+    """The packaged model of which a folder is the conversion, by the name that conversions have: it is the same model by either name."""
+    return next((model for model in PACKAGED.values() if _packaged_folder(model, path).name == path.resolve().name), None)
 
 
 def _fetch_packaged(model: PackagedModel, cache: Path, shared: SharedFolders | None, tell: Callable[[str], None]) -> LocalCheckpoint:

@@ -11,7 +11,7 @@ from engine.checkpoints.drafters.check import block_shapes, check_target, check_
 from engine.checkpoints.drafters.errors import DrafterError
 from engine.checkpoints.drafters.formats import block_spec
 from engine.drafters.parts.block import BlockBackbone, Carried
-from engine.drafters.parts.confidence import ConfidenceBins
+from engine.drafters.parts.confidence import CHAINED, ConfidenceBins
 from engine.drafters.parts.draws import Draws
 from engine.drafters.parts.frozen import vocabulary
 from engine.drafters.parts.layers import Weights
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 
     Ints = NDArray[np.int64]
 
-_CHAINED = 2
-"""Blocks whose positions the calibration tells apart; drafts of further chained blocks share the last position."""
-
 
 class DSparkDrafter:
     """Drafts blocks of `spec.block_size` slots; longer drafts chain blocks, each anchored at the last draft before it.
@@ -48,7 +45,7 @@ class DSparkDrafter:
         self._host = host
         self._vocabulary: Vocabulary = vocabulary(weights, host.target.frozen(), scale=spec.embedding_scale, soft_cap=spec.logit_soft_cap)
         self._head = _sequential_head(spec, weights, self._vocabulary.target_ids)
-        self._bins = ConfidenceBins(spec.drafts_per_block * _CHAINED, temperatures_fitted, known=spec.confidence)
+        self._bins = ConfidenceBins(spec.drafts_per_block * CHAINED, temperatures_fitted, known=spec.confidence)
         self.prior = self._bins.prior
         self._backbone = BlockBackbone(spec, weights, num_blocks=host.num_blocks, block_size=host.block_size)
         self._device = weights.device

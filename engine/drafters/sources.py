@@ -147,28 +147,42 @@ def _inside(directory: Path | None, spec: ModelSpec) -> list[Source]:
 
 
 def _beside(directory: Path | None, spec: ModelSpec) -> list[Source]:
-    return [] if directory is None else _in_folder(directory / BESIDE, spec, None)
+    return [] if directory is None else _in_folder(directory / BESIDE, spec, registered=False)
 
 
 def _registered(spec: ModelSpec) -> list[Source]:
     found: list[Source] = []
     for place in registry_folders():
-        found += _in_folder(place, spec, spec.name)
+        found += _in_folder(place, spec, registered=True)
     return found
 
 
-def _in_folder(place: Path, spec: ModelSpec, target: str | None) -> list[Source]:
+def _in_folder(place: Path, spec: ModelSpec, *, registered: bool) -> list[Source]:
     found = []
     for path in sorted(place.iterdir()) if place.is_dir() else []:
         if not (path / "config.json").is_file():
             continue
         try:
             folder = read_folder(path)
-            if target is None or folder.record.get("target") == target:
+            if not registered or _made_for(folder, spec):
                 found.append(from_folder(folder, spec))
         except DrafterError as error:
             _log.warning("the drafter in %s is not used: %s", path, error)
     return found
+
+
+def _made_for(folder: DrafterFolder, spec: ModelSpec) -> bool:
+    """By its record: trained on this model's answers and hidden states, of this revision where it names one."""
+    if folder.record.get("target") != spec.name:
+        return False
+    revision = folder.record.get("target_revision")
+    if revision in (None, spec.revision):
+        return True
+    _log.warning(
+        "the drafter in %s is not used: it was trained for revision %s of %s, and this is %s; it can still be asked for by name",
+        folder.path, revision, spec.name, spec.revision,
+    )  # fmt: skip
+    return False
 
 
 def _block_bytes(spec: BlockSpec) -> int:

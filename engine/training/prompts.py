@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -32,9 +33,26 @@ class Split:
     judged: tuple[Prompt, ...]
 
 
+def digest(text: str) -> str:
+    """Sixteen hex digits that stand for what the prompt says; white space and case do not count."""
+    return hashlib.sha256(normal(text).encode()).hexdigest()[:16]
+
+
 def part_of(text: str) -> int:
-    """0 to 9, by what the prompt says; white space and case do not count."""
-    return int.from_bytes(hashlib.sha256(normal(text).encode()).digest()[:8]) % 10
+    """0 to 9, by the prompt's digest."""
+    return part_of_digest(digest(text))
+
+
+def part_of_digest(value: str) -> int:
+    return int(value, 16) % 10
+
+
+def may_train(part: int) -> bool:
+    return part > _CALIBRATED
+
+
+def may_calibrate(part: int) -> bool:
+    return part == _CALIBRATED
 
 
 def normal(text: str) -> str:
@@ -54,6 +72,16 @@ def split(prompts: Iterable[Prompt], benchmarks: Iterable[str] = ()) -> Split:
         part = _JUDGED if key in excluded else part_of(prompt.text)
         parts[min(part, 2)].append(prompt)
     return Split(tuple(parts[2]), tuple(parts[_CALIBRATED]), tuple(parts[_JUDGED]))
+
+
+def balanced(prompts: Iterable[Prompt], each: int) -> list[Prompt]:
+    """The first `each` prompts of every domain, or all where there are fewer; the domains take turns."""
+    by_domain: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        rows = by_domain.setdefault(prompt.domain, [])
+        if len(rows) < each:
+            rows.append(prompt)
+    return [prompt for row in zip_longest(*by_domain.values()) for prompt in row if prompt is not None]
 
 
 def read_prompts(path: Path) -> list[Prompt]:

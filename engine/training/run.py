@@ -15,7 +15,7 @@ from engine.checkpoints.drafters.folder import read_folder
 from engine.checkpoints.drafters.formats import block_spec
 from engine.checkpoints.tensors import read_tensors
 from engine.config import EngineConfig
-from engine.drafters.parts.confidence import bucket_of
+from engine.drafters.parts.confidence import CHAINED, bucket_of
 from engine.drafters.sources import registry_folders
 from engine.engine import Engine
 from engine.training.answers import answer, hash_of, read
@@ -23,6 +23,7 @@ from engine.training.calibrate import fit, quality, reliability
 from engine.training.evaluate import measure
 from engine.training.export import new_config, set_calibration, write_folder, write_record
 from engine.training.prompts import split
+from engine.training.provenance import note_prompts
 from engine.training.states import StateStore
 from engine.training.trainer import TrainConfig, Trainer, plot
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from engine.training.calibrate import Quality
     from engine.training.evaluate import Measured
     from engine.training.prompts import Prompt, Split
+    from engine.training.provenance import Provenance
 
 _WATCHED = 64
 """Prompts whose acceptance length is followed while training: of those that calibrate, so that none is trained on or judged by."""
@@ -73,6 +75,7 @@ def train(
     same prompts nothing is generated twice, and without `generate_missing` nothing at all. Answers to prompts that are to stay out are an
     error.
     """
+    benchmarks = list(benchmarks)
     parts = split(prompts, benchmarks)
     if not parts.train:
         raise DrafterError("no prompt is left to train on: a hash-chosen fifth is kept for calibration and judging; give more prompts")
@@ -89,6 +92,7 @@ def train(
     counts = {"trained": len(parts.train), "calibrated": len(parts.calibrate), "kept": len(parts.judged)}
     record |= {"prompts": counts, "seconds": round(time.monotonic() - started, 1)}
     write_record(out, record)
+    note_trained(out, parts, data, benchmarks)
     if parts.calibrate:
         calibrate(loaded, out, parts.calibrate, max_tokens=recipe.max_tokens, tell=tell)
     return record
@@ -102,12 +106,25 @@ def generate(engine: Engine, parts: Split, data: Path, *, recipe: Recipe, tell: 
 
 
 def check_answers(parts: Split, data: Path) -> None:
-    """Raises DrafterError where an answer in `data` is to no prompt that may be trained on."""
+    """Raises DrafterError where an answer in `data`, or its hidden states, are of no prompt that may be trained on."""
     allowed = {hash_of(prompt.text) for prompt in parts.train}
     path = data / "answers.jsonl"
-    foreign = {text.id for text in read(path) if text.id.split("-")[1] not in allowed} if path.exists() else set()
-    if foreign:
-        raise DrafterError(f"{path} holds {len(foreign)} answers to prompts that are not trained on ({min(foreign)}); use another --data")
+    there = {text.id for text in read(path)} if path.exists() else set()
+    there.update(state.stem for state in (data / "states").glob("*.safetensors"))
+    if foreign := {name for name in there if name.split("-")[1] not in allowed}:
+        raise DrafterError(f"{data} holds {len(foreign)} answers to prompts that are not trained on ({min(foreign)}); use another --data")
+
+
+def note_trained(folder: Path, parts: Split, data: Path, benchmarks: Iterable[str]) -> Provenance:
+    """Records beside a drafter what it was trained on (the prompts whose hidden states lie in `data`) and followed by, and what had to
+    stay out."""
+    used = {path.stem.split("-")[1] for name in ("states", "held") for path in (data / name).glob("*.safetensors")}
+    return note_prompts(
+        folder,
+        trained=[prompt.text for prompt in parts.train if hash_of(prompt.text) in used],
+        calibrated=[prompt.text for prompt in parts.calibrate if hash_of(prompt.text) in used],
+        benchmarks=benchmarks,
+    )
 
 
 def store_states(loaded: LoadedModel, data: Path, recipe: Recipe, tell: Callable[[str], None]) -> None:
@@ -150,6 +167,8 @@ def calibrate(
 ) -> dict[str, Any]:
     """Fits one temperature a position and bucket on these prompts and writes them beside the drafter; returns what was written.
 
+    Drafts of a second, chained block have temperatures of their own: what it is anchored at is a draft itself.
+
     Raises DrafterError for a drafter without a confidence head.
     """
     found = read_folder(folder)
@@ -159,7 +178,8 @@ def calibrate(
     temperatures: dict[str, list[float]] = {}
     quality_of: dict[str, dict[str, Any]] = {}
     for temperature in FITTED_AT:
-        got = measure(loaded, str(folder), prompts, temperature=temperature, drafts=spec.drafts_per_block, max_tokens=max_tokens)
+        width = spec.drafts_per_block * CHAINED
+        got = measure(loaded, str(folder), prompts, temperature=temperature, drafts=width, max_tokens=max_tokens)
         if not len(got.logits):
             tell(f"calibration at temperature {temperature}: no whole block was drafted, so nothing is fitted")
             continue
@@ -171,6 +191,7 @@ def calibrate(
         tell(f"calibration at temperature {temperature}: error {before.ece.mean():.4f} before, {after.ece.mean():.4f} after")
     calibration = {"temperatures": temperatures, "fitted": quality_of}
     set_calibration(found, calibration)
+    note_prompts(folder, calibrated=[prompt.text for prompt in prompts])
     return calibration
 
 
@@ -216,7 +237,7 @@ def evaluate(
     found: dict[str, Judged] = {}
     for drafter in drafters:
         got = measure(loaded, drafter, prompts, temperature=temperature, drafts=drafts, max_tokens=max_tokens, max_sequences=max_sequences)
-        found[_name(drafter)] = judged = Judged(got, _fitted(drafter, temperature))
+        found[_name(drafter)] = judged = Judged(got, fitted(drafter, temperature))
         tell(f"{_name(drafter)}: {judged.row()}")
     return found
 
@@ -289,7 +310,8 @@ def plot_reliability(judged: Mapping[str, Judged], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _fitted(drafter: str, temperature: float) -> list[float]:
+def fitted(drafter: str, temperature: float) -> list[float]:
+    """Temperatures of a drafter's confidence at a temperature of sampling, by position; empty where none were fitted."""
     path = _folder(drafter)
     bucket = str(int(bucket_of(np.array([temperature]))[0]))
     return [] if path is None else list(read_folder(path).calibration.get("temperatures", {}).get(bucket, []))

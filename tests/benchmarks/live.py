@@ -6,13 +6,15 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from engine.checkpoints import DEFAULT_MODEL, LoadedModel, default_cache_dir, load_model
 from engine.config import EngineConfig
+from engine.drafters.sources import BESIDE
 from engine.engine import Engine
 from engine.profile import Profiles
 from engine.stats import EngineStats
@@ -63,6 +65,17 @@ def load(options: argparse.Namespace) -> LoadedModel:
     return load_model(options.model, dtype=options.dtype, device="auto")
 
 
+def with_drafters(loaded: LoadedModel, drafters: Sequence[Path], where: Path) -> LoadedModel:
+    """The same model, as if exactly these drafters had been packed with it: what `auto` and `portfolio` use. `where`: an empty folder."""
+    for item in loaded.directory.iterdir():
+        if item.name != BESIDE:
+            (where / item.name).symlink_to(item.resolve())
+    (where / BESIDE).mkdir()
+    for folder in drafters:
+        (where / BESIDE / folder.name).symlink_to(folder.resolve())
+    return replace(loaded, directory=where)
+
+
 def read_requests(paths: Sequence[Path], loaded: LoadedModel, *, max_tokens: int | None = None) -> list[Request]:
     """The lines of OpenAI batch files as greedy requests, in order; prompts that occur twice only once."""
     tokenizer, found = Tokenizer(loaded.tokenizer), dict[tuple[int, ...], Request]()
@@ -98,6 +111,44 @@ def run(loaded: LoadedModel, config: EngineConfig, requests: Iterable[Request], 
             progress.advance(bar)
     block = engine.limits.block_bytes
     return Run(ends[-1], results, ends, engine.stats(), engine.limits.num_blocks * block, block)
+
+
+class Steps:
+    """Progress of a benchmark of `count` measurements: which one is under way, how far it is, and when all will be done."""
+
+    def __init__(self, count: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self._console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._bars = Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
+        self._count, self._done, self._seconds = count, 0, 0.0
+
+    def __enter__(self) -> Steps:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def skip(self, label: str) -> None:
+        """Measured by an earlier run."""
+        self._count -= 1
+        self._console.print(f"{label}: measured before", highlight=False)
+
+    @contextmanager
+    def one(self, label: str) -> Iterator[Callable[[int, int], None]]:
+        """Yields what is to be called with how much of it is done, and of how much."""
+        bar, started = self._bars.add_task(label, total=None), time.perf_counter()
+        try:
+            yield lambda done, of: self._bars.update(bar, completed=done, total=of)
+        finally:
+            self._bars.remove_task(bar)
+        self._done, self._seconds = self._done + 1, self._seconds + time.perf_counter() - started
+        left = self._seconds / self._done * (self._count - self._done)
+        about = f"{self._done} of {self._count}, about {left / 60:.1f} minutes left" if self._done < self._count else "done"
+        self._console.print(f"{label}: {time.perf_counter() - started:.1f} s ({about})", highlight=False)
 
 
 def copies(requests: Sequence[Request], count: int) -> list[Request]:

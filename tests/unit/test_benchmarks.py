@@ -7,7 +7,16 @@ import sys
 
 import pytest
 
-from tests.benchmarks import json_schema, memory_budget, n_answers, offline_engines, replay_accuracy, shared_prompts, speculation_pays
+from tests.benchmarks import (
+    drafter_quality,
+    json_schema,
+    memory_budget,
+    n_answers,
+    offline_engines,
+    replay_accuracy,
+    shared_prompts,
+    speculation_pays,
+)
 from tests.tiny_model import make_tiny_model
 
 
@@ -94,6 +103,42 @@ def test_n_answers(run):
     assert one < several
     assert result["distinct_answers"] == 4
     assert result["pass"]
+
+
+def test_drafter_quality(run, model, tmp_path):
+    """On a drafter that was hardly trained; run again, nothing is measured anew."""
+    from engine.checkpoints import load_model
+    from engine.training.prompts import Prompt, part_of
+    from engine.training.run import Recipe, train
+    from engine.training.trainer import TrainConfig
+
+    loaded = load_model(str(model))
+    texts = [f"count to {number}" for number in range(80)]
+    prompts = [Prompt(text, ("math", "code")[number % 2]) for number, text in enumerate(texts)]
+    for name, rank in (("spark", 4), ("flash", 0)):
+        recipe, config = Recipe(layers=1, block_size=4, rank=rank, samples=1, max_tokens=12), TrainConfig(steps=2, checkpoint_every=1)
+        train(loaded, prompts, tmp_path / name, recipe=recipe, config=config, data=tmp_path, tell=lambda _: None)
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": prompt.text, "domain": prompt.domain}) + "\n" for prompt in prompts))
+    drafters = [f"--drafter={tmp_path / name}" for name in ("spark", "flash")]
+    options = ["--prompts", path, "--each", 3, "--max-tokens", 24, "--out", tmp_path / "out", *drafters]
+    result = run(drafter_quality, *options)
+    kept_out = sum(part_of(text) == 0 for text in texts)
+    assert 2 <= sum(result["prompts"].values()) <= min(6, kept_out)
+    assert set(result["temperatures"]) == {"0", "1"}
+    rows = result["temperatures"]["1"]["drafters"]
+    assert set(rows) == {"ngram", "suffix", "spark", "flash", "portfolio"}
+    assert rows["spark"]["macro"] >= 1.0
+    low, high = result["temperatures"]["0"]["over_dflash"]["spark"][1:]
+    assert low <= result["temperatures"]["0"]["over_dflash"]["spark"][0] <= high
+    assert len(rows["spark"]["details"]["calibration"]["auc"]) == 7
+    assert any("macro" in problem for problem in result["missed"]) == (result["temperatures"]["0"]["drafters"]["spark"]["macro"] < 2)
+    assert [len(rows) for rows in result["curves"].values()] == [2, 2]
+    files = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert {"evaluation.json", "evaluation.md", "acceptance.png", "reliability-0.png", "reliability-1.png"} <= set(files)
+    assert run(drafter_quality, *options) == result
+    again = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert {name for name in files if again[name] == files[name]} == {name for name in files if name.endswith(".npz")}
 
 
 def test_the_best_of_each_side_is_compared():

@@ -20,6 +20,8 @@ EDGES = (0.0, 0.7, 1.1)
 """Bucket 0 is greedy, 1 up to 0.7, 2 up to 1.1, 3 above."""
 BUCKETS = len(EDGES) + 1
 LEVELS = 16
+CHAINED = 2
+"""Blocks whose positions are told apart; drafts of further chained blocks share the last position."""
 _UNKNOWN_RATE = 0.6
 
 
