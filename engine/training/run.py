@@ -22,7 +22,7 @@ from engine.training.answers import answer, hash_of, read
 from engine.training.calibrate import fit, quality, reliability
 from engine.training.evaluate import measure
 from engine.training.export import new_config, set_calibration, write_folder, write_record
-from engine.training.prompts import split
+from engine.training.prompts import balanced, split
 from engine.training.provenance import note_prompts
 from engine.training.states import StateStore
 from engine.training.trainer import TrainConfig, Trainer, plot
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from engine.training.prompts import Prompt, Split
     from engine.training.provenance import Provenance
 
-_WATCHED = 64
-"""Prompts whose acceptance length is followed while training: of those that calibrate, so that none is trained on or judged by."""
+_WATCHED_EACH = 8
+"""Prompts of each domain whose acceptance length is followed while training; none of them is trained on or judged by."""
 FITTED_AT = (0.0, 1.0)
 """Temperatures whose buckets are calibrated; the others begin uncalibrated and learn from every outcome."""
 
@@ -88,7 +88,8 @@ def train(
         generate(Engine(loaded, EngineConfig(drafter="suffix", seed=config.seed)), parts, data, recipe=recipe, tell=tell)
     check_answers(parts, data)
     store_states(loaded, data, recipe, tell)
-    record = fit_drafter(loaded, data, out, recipe=recipe, config=config, tell=tell)
+    domains = {hash_of(prompt.text): prompt.domain for prompt in (*parts.train, *parts.calibrate)}
+    record = fit_drafter(loaded, data, out, recipe=recipe, config=config, domains=domains, tell=tell)
     counts = {"trained": len(parts.train), "calibrated": len(parts.calibrate), "kept": len(parts.judged)}
     record |= {"prompts": counts, "seconds": round(time.monotonic() - started, 1)}
     write_record(out, record)
@@ -102,7 +103,8 @@ def generate(engine: Engine, parts: Split, data: Path, *, recipe: Recipe, tell: 
     """The target's own answers: `recipe.samples` to each prompt that trains, and a greedy one to those that only show how training goes."""
     samples, length = recipe.samples, recipe.max_tokens
     answer(engine, parts.train, data / "answers.jsonl", samples=samples, temperature=recipe.temperature, max_tokens=length, tell=tell)
-    answer(engine, parts.calibrate[:_WATCHED], data / "held.jsonl", samples=1, temperature=0.0, max_tokens=length, tell=tell)
+    watched = balanced(parts.calibrate, _WATCHED_EACH)
+    answer(engine, watched, data / "held.jsonl", samples=1, temperature=0.0, max_tokens=length, tell=tell)
 
 
 def check_answers(parts: Split, data: Path) -> None:
@@ -136,15 +138,27 @@ def store_states(loaded: LoadedModel, data: Path, recipe: Recipe, tell: Callable
 
 
 def fit_drafter(
-    loaded: LoadedModel, data: Path, out: Path, *, recipe: Recipe, config: TrainConfig, tell: Callable[[str], None]
+    loaded: LoadedModel,
+    data: Path,
+    out: Path,
+    *,
+    recipe: Recipe,
+    config: TrainConfig,
+    domains: Mapping[str, str] | None = None,
+    tell: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Trains on the hidden states in `data` and writes the drafter to `out`; goes on from a checkpoint in `out`/training."""
+    """Trains on the hidden states in `data` and writes the drafter to `out`; goes on from a checkpoint in `out`/training.
+
+    domains: by the hash of a prompt; answers of all domains are drawn alike. One domain where None.
+    """
     work = out / "training"
     work.mkdir(parents=True, exist_ok=True)
     shape = drafter_config(loaded, recipe)
     store, held = StateStore(data / "states", recipe.disk_bytes), StateStore(data / "held", recipe.disk_bytes)
     target = read_tensors(loaded.directory)
-    trainer = Trainer(block_spec(shape), loaded.model.frozen(), store, work, config, held if held.names() else None, target)
+    watched = held if held.names() else None
+    domain_of = {name: (domains or {}).get(name.split("-")[1], "other") for name in (*store.names(), *held.names())}
+    trainer = Trainer(block_spec(shape), loaded.model.frozen(), store, work, config, watched, target, domain_of=domain_of)
     trainer.train(tell)
     plot(work)
     record = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -16,12 +17,16 @@ from engine.training.losses import Losses, block_losses
 from engine.training.module import BlockModule
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from engine.batch import FrozenParts
     from engine.checkpoints.drafters.specs import BlockSpec
     from engine.training.states import States
+
+
+_WALKED = 128
+"""Blocks at a time of a held-out text; each takes a row of the whole vocabulary a slot."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +89,7 @@ class Trainer:
     Trains where the target's embedding lies; where bfloat16 is fast, products are in it, and weights, norms, losses and the optimiser in
     float32.
     held: states of greedily answered prompts that are not trained on; at every checkpoint the log gets their acceptance length.
+    domain_of: by a text's name; texts of all domains are drawn alike, however many each has. None: every text alike.
     """
 
     def __init__(
@@ -96,6 +102,7 @@ class Trainer:
         held: Texts | None = None,
         target: dict[str, torch.Tensor] | None = None,
         workers: int | None = None,
+        domain_of: Mapping[str, str] | None = None,
     ) -> None:
         """target: tensors of its checkpoint to begin with (`BlockModule.start_from`). workers: texts at a time; None: one a thread."""
         self._spec, self._store, self._folder, self._config, self._held = spec, store, folder, config, held
@@ -110,6 +117,9 @@ class Trainer:
         self._names = store.names()
         if not self._names:
             raise ValueError(f"there are no hidden states to train on in {folder}")
+        self._domain_of = domain_of or {}
+        shares = Counter(self._domain_of.get(name) for name in self._names)
+        self._chances = torch.tensor([1.0 / shares[self._domain_of.get(name)] for name in self._names], dtype=torch.float64)
         self.module = BlockModule(spec, config.seed, self._device)
         if target is not None:
             self.module.start_from(target)
@@ -148,32 +158,47 @@ class Trainer:
                 entry = self._entry(losses) | {"seconds": round(seconds, 3)}
                 saved = self.step % self._config.checkpoint_every == 0 or self._progress() >= 1.0
                 if saved and self._held is not None:
-                    entry |= {"held_length": round(self.held_length(), 4)}
+                    entry |= {"held_length": {name: round(length, 4) for name, length in self.held_length().items()}}
                 with (self._folder / "log.jsonl").open("a", encoding="utf-8") as log:
                     log.write(json.dumps(entry) + "\n")
                 if saved:
                     self._save()
-                    held = f", held-out length {entry['held_length']}" if "held_length" in entry else ""
+                    held = f", held-out length {entry['held_length']['macro']}" if "held_length" in entry else ""
                     done = f"step {self.step} of {self._config.steps}, {entry['seconds']} s"
                     tell(f"{done}: loss {entry['loss']}, length {entry['length']}{held}")
 
-    def held_length(self, texts: int = 64) -> float:
-        """Mean of `held_lengths`."""
-        found = self.held_lengths(texts)
-        return sum(found) / max(len(found), 1)
+    def held_length(self) -> dict[str, float]:
+        """Mean of `held_lengths` by domain, and `macro`, the mean of the domains."""
+        assert self._held is not None
+        found: dict[str, list[float]] = {}
+        for name, length in zip(self._held.names(), self.held_lengths(), strict=True):
+            found.setdefault(self._domain_of.get(name, "other"), []).append(length)
+        means = {domain: sum(lengths) / len(lengths) for domain, lengths in sorted(found.items())}
+        return means | {"macro": sum(means.values()) / max(len(means), 1)}
 
     @torch.no_grad()
-    def held_lengths(self, texts: int = 64) -> list[float]:
-        """Tokens a block brings on each held-out text at temperature 0: drafts in a row that are the text's own, and the bonus token."""
+    def held_lengths(self) -> list[float]:
+        """Tokens a step, the bonus token included, that whole blocks bring on each held-out text at temperature 0.
+
+        A text is walked as the engine walks it, a block after what the last one brought: chances averaged over all places would count the
+        long runs more often than they are met.
+        """
         assert self._held is not None
         found = []
-        for name in self._held.names()[:texts]:
+        for name in self._held.names():
             states = self._held.load(name)
-            if room := self._room(states):
-                made = self._forward(states, torch.linspace(0, room - 1, min(room, self._config.anchors)).long(), None)
-                same = (made.logits.argmax(-1) == made.targets) & made.valid
-                found.append(1.0 + float(torch.cumprod(same.float(), 1).sum(1).mean()))
+            room, length = self._room(states), 1.0
+            if room:
+                runs = [self._runs(states, part) for part in torch.arange(room).split(_WALKED)]
+                length = _walk(torch.cat(runs).tolist())
+            found.append(length)
         return found
+
+    def _runs(self, states: States, picked: torch.Tensor) -> torch.Tensor:
+        """int64 [A]: how many drafts in a row are the text's own, of blocks at `picked`."""
+        made = self._forward(states, picked, None)
+        same = (made.logits.argmax(-1) == made.targets) & made.valid
+        return torch.cumprod(same.long(), 1).sum(1)
 
     def _most_frequent(self) -> torch.Tensor:
         """int64, ascending: three quarters of `config.vocabulary` tokens."""
@@ -203,7 +228,7 @@ class Trainer:
 
     def _read(self, step: int) -> tuple[list[States], torch.Generator]:
         generator = torch.Generator().manual_seed(self._config.seed * 1_000_003 + step)
-        chosen = torch.randint(len(self._names), (self._config.texts,), generator=generator).tolist()
+        chosen = torch.multinomial(self._chances, self._config.texts, replacement=True, generator=generator).tolist()
         return [self._store.load(self._names[index]) for index in chosen], generator
 
     def _one_step(self, texts: list[States], generator: torch.Generator) -> Losses:
@@ -319,7 +344,9 @@ def plot(folder: Path) -> Path | None:
     left.set(xlabel="step", title="loss")
     if held:
         beside = right.twinx()
-        beside.plot(*zip(*held, strict=True), color="black", label="held-out length (right axis)")
+        for name in held[-1][1]:
+            style = {"color": "black", "linewidth": 2.0} if name == "macro" else {"linestyle": "--", "linewidth": 1.0}
+            beside.plot([step for step, _ in held], [lengths[name] for _, lengths in held], label=f"held out, {name} (right axis)", **style)
         beside.legend(fontsize="small", loc="lower right")
     right.set(xlabel="step", title="chance of acceptance, given the slots before", ylim=(0, 1))
     for axes in (left, right):
@@ -327,6 +354,14 @@ def plot(folder: Path) -> Path | None:
     path = folder / "loss.png"
     figure.savefig(path, dpi=120)
     return path
+
+
+def _walk(runs: list[int]) -> float:
+    """Tokens a step over a text where a block at place i has `runs[i]` drafts that stand."""
+    place = steps = 0
+    while place < len(runs):
+        place, steps = place + 1 + runs[place], steps + 1
+    return place / steps
 
 
 def _bfloat16_is_fast(device: torch.device) -> bool:

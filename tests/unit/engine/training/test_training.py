@@ -21,7 +21,7 @@ from engine.training.module import BlockModule
 from engine.training.prompts import Prompt, part_of, read_prompts, split
 from engine.training.run import Recipe, drafter_config, evaluate, plot_reliability, train
 from engine.training.states import StateStore, forward_states
-from engine.training.trainer import TrainConfig, Trainer
+from engine.training.trainer import TrainConfig, Trainer, _walk
 from service.cli.main import app
 from tests.tiny_model import make_tiny_model
 from tests.unit.engine.drafters.plain import block_hidden
@@ -161,7 +161,7 @@ def test_states_of_several_texts_in_one_forward_are_those_of_each(loaded: Loaded
 def test_held_out_prompts_are_followed_and_data_is_shared_among_runs(loaded: LoadedModel, trained: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (trained / "training" / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "held_length" in row] == [4, 8, 12]
-    assert all(1.0 <= row["held_length"] <= 5.0 for row in rows if "held_length" in row)
+    assert all(1.0 <= row["held_length"]["macro"] <= 5.0 for row in rows if "held_length" in row)
     said: list[str] = []
     before = sorted(path.stat().st_mtime_ns for path in (trained / "training" / "states").iterdir())
     plain = Recipe(layers=1, block_size=4, rank=0, samples=1, max_tokens=16)
@@ -176,6 +176,25 @@ def test_held_out_prompts_are_followed_and_data_is_shared_among_runs(loaded: Loa
             loaded, PROMPTS, tmp_path / "b", recipe=plain, config=CONFIG, benchmarks=[barred], data=trained / "training",
             generate_missing=False, tell=said.append,
         )  # fmt: skip
+
+
+def test_texts_of_all_domains_are_drawn_alike_however_many_each_has(loaded: LoadedModel, trained: Path, tmp_path: Path) -> None:
+    spec = block_spec(read_folder(trained).config)
+    store = StateStore(trained / "training" / "states", 1 << 30)
+    names = store.names()
+    rare = set(names[:2])
+    trainer = Trainer(
+        spec, loaded.model.frozen(), store, tmp_path, CONFIG, domain_of={name: "rare" if name in rare else "common" for name in names}
+    )
+    few = {tuple(store.load(name).tokens.tolist()) for name in rare}
+    drawn = [tuple(states.tokens.tolist()) in few for step in range(200) for states in trainer._read(step)[0]]
+    assert len(names) > 8
+    assert np.mean(drawn) == pytest.approx(0.5, abs=0.1)
+
+
+def test_a_held_out_text_is_walked_as_the_engine_walks_it() -> None:
+    # Steps at places 0, 3, 4 and 6: the run that place 1 would have had is never met.
+    assert _walk([2, 9, 9, 0, 1, 9, 0]) == 7 / 4
 
 
 def test_the_loss_falls_and_the_record_says_how(trained: Path) -> None:
