@@ -14,6 +14,7 @@ import torch
 
 from engine.accounting import charge, estimate
 from engine.config import EngineConfig, derive_limits
+from engine.device_rules import DeviceRules
 from engine.drafters.base import Host, Progress
 from engine.drafters.builtin import OFF
 from engine.drafters.registry import Catalogue, UnknownDrafterError
@@ -129,8 +130,9 @@ class Engine:
         self._adapting = self._adapter(loaded) if config.adapt else None
         self._recorder = Recorder.of(config, spec, self.limits, points, self.drafters)
         self._table = RowTable(self.limits.max_sequences, entropy)
-        self._rules = LogitRules()
-        self._logprobs = Logprobs()
+        late = self._runner.latest is not None
+        self._rules: DeviceRules | LogitRules = DeviceRules(spec.vocab_size, spec.device) if late else LogitRules()
+        self._logprobs = Logprobs(late=late)
         tokenizer = self.tokenizer
         self.grammars = Compiler(lambda: Vocabulary.of(tokenizer, spec.vocab_size, spec.eos_token_ids))
         """Compiles what requests want their answers to look like; who submits a grammar early finds it ready."""
@@ -301,8 +303,7 @@ class Engine:
         flight = self._flight
         if flight is None:
             return False
-        promised = [live.sequence for live in flight.lives if live.sequence.promised]
-        if any(self._rules.reads_text(sequence) or self._logprobs.wants(sequence) for sequence in promised):
+        if any(live.sequence.promised and self._rules.constraint(live.sequence) is not None for live in flight.lives):
             return False
         if not self._scheduler.grows_freely():  # who is preempted starts again from its text
             return False
@@ -381,8 +382,9 @@ class Engine:
         timing = self._clock.start()
         output = self._runner.run(step, self._speculator.taps)
         logits, kept = self._logprobs.keep(output.logits, work)
-        self._rules.apply(logits, work)
-        pending = self._judge(logits, rows, step.row_counts, work.slots, self._steps, work.row_probabilities(logits))
+        rules = self._rules.apply(logits, work)
+        wanted = None if kept is None else kept.wanted
+        pending = self._judge(logits, rows, step.row_counts, work.slots, self._steps, work.row_probabilities(logits), rules, wanted)
         timing.stop()
         taps = output.taps
         promised = self._runner.latest is not None and not (work.proposal.groups or work.proposal.drafted.any())

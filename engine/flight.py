@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -120,5 +120,7 @@ class Flight:
 
     def land(self) -> Outcome:
         """Waits for the result."""
-        decision = self.pending.read()
-        return Outcome(decision.accepted, decision.following, decision.finite, self.taps, self.timing.nanoseconds(), self.kept)
+        decision, kept = self.pending.read(), self.kept
+        if kept is not None and decision.scores is not None:
+            kept = replace(kept, answer=decision.scores)
+        return Outcome(decision.accepted, decision.following, decision.finite, self.taps, self.timing.nanoseconds(), kept)

@@ -1,8 +1,8 @@
 """What requests ask of the logits before anything is chosen: biases, penalties, a least length, allowed tokens.
 
-It stands between the forward and `verify`, and works row by row: row j of a verification block is changed as if drafts 0..j-1 had been
-accepted, which is what plain decoding would have done at that place. So whatever is verified, the target's side of every rule of acceptance
-is the distribution that plain decoding samples from.
+On a CPU it stands between the forward and `verify`; `engine.device_rules` has the verifying kernel do the same. It works row by row: row j
+of a verification block is changed as if drafts 0..j-1 had been accepted, which is what plain decoding would have done at that place. So
+whatever is verified, the target's side of every rule of acceptance is the distribution that plain decoding samples from.
 
 Order: bias, repetition (Keskar et al. 2019, section 4.1, on prompt and answer), frequency and presence (OpenAI's, on the answer), least
 length, allowed tokens. The first two stand in transformers' order.
@@ -10,16 +10,15 @@ length, allowed tokens. The first two stand in transformers' order.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 
-from engine.transfer import to_device
-
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from engine.device_rules import RowRules
     from engine.sequence import Sequence
     from engine.types import SamplingParams
     from engine.work import Work
@@ -85,8 +84,6 @@ class SequenceRules:
         biased = self._place(np.array(list(biases), np.int64))
         self._bias[biased] = np.array(list(biases.values()), np.float32)
         self._counting = sampling.penalises
-        self.reads_text = sampling.penalises or constraint is not None
-        """Whether what is changed depends on the answer so far, and not on its length alone."""
         if sampling.repetition_penalty != 1.0:
             prompted = self._place(np.unique(prompt))
             self._in_prompt[prompted] = True
@@ -126,38 +123,62 @@ class SequenceRules:
         return found
 
 
-class LogitRules:
+class Governed(Protocol):
+    """One sequence with rules."""
+
+    @property
+    def constraint(self) -> Constraint | None: ...
+
+
+Rules = TypeVar("Rules", bound=Governed)
+
+
+class RuleBook(Generic[Rules]):
     """The rules of all requests in the engine that have any. Costs nothing in a step without them."""
 
     def __init__(self) -> None:
-        self._of: dict[int, SequenceRules] = {}
+        self._of: dict[int, Rules] = {}
+
+    def _make(self, sampling: SamplingParams, prompt: Ints, end_tokens: tuple[int, ...], constraint: Constraint | None) -> Rules:
+        raise NotImplementedError
+
+    def apply(self, logits: torch.Tensor, work: Work) -> RowRules | None:
+        """Sees to it that the step's `logits` [R, vocab] are judged by the rules: changes them in place, or says what is to be done."""
+        raise NotImplementedError
 
     def enter(self, sequence: Sequence, end_tokens: tuple[int, ...], constraint: Constraint | None = None) -> None:
         """Takes down what a sequence asks for. end_tokens: what ends its answer."""
         sampling = sequence.request.sampling
         if sampling.changes_logits or constraint is not None:
             prompt = sequence.tokens[: sequence.prompt_length]
-            self._of[sequence.serial] = SequenceRules(sampling, prompt, end_tokens, constraint)
+            self._of[sequence.serial] = self._make(sampling, prompt, end_tokens, constraint)
 
     def leave(self, sequence: Sequence) -> None:
         self._of.pop(sequence.serial, None)
 
+    def constraint(self, sequence: Sequence) -> Constraint | None:
+        """What holds the sequence to a form; it needs to know every token of the text."""
+        rules = self._of.get(sequence.serial)
+        return None if rules is None else rules.constraint
+
     def too_slow(self, sequence: Sequence) -> bool:
         """Whether following what the sequence asks for holds up everybody else."""
-        rules = self._of.get(sequence.serial)
-        return rules is not None and rules.constraint is not None and rules.constraint.too_slow
+        constraint = self.constraint(sequence)
+        return constraint is not None and constraint.too_slow
 
     def constraints(self, sequences: list[Sequence]) -> list[Constraint | None] | None:
         """One a sequence; None where none of them has any."""
         if not self._of:
             return None
-        found = [None if (rules := self._of.get(sequence.serial)) is None else rules.constraint for sequence in sequences]
+        found = [self.constraint(sequence) for sequence in sequences]
         return found if any(constraint is not None for constraint in found) else None
 
-    def reads_text(self, sequence: Sequence) -> bool:
-        """Whether the sequence's rules need to know its last token."""
-        rules = self._of.get(sequence.serial)
-        return rules is not None and rules.reads_text
+
+class LogitRules(RuleBook[SequenceRules]):
+    """For a CPU: changes logits in place."""
+
+    def _make(self, sampling: SamplingParams, prompt: Ints, end_tokens: tuple[int, ...], constraint: Constraint | None) -> SequenceRules:
+        return SequenceRules(sampling, prompt, end_tokens, constraint)
 
     @torch.inference_mode()
     def apply(self, logits: torch.Tensor, work: Work) -> None:
@@ -182,26 +203,24 @@ class LogitRules:
 
 def edit(logits: torch.Tensor, edits: Edits) -> None:
     """Applies single changes in place. logits: float32 [R, vocab]."""
-    rows, tokens, bias, repetition, subtract = (to_device(part, logits.device) for part in edits)
+    rows, tokens, bias, repetition, subtract = (torch.from_numpy(part) for part in edits)
     values = logits[rows, tokens] + bias
     logits[rows, tokens] = torch.where(values < 0, values * repetition, values / repetition) - subtract
 
 
 def allow(logits: torch.Tensor, rows: Ints, masks: NDArray[np.int32]) -> None:
     """Sets what the `masks` [N, ceil(vocab / 32)] of `rows` [N] leave out to -inf, in place."""
-    device = logits.device
-    if device.type == "cpu":
-        # Most rows of a form leave a handful of tokens: 10 us each instead of 120 for unpacking 49,152 bits and going over the row twice.
-        few = np.count_nonzero(masks, axis=1) <= _FEW_WORDS
-        for row, mask in zip(rows[few].tolist(), masks[few], strict=True):
-            _keep_only(logits[row], mask)
-        rows, masks = rows[~few], masks[~few]
-        if not len(rows):
-            return
-    octets = to_device(np.ascontiguousarray(masks, "<i4").view(np.uint8), device)
-    bits = octets[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=device) & 1
+    # Most rows of a form leave a handful of tokens: 10 us each instead of 120 for unpacking 49,152 bits and going over the row twice.
+    few = np.count_nonzero(masks, axis=1) <= _FEW_WORDS
+    for row, mask in zip(rows[few].tolist(), masks[few], strict=True):
+        _keep_only(logits[row], mask)
+    rows, masks = rows[~few], masks[~few]
+    if not len(rows):
+        return
+    octets = torch.from_numpy(np.ascontiguousarray(masks, "<i4").view(np.uint8))
+    bits = octets[:, :, None] >> torch.arange(8, dtype=torch.uint8) & 1
     refused = bits.view(len(rows), -1)[:, : logits.shape[1]] == 0
-    at = to_device(rows, device)
+    at = torch.from_numpy(rows)
     logits[at] = logits[at].masked_fill_(refused, -torch.inf)
 
 

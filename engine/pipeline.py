@@ -233,7 +233,7 @@ class DecodePipeline:
         columns = torch.arange(self._drafts + 1, device=owner.device)[None]
         padded = torch.cat((drafts, drafts[:, :1]), 1)[:, : self._drafts + 1]
         tokens = torch.where(columns == accepted[:, None], following[:, None], padded)
-        self._result.copy_(torch.cat((made[:, None], finite[:, None].long(), tokens), 1))
+        self._result.copy_(torch.cat((made[:, None], finite[:, None], tokens), 1))
         state.last.copy_(torch.where(active, following, state.last))
         state.length.add_(made)
         state.made.add_(made)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from kernels.reference.attention_plan import AttentionPlan
     from kernels.reference.fp8_linear import Fp8Linear
     from kernels.reference.linear import PackedLinear
-    from kernels.reference.sampling import Allowed, DraftWeights, Penalties, SampleRows, Verdict
+    from kernels.reference.sampling import Allowed, Biases, DraftWeights, Penalties, SampleRows, Tally, Verdict
     from kernels.reference.sequential_head import DraftBlock, SequentialHead
 
 __version__ = "1.0.0"
@@ -32,7 +32,6 @@ __version__ = "1.0.0"
 __all__ = [
     "accept_drafts",
     "add_rms_norm",
-    "allocate_early_stop",
     "allocate_top",
     "attention",
     "fp8_linear",
@@ -54,7 +53,6 @@ __all__ = [
 TRITON_OPS: dict[str, str] = {
     "accept_drafts": "sampling",
     "add_rms_norm": "rms_norm",
-    "allocate_early_stop": "draft_budget",
     "allocate_top": "draft_budget",
     "attention": "attention",
     "fp8_linear": "fp8_linear",
@@ -73,7 +71,6 @@ TRITON_OPS: dict[str, str] = {
 _REFERENCE_OPS = {
     "accept_drafts": "sampling",
     "add_rms_norm": "add_rms_norm",
-    "allocate_early_stop": "draft_budget",
     "allocate_top": "draft_budget",
     "attention": "attention",
     "fp8_linear": "fp8_linear",
@@ -284,21 +281,25 @@ def verify(
     attempt: torch.Tensor,
     *,
     draft: DraftWeights | None = None,
+    biases: Biases | None = None,
     penalties: Penalties | None = None,
     allowed: Allowed | None = None,
 ) -> Verdict:
     """Samples, or judges drafts of, rows of logits without a look at the host. See `kernels.reference.sampling`."""
-    return _implementation("verify", logits.device.type)(logits, rows, attempt, draft=draft, penalties=penalties, allowed=allowed)
+    judge = _implementation("verify", logits.device.type)
+    return judge(logits, rows, attempt, draft=draft, biases=biases, penalties=penalties, allowed=allowed)
 
 
-def accept_drafts(verdict: Verdict, row_start: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def accept_drafts(verdict: Verdict, row_start: torch.Tensor, tally: Tally | None = None) -> torch.Tensor:
     """How many drafts of each sequence stand, and what follows them. See `kernels.reference.sampling`."""
-    return _implementation("accept_drafts", row_start.device.type)(verdict, row_start)
+    return _implementation("accept_drafts", row_start.device.type)(verdict, row_start, tally)
 
 
-def token_log_probs(logits: torch.Tensor, tokens: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probabilities of tokens and of the likeliest ones. See `kernels.reference.sampling`."""
-    return _implementation("token_log_probs", logits.device.type)(logits, tokens, top)
+def token_log_probs(
+    logits: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor, top: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probabilities of tokens and of the likeliest ones in some rows. See `kernels.reference.sampling`."""
+    return _implementation("token_log_probs", logits.device.type)(logits, rows, tokens, top)
 
 
 def sequential_head(
@@ -320,8 +321,3 @@ def sequential_head(
 def allocate_top(survival: torch.Tensor, capacity: torch.Tensor) -> torch.Tensor:
     """Drafts of each request under a fixed capacity. See `kernels.reference.draft_budget`."""
     return _implementation("allocate_top", survival.device.type)(survival, capacity)
-
-
-def allocate_early_stop(survival: torch.Tensor, decoding: torch.Tensor, extra: torch.Tensor) -> torch.Tensor:
-    """Drafts of each request by DSpark's algorithm 1. See `kernels.reference.draft_budget`."""
-    return _implementation("allocate_early_stop", survival.device.type)(survival, decoding, extra)

@@ -9,29 +9,31 @@ import numpy as np
 import torch
 
 import kernels
+from engine.device_rules import RowRules
+from engine.logprobs import Sent
 from engine.speculation.verify import Rows, accepted_lengths, verify
-from engine.transfer import to_device
+from engine.transfer import Arrival, all_to_device, to_device
 from kernels.reference.sampling import DraftWeights, SampleRows
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    Ints = NDArray[np.int64]
+    from engine.logprobs import Wanted
 
-_ALIGNMENT = 4
-"""Numbers of the staged rows that a part begins at a multiple of: 16 bytes, so that kernels are compiled once, whatever the row count."""
+    Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
     """Of S chunks: `accepted` drafts int64 [S], the token `following` them int64 [S], whether all logits were `finite` bool [S].
 
-    A chunk without rows has 0, -1 and True.
+    A chunk without rows has 0, -1 and True. scores: the log-probabilities that were asked for of the judge.
     """
 
     accepted: Ints
     following: Ints
     finite: NDArray[np.bool_]
+    scores: Sent | None = None
 
 
 class Pending(Protocol):
@@ -46,12 +48,20 @@ class Judge(Protocol):
     """Verifies a step."""
 
     def __call__(
-        self, logits: torch.Tensor, rows: Rows, row_counts: Ints, slots: Ints, attempt: int, probabilities: torch.Tensor | None
+        self,
+        logits: torch.Tensor,
+        rows: Rows,
+        row_counts: Ints,
+        slots: Ints,
+        attempt: int,
+        probabilities: torch.Tensor | None,
+        rules: RowRules | None = None,
+        wanted: Wanted | None = None,
     ) -> Pending:
         """logits: float32 [R, vocab]. rows: what they are held against. row_counts: int64 [S], summing to R.
 
         slots: int64 [S], whose they are.
-        attempt, probabilities: as `engine.speculation.verify.verify` takes them.
+        attempt, probabilities: as `engine.speculation.verify.verify` takes them. rules, wanted: for a judge on the device alone.
         """
         ...
 
@@ -70,9 +80,18 @@ class HostJudge:
     """`engine.speculation.verify`: for a CPU, and where the host waits for each step anyway."""
 
     def __call__(
-        self, logits: torch.Tensor, rows: Rows, row_counts: Ints, slots: Ints, attempt: int, probabilities: torch.Tensor | None
+        self,
+        logits: torch.Tensor,
+        rows: Rows,
+        row_counts: Ints,
+        slots: Ints,
+        attempt: int,
+        probabilities: torch.Tensor | None,
+        rules: RowRules | None = None,
+        wanted: Wanted | None = None,
     ) -> Known:
-        del slots
+        """See `Judge`. The logits have been changed by their rules, and their log-probabilities taken before that."""
+        del slots, rules, wanted
         verdict = verify(logits, rows, attempt, probabilities)
         starts = np.cumsum(row_counts) - row_counts
         accepted = accepted_lengths(verdict.stands, starts, np.maximum(row_counts - 1, 0))
@@ -85,18 +104,16 @@ class HostJudge:
 
 @dataclass(frozen=True, slots=True)
 class _Sent:
-    """int64 [3, N] of the chunks that have rows, once `event` has come to pass; None on a CPU, where it has."""
+    """int64 [3, N] of the chunks that have rows."""
 
-    values: torch.Tensor
+    arrival: Arrival
     samples: NDArray[np.bool_]
-    event: torch.cuda.Event | None
+    scores: Sent | None
 
     def read(self) -> Decision:
-        if self.event is not None:
-            self.event.synchronize()
         size = len(self.samples)
-        decision = Decision(np.zeros(size, np.int64), np.full(size, -1, np.int64), np.ones(size, np.bool_))
-        decision.accepted[self.samples], decision.following[self.samples], finite = self.values.numpy()
+        decision = Decision(np.zeros(size, np.int64), np.full(size, -1, np.int64), np.ones(size, np.bool_), self.scores)
+        decision.accepted[self.samples], decision.following[self.samples], finite = self.arrival.read()[0]
         decision.finite[self.samples] = finite.astype(np.bool_)
         return decision
 
@@ -121,8 +138,17 @@ class DeviceJudge:
 
     @torch.inference_mode()
     def __call__(
-        self, logits: torch.Tensor, rows: Rows, row_counts: Ints, slots: Ints, attempt: int, probabilities: torch.Tensor | None
+        self,
+        logits: torch.Tensor,
+        rows: Rows,
+        row_counts: Ints,
+        slots: Ints,
+        attempt: int,
+        probabilities: torch.Tensor | None,
+        rules: RowRules | None = None,
+        wanted: Wanted | None = None,
     ) -> Pending:
+        """See `Judge`."""
         samples = row_counts > 0
         if not samples.any():
             return Known(Decision(np.zeros(len(samples), np.int64), np.full(len(samples), -1, np.int64), ~samples))
@@ -130,31 +156,22 @@ class DeviceJudge:
         starts = np.concatenate(([0], np.cumsum(row_counts[samples]))).astype(np.int32)
         small = (rows.modes.astype(np.int32), rows.top_ks.astype(np.int32), rows.temperatures, rows.top_ps, starts)
         large = (rows.seeds.view(np.int64), rows.positions, rows.drafts, slots[samples], np.array([attempt], np.int64))
-        modes, top_ks, temperatures, top_ps, row_start = _staged(tuple(part.view(np.int32) for part in small), device)
-        seeds, positions, drafts, owners, attempts = _staged(large, device)
+        modes, top_ks, temperatures, top_ps, row_start = all_to_device(tuple(part.view(np.int32) for part in small), device)
+        seeds, positions, drafts, owners, attempts = all_to_device(large, device)
         held = SampleRows(
             modes, temperatures.view(torch.float32), top_ks, top_ps.view(torch.float32), seeds, positions, drafts
         )  # fmt: skip
         draft = None if probabilities is None else DraftWeights(probabilities.log(), logits.new_zeros(len(logits)))
-        verdict = kernels.verify(logits, held, attempts, draft=draft)
-        accepted, following, finite = kernels.accept_drafts(verdict, row_start)
-        self._latest.index_copy_(0, owners, following)
-        made = torch.stack((accepted, following, finite.long()))
-        if device.type == "cpu":
-            return _Sent(made, samples, None)
-        values = torch.empty(made.shape, dtype=made.dtype, pin_memory=True)
-        values.copy_(made, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(device))
-        return _Sent(values, samples, event)
-
-
-def _staged(parts: tuple[NDArray[np.generic], ...], device: torch.device) -> list[torch.Tensor]:
-    """All parts (of one type) in one copy."""
-    sizes = [-(-len(part) // _ALIGNMENT) * _ALIGNMENT for part in parts]
-    whole = np.zeros(sum(sizes), parts[0].dtype)
-    begin = 0
-    for part, size in zip(parts, sizes, strict=True):
-        whole[begin : begin + len(part)] = part
-        begin += size
-    return [tensor[: len(part)] for tensor, part in zip(to_device(whole, device).split(sizes), parts, strict=True)]
+        rules = rules or RowRules()
+        verdict = kernels.verify(logits, held, attempts, draft=draft, biases=rules.biases, penalties=rules.penalties, allowed=rules.allowed)
+        scores = None
+        if wanted is not None:
+            # Up to the first draft that falls, what comes in a row is its draft or what replaces it.
+            at = to_device(wanted.rows, device)
+            scores = Sent(logits, at, torch.where(verdict.stands, drafts, verdict.tokens)[at], wanted.width)
+        arrival = Arrival(((3, len(owners)), torch.int64), device=device)
+        # Last what cannot be done twice: nothing after it needs memory, whose lack would have the step run again.
+        made = kernels.accept_drafts(verdict, row_start, rules.count(drafts))
+        self._latest.index_copy_(0, owners, made[1])
+        arrival.send(made)
+        return _Sent(arrival, samples, scores)

@@ -1,6 +1,6 @@
 """Sampling and log-probabilities over the vocabulary, and verification of drafts, from their definitions; float64-capable.
 
-A row's distribution: penalties, allowed tokens, temperature, top-k, top-p, in this order. Top-k keeps what is not below the k-th
+A row's distribution: biases, penalties, allowed tokens, temperature, top-k, top-p, in this order. Top-k keeps what is not below the k-th
 largest; top-p keeps a token while those strictly above it hold less than top_p of what is left.
 """
 
@@ -45,11 +45,19 @@ class SampleRows:
 
 
 @dataclass(frozen=True, slots=True)
+class Biases:
+    """values: float32 [N, V], what is added to logits (-inf forbids). rows: int32 [R], the line that a logit row belongs to, -1: none."""
+
+    values: torch.Tensor
+    rows: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Penalties:
     """counts: int32 [N, V], how often each token was generated; prompt: int32 [N, ceil(V / 32)], bit t set for tokens of the prompt.
 
-    rows: int32 [R], the line of both that a logit row belongs to. presence, frequency, repetition: float32 [R] (0, 0 and 1 are off).
-    depth: int32 [R], how many drafts of the same block stand before the row, in the rows before it: they count as generated.
+    rows: int32 [R], the line of both that a logit row belongs to, -1: none. presence, frequency, repetition: float32 [R] (0, 0 and 1 are
+    off). depth: int32 [R], how many drafts of the same block stand before the row, in the rows before it: they count as generated.
     """
 
     counts: torch.Tensor
@@ -78,6 +86,18 @@ class DraftWeights:
 
 
 @dataclass(frozen=True, slots=True)
+class Tally:
+    """Where the tokens that a step confirms are counted, for the penalties of the next: `counts` int32 [N, V], changed in place.
+
+    lines: int32 [S], each sequence's line, -1: it is not counted. drafts: int64 [R], those that were judged.
+    """
+
+    counts: torch.Tensor
+    lines: torch.Tensor
+    drafts: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """Per row: `tokens` int64 to produce if the row's draft falls, `stands` bool, `finite` bool (False: NaN, inf, or nothing allowed)."""
 
@@ -92,6 +112,7 @@ def verify(
     attempt: torch.Tensor,
     *,
     draft: DraftWeights | None = None,
+    biases: Biases | None = None,
     penalties: Penalties | None = None,
     allowed: Allowed | None = None,
 ) -> Verdict:
@@ -99,7 +120,7 @@ def verify(
 
     draft: None where all drafters are certain. Without drafts this is sampling.
     """
-    scores = process(logits, rows.drafts, penalties, allowed)
+    scores = process(logits, rows.drafts, biases, penalties, allowed)
     peaks, tokens = scores.max(1)
     finite = peaks.isfinite() & ~logits.isnan().any(1)
     p = distribution(scores, rows.temperatures, rows.top_ks, rows.top_ps)
@@ -123,19 +144,26 @@ def verify(
     return Verdict(tokens, stands, finite)
 
 
-def process(logits: torch.Tensor, drafts: torch.Tensor, penalties: Penalties | None, allowed: Allowed | None) -> torch.Tensor:
-    """Logits [R, V] after penalties and the mask, float32 or wider."""
+def process(
+    logits: torch.Tensor, drafts: torch.Tensor, biases: Biases | None, penalties: Penalties | None, allowed: Allowed | None
+) -> torch.Tensor:
+    """Logits [R, V] after biases, penalties and the mask, float32 or wider."""
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
     ids = torch.arange(logits.shape[1], device=logits.device)
+    if biases is not None:
+        known = biases.rows >= 0
+        scores = scores + torch.where(known[:, None], biases.values[biases.rows.clamp(min=0).long()], 0.0)
     if penalties is not None:
-        made = penalties.counts[penalties.rows.long()].clone()
+        lines = penalties.rows.clamp(min=0).long()
+        made = penalties.counts[lines]
         for row, depth in enumerate(penalties.depth.tolist()):
             for token in drafts[row - depth : row].tolist():
                 made[row, token] += 1
-        seen = (made > 0) | _bits(penalties.prompt[penalties.rows.long()], ids)
+        seen = (made > 0) | _bits(penalties.prompt[lines], ids)
         repetition = penalties.repetition[:, None]
-        scores = torch.where(seen, torch.where(scores > 0, scores / repetition, scores * repetition), scores)
-        scores = scores - made * penalties.frequency[:, None] - (made > 0) * penalties.presence[:, None]
+        changed = torch.where(seen, torch.where(scores > 0, scores / repetition, scores * repetition), scores)
+        changed = changed - made * penalties.frequency[:, None] - (made > 0) * penalties.presence[:, None]
+        scores = torch.where((penalties.rows >= 0)[:, None], changed, scores)
     if allowed is not None:
         free = (allowed.rows < 0)[:, None]
         scores = scores.masked_fill(~(free | _bits(allowed.bits[allowed.rows.clamp(min=0).long()], ids)), -torch.inf)
@@ -160,30 +188,34 @@ def distribution(scores: torch.Tensor, temperatures: torch.Tensor, top_ks: torch
     return mass / mass.sum(1, keepdim=True)
 
 
-def token_log_probs(logits: torch.Tensor, tokens: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probabilities of the model's own distribution: of `tokens` [R], float32 [R], and the `top` likeliest, ids int64 and values
-    float32 [R, top], best first, equal ones by id.
+def token_log_probs(
+    logits: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor, top: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probabilities of the model's own distribution in `rows` int64 [K] of `logits` [R, V]: of `tokens` int64 [K], float32 [K], and of
+    the `top` likeliest ones, ids int64 and values float32 [K, top], best first, equal ones by id.
     """
-    rows = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=1)
-    values, ids = rows.sort(dim=1, descending=True, stable=True)
-    return rows.gather(1, tokens[:, None])[:, 0], ids[:, :top], values[:, :top]
+    wanted = logits[rows]
+    values = torch.log_softmax(wanted.to(torch.promote_types(logits.dtype, torch.float32)), dim=1)
+    best, ids = values.sort(dim=1, descending=True, stable=True)
+    return values.gather(1, tokens[:, None])[:, 0], ids[:, :top].contiguous(), best[:, :top].contiguous()
 
 
-def accept_drafts(verdict: Verdict, row_start: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Per sequence: how many leading drafts stand, int64 [S], the token after them, int64 [S], whether all rows were finite, bool [S].
+def accept_drafts(verdict: Verdict, row_start: torch.Tensor, tally: Tally | None = None) -> torch.Tensor:
+    """int64 [3, S]: how many leading drafts of each sequence stand, the token after them, whether all its rows were finite (1 or 0).
 
-    row_start: int32 [S + 1]; the rows of a sequence decide its drafts and one token more. Sequences without rows: 0, -1, True.
+    row_start: int32 [S + 1]; the rows of a sequence decide its drafts and one token more. Sequences without rows: 0, -1, 1. tally: counts
+    the drafts that stand and the token after them.
     """
-    bounds = row_start.tolist()
-    accepted, following, finite = [], [], []
-    for first, end in pairwise(bounds):
+    made = []
+    for sequence, (first, end) in enumerate(pairwise(row_start.tolist())):
         stands = verdict.stands[first : max(end - 1, first)].tolist()
         count = next((index for index, stood in enumerate(stands) if not stood), len(stands))
-        accepted.append(count)
-        following.append(int(verdict.tokens[first + count]) if end > first else -1)
-        finite.append(bool(verdict.finite[first:end].all()))
-    device = row_start.device
-    return torch.tensor(accepted, device=device), torch.tensor(following, device=device), torch.tensor(finite, device=device)
+        following = int(verdict.tokens[first + count]) if end > first else -1
+        made.append((count, following, int(verdict.finite[first:end].all())))
+        if tally is not None and end > first and (line := int(tally.lines[sequence])) >= 0:
+            for token in (*tally.drafts[first : first + count].tolist(), following):
+                tally.counts[line, token] += 1
+    return torch.tensor(made, dtype=torch.int64, device=row_start.device).view(-1, 3).T.contiguous()
 
 
 def _bits(words: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

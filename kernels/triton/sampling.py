@@ -1,8 +1,8 @@
 """Sampling and verification on the device: a program walks one row of logits a few times; nothing is sorted, no row is written.
 
-The cut of top-k and top-p is a threshold on the logit. It is found by counting (top-k) or weighing (top-p) what lies above 16 pivots at
-once, which narrows an interval of 2^32 float bit patterns to one number in at most eight walks. The walks read from the L2 cache: a row of
-152k float32 logits is 0.6 MB.
+The cut of top-k and top-p is a threshold on the logit. Two walks that count (top-k) or weigh (top-p) what lies above 4 pivots narrow it
+down to a stretch that holds few numbers; a third copies these out, and the rest of the search goes over them alone. Walks read from the
+L2 cache: a row of 152k float32 logits is 0.6 MB. They are bound by latency, so a step of one is as wide as registers allow.
 """
 
 from __future__ import annotations
@@ -11,10 +11,23 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.reference.sampling import Allowed, DraftWeights, Penalties, SampleRows, Verdict
-from kernels.triton.vocabulary import PIVOTS, exponential, processed, row_key, sort_key, uniform
+from kernels.reference.sampling import Allowed, Biases, DraftWeights, Penalties, SampleRows, Tally, Verdict
+from kernels.triton.vocabulary import (
+    INFINITE_KEY,
+    LEAST_KEY,
+    PIVOTS,
+    exponential,
+    of_key,
+    processed,
+    row_key,
+    sort_key,
+    uniform,
+)
 
-_BLOCK = 1024
+_BLOCK = 4096
+_ROOM = 4096
+"""Numbers around a threshold that are looked at one by one."""
+_WARPS = 16
 _MAX_ROWS = 1 << 10
 """Rows of one sequence in a step, for the walk over what stands."""
 
@@ -23,21 +36,126 @@ _ACCEPT: tl.constexpr = tl.constexpr(1)
 _RESAMPLE: tl.constexpr = tl.constexpr(2)
 _GREEDY: tl.constexpr = tl.constexpr(0)
 _SEEDED: tl.constexpr = tl.constexpr(1)
+_REACH: tl.constexpr = tl.constexpr(40.0)
+"""How far below the peak the first pivots reach, in temperatures: what lies deeper weighs less than 1e-17 of it."""
+
+
+@triton.jit
+def _cut(
+    row_at, vocab, row, bias_row, count_row, mask_row, depth, biases, counts, prompt, allowed, drafts, stride_biases, stride_counts,
+    stride_bits, presence, frequency, repetition, scratch, peak, inverse, limit, under, high,
+    BY_MASS: tl.constexpr, BIASES: tl.constexpr, PENALTIES: tl.constexpr, MASK: tl.constexpr, BLOCK: tl.constexpr, ROOM: tl.constexpr,
+):  # fmt: skip
+    """int64: the smallest key in (under, high] such that numbers above it count (or weigh) less than `limit`. That is so at `high`.
+
+    scratch: int32 [ROOM + 1], the program's own.
+    """
+    lane = tl.arange(0, PIVOTS)
+    turn = 0
+    while high - under > 1:
+        # Spaced evenly by value at first, as logits are; by bit pattern where that did not help, which always ends.
+        known = under > INFINITE_KEY
+        lowest = tl.where(known, of_key(tl.where(known, under, 0)), float("-inf"))
+        if turn == 0:
+            lowest = tl.maximum(lowest, peak - _REACH / inverse)
+        top = of_key(high)
+        spaced = lowest + (top - lowest) * (lane.to(tl.float32) / PIVOTS)
+        pivots = under + (lane + 1) * tl.maximum((high - under) // (PIVOTS + 1), 1)
+        if (turn < 3) & (lowest > float("-inf")):
+            pivots = sort_key(spaced).to(tl.int64)
+        pivots = tl.minimum(tl.maximum(pivots, under), high)
+        held = tl.zeros([BLOCK, PIVOTS], tl.float32 if BY_MASS else tl.int32)
+        for start in range(0, vocab, BLOCK):
+            ids = start + tl.arange(0, BLOCK)
+            x = processed(
+                row_at, ids, ids < vocab, row, bias_row, count_row, mask_row, depth, biases, counts, prompt, allowed, drafts,
+                stride_biases, stride_counts, stride_bits, presence, frequency, repetition, BIASES, PENALTIES, MASK,
+            )  # fmt: skip
+            over = (sort_key(x)[:, None] > pivots.to(tl.int32)[None, :]) & (ids < vocab)[:, None]
+            if BY_MASS:
+                held += tl.where(over, tl.exp((x - peak) * inverse)[:, None], 0.0)
+            else:
+                held += over.to(tl.int32)
+        weighs = tl.sum(held, axis=0)
+        holds = ((weighs < limit) & (pivots > under)) | (pivots >= high)
+        lower = tl.max(tl.where(holds, under, pivots), axis=0)
+        high = tl.min(tl.where(holds, pivots, high), axis=0)
+        under = lower
+        turn += 1
+        if (turn >= 2) & (high - under > 1):
+            counter = scratch + ROOM
+            tl.store(counter, 0)
+            tl.debug_barrier()
+            above = tl.zeros([BLOCK], tl.float32 if BY_MASS else tl.int32)
+            for start in range(0, vocab, BLOCK):
+                ids = start + tl.arange(0, BLOCK)
+                x = processed(
+                    row_at, ids, ids < vocab, row, bias_row, count_row, mask_row, depth, biases, counts, prompt, allowed, drafts,
+                    stride_biases, stride_counts, stride_bits, presence, frequency, repetition, BIASES, PENALTIES, MASK,
+                )  # fmt: skip
+                key = sort_key(x)
+                within = (key > under) & (key <= high) & (ids < vocab)
+                place = tl.atomic_add(counter + tl.zeros([BLOCK], tl.int32), 1, mask=within)
+                tl.store(scratch + place, key, mask=within & (place < ROOM))
+                past = (key > high) & (ids < vocab)
+                if BY_MASS:
+                    above += tl.where(past, tl.exp((x - peak) * inverse), 0.0)
+                else:
+                    above += past.to(tl.int32)
+            tl.debug_barrier()
+            found = tl.atomic_add(counter, 0)
+            if found <= ROOM:
+                index = tl.arange(0, ROOM)
+                key = tl.load(scratch + index, mask=index < found, other=LEAST_KEY, cache_modifier=".cg").to(tl.int64)
+                weight = (index < found).to(tl.float32)
+                if BY_MASS:
+                    weight = tl.where(index < found, tl.exp((of_key(tl.where(index < found, key, 0)) - peak) * inverse), 0.0)
+                beyond = tl.sum(above, axis=0).to(tl.float32)
+                while high - under > 1:
+                    middle = under + (high - under) // 2
+                    if beyond + tl.sum(tl.where(key > middle, weight, 0.0), axis=0) < limit:
+                        high = middle
+                    else:
+                        under = middle
+            # Nobody may overwrite what others still read.
+            tl.debug_barrier()
+    return high
+
+
+@triton.jit
+def _mass(
+    row_at, vocab, row, bias_row, count_row, mask_row, depth, biases, counts, prompt, allowed, drafts, stride_biases, stride_counts,
+    stride_bits, presence, frequency, repetition, peak, inverse, low,
+    BIASES: tl.constexpr, PENALTIES: tl.constexpr, MASK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """float32: what the numbers whose key is not below `low` weigh, relative to the peak."""
+    held = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, vocab, BLOCK):
+        ids = start + tl.arange(0, BLOCK)
+        x = processed(
+            row_at, ids, ids < vocab, row, bias_row, count_row, mask_row, depth, biases, counts, prompt, allowed, drafts,
+            stride_biases, stride_counts, stride_bits, presence, frequency, repetition, BIASES, PENALTIES, MASK,
+        )  # fmt: skip
+        held += tl.where(sort_key(x) >= low, tl.exp((x - peak) * inverse), 0.0)
+    return tl.sum(held, axis=0)
 
 
 @triton.jit
 def _verify(
-    logits, modes, temperatures, top_ks, top_ps, seeds, positions, drafts, attempts, tokens, stands, finite,
-    draft_weights, draft_lse, counts, prompt, count_rows, presences, frequencies, repetitions, depths, allowed, allowed_rows,
-    vocab, stride, stride_draft, stride_counts, stride_bits,
-    PENALTIES: tl.constexpr, MASK: tl.constexpr, WEIGHED: tl.constexpr, BLOCK: tl.constexpr,
+    logits, modes, temperatures, top_ks, top_ps, seeds, positions, all_drafts, attempts, tokens, stands, finite,
+    draft_weights, draft_lse, biases, bias_rows, counts, prompt, count_rows, presences, frequencies, repetitions, depths, allowed,
+    allowed_rows, scratch, vocab, stride, stride_draft, stride_biases, stride_counts, stride_bits,
+    BIASES: tl.constexpr, PENALTIES: tl.constexpr, MASK: tl.constexpr, WEIGHED: tl.constexpr, BLOCK: tl.constexpr, ROOM: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     row_at = logits + row.to(tl.int64) * stride
-    count_row = tl.zeros([], tl.int64)
-    mask_row = tl.full([], -1, tl.int64)
+    scratch += row.to(tl.int64) * (ROOM + 1)
+    drafts = all_drafts
+    bias_row, count_row, mask_row = tl.full([], -1, tl.int64), tl.full([], -1, tl.int64), tl.full([], -1, tl.int64)
     depth = tl.zeros([], tl.int32)
     presence, frequency, repetition = 0.0, 0.0, 1.0
+    if BIASES:
+        bias_row = tl.load(bias_rows + row).to(tl.int64)
     if PENALTIES:
         count_row = tl.load(count_rows + row).to(tl.int64)
         depth = tl.load(depths + row)
@@ -58,8 +176,8 @@ def _verify(
     for start in range(0, vocab, BLOCK):
         ids = start + tl.arange(0, BLOCK)
         x = processed(
-            row_at, ids, ids < vocab, row, count_row, count_row, mask_row, depth, counts, prompt, allowed, drafts,
-            stride_counts, stride_bits, presence, frequency, repetition, PENALTIES, MASK,
+            row_at, ids, ids < vocab, row, bias_row, count_row, mask_row, depth, biases, counts, prompt, allowed, drafts,
+            stride_biases, stride_counts, stride_bits, presence, frequency, repetition, BIASES, PENALTIES, MASK,
         )  # fmt: skip
         wrong += (x != x).to(tl.int32)
         higher = tl.maximum(best, x)
@@ -78,66 +196,29 @@ def _verify(
     if (mode != _GREEDY) & good:
         top_k = tl.load(top_ks + row)
         top_p = tl.load(top_ps + row)
-        low = tl.full([], -2147483648, tl.int64)  # the smallest key that stays in
+        low = tl.full([], LEAST_KEY, tl.int64)  # the smallest key that stays in
         # tl.max gives a scalar; its key by the same rule as the keys it is compared with.
         high = tl.max(sort_key(tl.zeros([BLOCK], tl.float32) + peak), axis=0).to(tl.int64)
-        ninth = tl.arange(0, PIVOTS).to(tl.int64) + 1
         if (top_k > 0) & (top_k < vocab):
-            # The largest key with at least top_k numbers not below it: true at `low`, false past `below`.
-            below = high + 1
-            while below - low > 1:
-                step = tl.maximum((below - low) // (PIVOTS + 1), 1)
-                pivots = tl.minimum(low + ninth * step, below)
-                held = tl.zeros([PIVOTS], tl.int32)
-                for start in range(0, vocab, BLOCK):
-                    ids = start + tl.arange(0, BLOCK)
-                    x = processed(
-                        row_at, ids, ids < vocab, row, count_row, count_row, mask_row, depth, counts, prompt, allowed, drafts,
-                        stride_counts, stride_bits, presence, frequency, repetition, PENALTIES, MASK,
-                    )  # fmt: skip
-                    over = (sort_key(x).to(tl.int64)[:, None] >= pivots[None, :]) & (ids < vocab)[:, None]
-                    held += tl.sum(over.to(tl.int32), axis=0)
-                holds = (held >= top_k) & (pivots < below)
-                new_low = tl.max(tl.where(holds, pivots, low), axis=0)
-                below = tl.min(tl.where(holds, below, pivots), axis=0)
-                low = new_low
+            low = _cut(
+                row_at, vocab, row, bias_row, count_row, mask_row, depth, biases, counts, prompt, allowed, drafts, stride_biases,
+                stride_counts, stride_bits, presence, frequency, repetition, scratch, peak, inverse, top_k, low, high,
+                False, BIASES, PENALTIES, MASK, BLOCK, ROOM,
+            )  # fmt: skip
+            mass = _mass(
+                row_at, vocab, row, bias_row, count_row, mask_row, depth, biases, counts, prompt, allowed, drafts, stride_biases,
+                stride_counts, stride_bits, presence, frequency, repetition, peak, inverse, low, BIASES, PENALTIES, MASK, BLOCK
+            )  # fmt: skip
         if top_p < 1.0:
-            mass = tl.zeros([], tl.float32)
-            for start in range(0, vocab, BLOCK):
-                ids = start + tl.arange(0, BLOCK)
-                x = processed(
-                    row_at, ids, ids < vocab, row, count_row, count_row, mask_row, depth, counts, prompt, allowed, drafts,
-                    stride_counts, stride_bits, presence, frequency, repetition, PENALTIES, MASK,
-                )  # fmt: skip
-                mass += tl.sum(tl.where(sort_key(x).to(tl.int64) >= low, tl.exp((x - peak) * inverse), 0.0), axis=0)
-            # The smallest key with less than top_p of the mass above it: true at `high`, not known to be true at `low - 1`.
-            limit = top_p * mass
-            under = low - 1
-            while high - under > 1:
-                step = tl.maximum((high - under) // (PIVOTS + 1), 1)
-                pivots = tl.minimum(under + ninth * step, high)
-                held = tl.zeros([PIVOTS], tl.float32)
-                for start in range(0, vocab, BLOCK):
-                    ids = start + tl.arange(0, BLOCK)
-                    x = processed(
-                        row_at, ids, ids < vocab, row, count_row, count_row, mask_row, depth, counts, prompt, allowed, drafts,
-                        stride_counts, stride_bits, presence, frequency, repetition, PENALTIES, MASK,
-                    )  # fmt: skip
-                    over = sort_key(x).to(tl.int64)[:, None] > pivots[None, :]
-                    held += tl.sum(tl.where(over, tl.exp((x - peak) * inverse)[:, None], 0.0), axis=0)
-                holds = (held < limit) | (pivots >= high)
-                high = tl.min(tl.where(holds, pivots, high), axis=0)
-                under = tl.max(tl.where(holds, under, pivots), axis=0)
-            low = high
-        if (top_p < 1.0) | ((top_k > 0) & (top_k < vocab)):
-            mass = tl.zeros([], tl.float32)
-            for start in range(0, vocab, BLOCK):
-                ids = start + tl.arange(0, BLOCK)
-                x = processed(
-                    row_at, ids, ids < vocab, row, count_row, count_row, mask_row, depth, counts, prompt, allowed, drafts,
-                    stride_counts, stride_bits, presence, frequency, repetition, PENALTIES, MASK,
-                )  # fmt: skip
-                mass += tl.sum(tl.where(sort_key(x).to(tl.int64) >= low, tl.exp((x - peak) * inverse), 0.0), axis=0)
+            low = _cut(
+                row_at, vocab, row, bias_row, count_row, mask_row, depth, biases, counts, prompt, allowed, drafts, stride_biases,
+                stride_counts, stride_bits, presence, frequency, repetition, scratch, peak, inverse, top_p * mass, low - 1, high,
+                True, BIASES, PENALTIES, MASK, BLOCK, ROOM,
+            )  # fmt: skip
+            mass = _mass(
+                row_at, vocab, row, bias_row, count_row, mask_row, depth, biases, counts, prompt, allowed, drafts, stride_biases,
+                stride_counts, stride_bits, presence, frequency, repetition, peak, inverse, low, BIASES, PENALTIES, MASK, BLOCK
+            )  # fmt: skip
 
         seeded = mode == _SEEDED
         seed = tl.load(seeds + row)
@@ -156,10 +237,10 @@ def _verify(
         for start in range(0, vocab, BLOCK):
             ids = start + tl.arange(0, BLOCK)
             x = processed(
-                row_at, ids, ids < vocab, row, count_row, count_row, mask_row, depth, counts, prompt, allowed, drafts,
-                stride_counts, stride_bits, presence, frequency, repetition, PENALTIES, MASK,
+                row_at, ids, ids < vocab, row, bias_row, count_row, mask_row, depth, biases, counts, prompt, allowed, drafts,
+                stride_biases, stride_counts, stride_bits, presence, frequency, repetition, BIASES, PENALTIES, MASK,
             )  # fmt: skip
-            p = tl.where(sort_key(x).to(tl.int64) >= low, tl.exp((x - peak) * inverse), 0.0) / mass
+            p = tl.where(sort_key(x) >= low, tl.exp((x - peak) * inverse), 0.0) / mass
             p_of_draft += tl.where(ids == draft, p, 0.0)
             weight = p
             if WEIGHED:
@@ -186,9 +267,9 @@ def _verify(
 
 
 @triton.jit
-def _log_probs(logits, wanted, chosen, top_ids, top_values, vocab, stride, TOP: tl.constexpr, BLOCK: tl.constexpr):
+def _log_probs(logits, rows, wanted, chosen, top_ids, top_values, vocab, stride, top, BLOCK: tl.constexpr):
     row = tl.program_id(0)
-    row_at = logits + row.to(tl.int64) * stride
+    row_at = logits + tl.load(rows + row) * stride
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, vocab, BLOCK):
@@ -204,7 +285,7 @@ def _log_probs(logits, wanted, chosen, top_ids, top_values, vocab, stride, TOP: 
     tl.store(chosen + row, tl.load(row_at + tl.load(wanted + row)).to(tl.float32) - lse)
     # The next best is the best of those after the last one in (value falling, id rising).
     last_value, last_id = float("inf"), -1
-    for place in range(TOP):
+    for place in range(top):
         value = tl.full([BLOCK], float("-inf"), tl.float32)
         which = tl.full([BLOCK], 2147483647, tl.int32)
         for start in range(0, vocab, BLOCK):
@@ -216,12 +297,12 @@ def _log_probs(logits, wanted, chosen, top_ids, top_values, vocab, stride, TOP: 
             value = tl.where(better, x, value)
         last_value = tl.max(value, axis=0)
         last_id = tl.min(tl.where(value == last_value, which, 2147483647), axis=0)
-        tl.store(top_ids + row * TOP + place, last_id.to(tl.int64))
-        tl.store(top_values + row * TOP + place, last_value - lse)
+        tl.store(top_ids + row * top + place, last_id.to(tl.int64))
+        tl.store(top_values + row * top + place, last_value - lse)
 
 
 @triton.jit
-def _accept(stands, tokens, finite, row_start, accepted, following, all_finite, BLOCK: tl.constexpr):
+def _accept(stands, tokens, finite, row_start, made, counts, lines, drafts, size, stride_counts, TALLY: tl.constexpr, BLOCK: tl.constexpr):
     sequence = tl.program_id(0)
     first = tl.load(row_start + sequence)
     rows = tl.load(row_start + sequence + 1) - first
@@ -229,9 +310,16 @@ def _accept(stands, tokens, finite, row_start, accepted, following, all_finite, 
     stood = tl.load(stands + first + index, mask=index < rows - 1, other=0)
     count = tl.min(tl.where(stood != 0, BLOCK, index), axis=0)
     good = tl.load(finite + first + index, mask=index < rows, other=1)
-    tl.store(accepted + sequence, tl.where(rows > 0, count, 0).to(tl.int64))
-    tl.store(following + sequence, tl.load(tokens + first + count, mask=rows > 0, other=-1))
-    tl.store(all_finite + sequence, tl.min(good.to(tl.int32), axis=0).to(tl.int8))
+    following = tl.load(tokens + first + count, mask=rows > 0, other=-1)
+    tl.store(made + sequence, tl.where(rows > 0, count, 0).to(tl.int64))
+    tl.store(made + size + sequence, following)
+    tl.store(made + 2 * size + sequence, tl.min((good != 0).to(tl.int64), axis=0))
+    if TALLY:
+        line = tl.load(lines + sequence).to(tl.int64)
+        if (line >= 0) & (rows > 0):
+            token = tl.load(drafts + first + index, mask=index < count, other=0)
+            token = tl.where(index < count, token, following)
+            tl.atomic_add(counts + line * stride_counts + token, 1, mask=index <= count)
 
 
 def verify(
@@ -240,62 +328,81 @@ def verify(
     attempt: torch.Tensor,
     *,
     draft: DraftWeights | None = None,
+    biases: Biases | None = None,
     penalties: Penalties | None = None,
     allowed: Allowed | None = None,
 ) -> Verdict:
     """As `kernels.reference.sampling.verify`; logits float32, float16 or bfloat16 [R, V]. Raises ValueError naming what does not fit."""
     num_rows, vocab = logits.shape
-    _check_rows(logits, rows, draft, penalties, allowed)
+    _check_rows(logits, rows, draft, biases, penalties, allowed)
     tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     stands, finite = (torch.empty(num_rows, dtype=torch.bool, device=logits.device) for _ in range(2))
     if num_rows == 0:
         return Verdict(tokens, stands, finite)
+    scratch = torch.empty(num_rows, _ROOM + 1, dtype=torch.int32, device=logits.device)
     bits = penalties.prompt if penalties is not None else allowed.bits if allowed is not None else rows.modes
     _verify[(num_rows,)](
         logits, rows.modes, rows.temperatures, rows.top_ks, rows.top_ps, rows.seeds, rows.positions, rows.drafts, attempt,
         tokens, stands.view(torch.int8), finite.view(torch.int8),
         logits if draft is None else draft.log_weights, rows.temperatures if draft is None else draft.lse,
+        rows.temperatures if biases is None else biases.values, rows.modes if biases is None else biases.rows,
         *((rows.modes, rows.modes, rows.modes, rows.top_ps, rows.top_ps, rows.top_ps, rows.modes) if penalties is None else
           (penalties.counts, penalties.prompt, penalties.rows, penalties.presence, penalties.frequency, penalties.repetition,
            penalties.depth)),
         rows.modes if allowed is None else allowed.bits, rows.modes if allowed is None else allowed.rows,
-        vocab, logits.stride(0), 0 if draft is None else draft.log_weights.stride(0),
-        0 if penalties is None else penalties.counts.stride(0), bits.stride(0),
-        PENALTIES=penalties is not None, MASK=allowed is not None, WEIGHED=draft is not None, BLOCK=_BLOCK, num_warps=8,
+        scratch, vocab, logits.stride(0), 0 if draft is None else draft.log_weights.stride(0),
+        0 if biases is None else biases.values.stride(0), 0 if penalties is None else penalties.counts.stride(0), bits.stride(0),
+        BIASES=biases is not None, PENALTIES=penalties is not None, MASK=allowed is not None, WEIGHED=draft is not None,
+        BLOCK=_BLOCK, ROOM=_ROOM, num_warps=_WARPS,
     )  # fmt: skip
     return Verdict(tokens, stands, finite)
 
 
-def token_log_probs(logits: torch.Tensor, tokens: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def token_log_probs(
+    logits: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor, top: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `kernels.reference.sampling.token_log_probs`, in float32. Raises ValueError for `top` outside [0, V], or tokens amiss."""
-    num_rows, vocab = logits.shape
+    vocab, count = logits.shape[1], len(rows)
     if not 0 <= top <= vocab:
         raise ValueError(f"top must be between 0 and {vocab}, got {top}")
-    if tokens.shape != (num_rows,):
-        raise ValueError(f"{num_rows} rows need as many tokens, got {tuple(tokens.shape)}")
-    chosen = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
-    ids = torch.empty(num_rows, top, dtype=torch.int64, device=logits.device)
-    values = torch.empty(num_rows, top, dtype=torch.float32, device=logits.device)
-    if num_rows:
-        _log_probs[(num_rows,)](logits, tokens, chosen, ids, values, vocab, logits.stride(0), TOP=top, BLOCK=_BLOCK, num_warps=8)
+    if tokens.shape != (count,) or logits.stride(1) != 1:
+        raise ValueError(f"{count} rows need as many tokens and lie side by side, got {tuple(tokens.shape)}, strides {logits.stride()}")
+    chosen = torch.empty(count, dtype=torch.float32, device=logits.device)
+    ids = torch.empty(count, top, dtype=torch.int64, device=logits.device)
+    values = torch.empty(count, top, dtype=torch.float32, device=logits.device)
+    if count:
+        _log_probs[(count,)](
+            logits, rows, tokens, chosen, ids, values, vocab, logits.stride(0), top, BLOCK=_BLOCK, num_warps=_WARPS
+        )  # fmt: skip
     return chosen, ids, values
 
 
-def accept_drafts(verdict: Verdict, row_start: torch.Tensor, most_rows: int = _MAX_ROWS) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `kernels.reference.sampling.accept_drafts`; no sequence has more than `most_rows` rows."""
+def accept_drafts(verdict: Verdict, row_start: torch.Tensor, tally: Tally | None = None, most_rows: int = _MAX_ROWS) -> torch.Tensor:
+    """As `kernels.reference.sampling.accept_drafts`; no sequence has more than `most_rows` rows. Raises ValueError for a tally amiss."""
     size = len(row_start) - 1
-    accepted, following = (torch.empty(size, dtype=torch.int64, device=row_start.device) for _ in range(2))
-    finite = torch.empty(size, dtype=torch.bool, device=row_start.device)
+    if tally is not None and (tally.lines.shape != (size,) or tally.drafts.shape != verdict.tokens.shape or tally.counts.stride(1) != 1):
+        raise ValueError(
+            f"a tally of {size} sequences and {len(verdict.tokens)} rows cannot have lines {tuple(tally.lines.shape)}, "
+            f"drafts {tuple(tally.drafts.shape)} and counts with strides {tally.counts.stride()}"
+        )
+    made = torch.empty(3, size, dtype=torch.int64, device=row_start.device)
     if size:
         _accept[(size,)](
-            verdict.stands.view(torch.int8), verdict.tokens, verdict.finite.view(torch.int8), row_start, accepted, following,
-            finite.view(torch.int8), BLOCK=triton.next_power_of_2(max(most_rows, 2)), num_warps=1,
+            verdict.stands.view(torch.int8), verdict.tokens, verdict.finite.view(torch.int8), row_start, made,
+            row_start if tally is None else tally.counts, row_start if tally is None else tally.lines,
+            verdict.tokens if tally is None else tally.drafts, size, 0 if tally is None else tally.counts.stride(0),
+            TALLY=tally is not None, BLOCK=triton.next_power_of_2(max(most_rows, 2)), num_warps=1,
         )  # fmt: skip
-    return accepted, following, finite
+    return made
 
 
 def _check_rows(
-    logits: torch.Tensor, rows: SampleRows, draft: DraftWeights | None, penalties: Penalties | None, allowed: Allowed | None
+    logits: torch.Tensor,
+    rows: SampleRows,
+    draft: DraftWeights | None,
+    biases: Biases | None,
+    penalties: Penalties | None,
+    allowed: Allowed | None,
 ) -> None:
     num_rows, vocab = logits.shape
     if logits.stride(1) != 1:
@@ -315,6 +422,8 @@ def _check_rows(
             raise ValueError(f"{name} must be {dtype} [{num_rows}], got {value.dtype} {tuple(value.shape)}")
     if draft is not None and (draft.log_weights.shape != logits.shape or draft.lse.shape != (num_rows,)):
         raise ValueError(f"draft weights must be {tuple(logits.shape)}, got {tuple(draft.log_weights.shape)} and {tuple(draft.lse.shape)}")
+    if biases is not None and (biases.values.shape[1] != vocab or biases.values.dtype != torch.float32 or biases.rows.shape != (num_rows,)):
+        raise ValueError(f"biases of {num_rows} rows of {vocab} must be float32 of that width, got {tuple(biases.values.shape)}")
     words = -(-vocab // 32)
     if penalties is not None and (penalties.counts.shape[1] != vocab or penalties.prompt.shape[1] != words):
         raise ValueError(f"penalties of {vocab} tokens need counts of that width and {words} words of prompt bits")

@@ -5,7 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-PIVOTS: tl.constexpr = tl.constexpr(16)
+PIVOTS: tl.constexpr = tl.constexpr(4)
+LEAST_KEY: tl.constexpr = tl.constexpr(-2147483648)
+"""Below the key of every number."""
+INFINITE_KEY: tl.constexpr = tl.constexpr(-2139095041)
+"""The key of minus infinity."""
 
 
 @triton.jit
@@ -16,24 +20,35 @@ def sort_key(x):
 
 
 @triton.jit
+def of_key(key):
+    """The float32 of a `sort_key` in int64."""
+    bits = key.to(tl.int32)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def processed(
-    row_at, ids, inside, row, count_row, prompt_row, mask_row, depth, counts, prompt, allowed, drafts, stride_counts, stride_bits,
-    presence, frequency, repetition, PENALTIES: tl.constexpr, MASK: tl.constexpr,
+    row_at, ids, inside, row, bias_row, count_row, mask_row, depth, biases, counts, prompt, allowed, drafts, stride_biases, stride_counts,
+    stride_bits, presence, frequency, repetition, BIASES: tl.constexpr, PENALTIES: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """float32 logits of `ids` after penalties and the allowed-token mask, not yet tempered; -inf outside.
+    """float32 logits of `ids` after biases, penalties and the allowed-token mask, not yet tempered; -inf outside.
 
     Drafts of the same block that stand before the row count as generated: `drafts[row - depth : row]`.
     """
     x = tl.load(row_at + ids, mask=inside, other=float("-inf")).to(tl.float32)
+    if BIASES:
+        if bias_row >= 0:
+            x += tl.load(biases + bias_row * stride_biases + ids, mask=inside, other=0.0)
     if PENALTIES:
-        made = tl.load(counts + count_row * stride_counts + ids, mask=inside, other=0).to(tl.int32)
-        for back in range(1, depth + 1):
-            made += (ids == tl.load(drafts + row - back)).to(tl.int32)
-        given = tl.load(prompt + prompt_row * stride_bits + ids // 32, mask=inside, other=0)
-        seen = (made > 0) | (((given >> (ids % 32)) & 1) == 1)
-        x = tl.where(seen, tl.where(x > 0.0, x / repetition, x * repetition), x)
-        x = x - made.to(tl.float32) * frequency - tl.where(made > 0, presence, 0.0)
-        x = tl.where(inside, x, float("-inf"))
+        if count_row >= 0:
+            made = tl.load(counts + count_row * stride_counts + ids, mask=inside, other=0).to(tl.int32)
+            for back in range(1, depth + 1):
+                made += (ids == tl.load(drafts + row - back)).to(tl.int32)
+            given = tl.load(prompt + count_row * stride_bits + ids // 32, mask=inside, other=0)
+            seen = (made > 0) | (((given >> (ids % 32)) & 1) == 1)
+            x = tl.where(seen, tl.where(x > 0.0, x / repetition, x * repetition), x)
+            x = x - made.to(tl.float32) * frequency - tl.where(made > 0, presence, 0.0)
+            x = tl.where(inside, x, float("-inf"))
     if MASK:
         if mask_row >= 0:
             word = tl.load(allowed + mask_row * stride_bits + ids // 32, mask=inside, other=0)

@@ -145,6 +145,7 @@ def _vocabulary(shapes: Shapes, place: torch.device, rows: int) -> Iterator[Prog
     logits = 3 * torch.randn(rows, shapes.vocab, device=place)
     attempt = torch.zeros(1, dtype=torch.int64, device=place)
     drafts = torch.randint(0, shapes.vocab, (rows,), device=place)
+    everything = torch.arange(rows, device=place)
     for name, mode, top_k, top_p in (("greedy", 0, 0, 1.0), ("temperature", 2, 0, 1.0), ("top-k 50", 2, 50, 1.0), ("top-p 0.9", 2, 0, 0.9)):
         what = SampleRows(
             torch.full((rows,), mode, dtype=torch.int32, device=place),
@@ -156,7 +157,7 @@ def _vocabulary(shapes: Shapes, place: torch.device, rows: int) -> Iterator[Prog
             drafts,
         )
         yield Program(f"verify {name}", lambda w=what: verify(logits, w, attempt), logits.nbytes)
-    yield Program("token_log_probs 5", lambda: token_log_probs(logits, drafts, 5), logits.nbytes)
+    yield Program("token_log_probs 5", lambda: token_log_probs(logits, everything, drafts, 5), logits.nbytes)
 
 
 def _heads(shapes: Shapes, place: torch.device, sequences: int) -> Iterator[Program]:

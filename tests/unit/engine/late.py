@@ -56,11 +56,12 @@ class LateJudge:
         assert runner.latest is not None
         self._runner, self._judge = runner, DeviceJudge(runner.latest)
 
-    def __call__(self, logits, rows, row_counts, slots, attempt, probabilities) -> Pending:
+    def __call__(self, logits, rows, row_counts, slots, attempt, probabilities, rules, wanted) -> Pending:
         runner, judge, step = self._runner, self._judge, self._runner.launched
         assert step is not None
         found: list[Decision] = []
-        runner.queue.append(lambda: found.append(judge(runner.compute(step), rows, row_counts, slots, attempt, probabilities).read()))
+        asked = (rows, row_counts, slots, attempt, probabilities, rules, wanted)
+        runner.queue.append(lambda: found.append(judge(runner.compute(step), *asked).read()))
 
         class Later:
             def read(self) -> Decision:

@@ -164,7 +164,7 @@ def test_logits_that_are_not_numbers_fail_one_request(late: list[Queue]) -> None
 
 
 @pytest.mark.usefixtures("graphs")
-def test_rules_that_read_the_text_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rules_and_log_probabilities_are_those_of_a_host_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     mixed = [
         replace(request, sampling=replace(request.sampling, **rule))
         for request, rule in zip(

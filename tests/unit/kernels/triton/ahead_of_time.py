@@ -23,7 +23,7 @@ from triton.runtime import driver
 from triton.runtime.jit import KernelInterface
 
 from kernels.reference.fp8_linear import Fp8Linear
-from kernels.reference.sampling import Allowed, DraftWeights, Penalties, SampleRows, Verdict
+from kernels.reference.sampling import Allowed, Biases, DraftWeights, Penalties, SampleRows, Tally, Verdict
 from kernels.reference.sequential_head import SequentialHead
 from kernels.triton import draft_budget, fp8_linear, gated_activation, kv_write, rms_norm, sampling, sequential_head
 from kernels.triton.attention import attention
@@ -102,10 +102,12 @@ def programs() -> dict[str, Callable[[], object]]:
         "add_rms_norm": lambda: rms_norm.add_rms_norm(_zeros(3, HIDDEN), _zeros(3, HIDDEN), _zeros(HIDDEN), 1e-6),
         "verify": partial(_verify, full=False),
         "verify with everything": partial(_verify, full=True),
-        "token_log_probs": lambda: sampling.token_log_probs(_zeros(4, VOCAB), _ints(4), 20),
+        "token_log_probs": lambda: sampling.token_log_probs(torch.zeros(4, VOCAB), _ints(4), _ints(4), 20),
         "accept_drafts": lambda: sampling.accept_drafts(Verdict(_ints(4), _ints(4) > 0, _ints(4) > 0), _ints(3).int()),
+        "accept_drafts counted": lambda: sampling.accept_drafts(
+            Verdict(_ints(4), _ints(4) > 0, _ints(4) > 0), _ints(3).int(), Tally(_ints(2, VOCAB).int(), _ints(2).int(), _ints(4))
+        ),
         "allocate_top": lambda: draft_budget.allocate_top(torch.zeros(256, 16), _ints(1)),
-        "allocate_early_stop": lambda: draft_budget.allocate_early_stop(torch.zeros(256, 16), *(torch.zeros(n).double() for n in (1, 99))),
     }
     for activation in ("silu", "gelu", "gelu_tanh", "relu"):
         found[f"gated_activation {activation}"] = partial(gated_activation.gated_activation, _zeros(3, 2 * INNER), activation)
@@ -151,6 +153,7 @@ def _verify(*, full: bool) -> None:
     options: dict[str, Any] = {}
     if full:
         options["draft"] = DraftWeights(torch.zeros(rows, VOCAB), f32)
+        options["biases"] = Biases(torch.zeros(2, VOCAB), i32)
         options["penalties"] = Penalties(_ints(2, VOCAB).int(), _ints(2, words).int(), i32, f32, f32, f32, i32)
         options["allowed"] = Allowed(_ints(2, words).int(), i32)
     logits = torch.zeros(rows, VOCAB, dtype=BF16 if full else torch.float32)

@@ -33,7 +33,6 @@ def cases(*, full: bool) -> Iterator[Case]:
     yield from _fp8_cases(full=full)
     for size, drafts in ((1, 4), (5, 7), (13, 3), *(((256, 16), (1, 64)) if full else ())):
         yield Case("allocate_top", f"{size}x{drafts}", partial(_allocate_top, size, drafts))
-        yield Case("allocate_early_stop", f"{size}x{drafts}", partial(_allocate_early_stop, size, drafts))
 
 
 def _double(tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -223,13 +222,17 @@ def _gated_activation(rows: int, columns: int, dtype: torch.dtype, activation: s
 def _vocabulary_cases(*, full: bool) -> Iterator[Case]:
     sizes = ((9, 1300), (64, 151_936), (5, 262_144)) if full else ((9, 1300),)
     for rows, vocab in sizes:
-        for kind in ("no drafts", "certain drafts", "drawn drafts", "penalties", "allowed tokens", "everything"):
+        for kind in ("no drafts", "certain drafts", "drawn drafts", "biases", "penalties", "allowed tokens", "everything"):
             for dtype in (torch.float32, torch.bfloat16) if full else (torch.float32,):
                 yield Case("verify", f"{kind}, {rows}x{vocab}, {str(dtype)[6:]}", partial(_verify, rows, vocab, kind, dtype))
         yield Case("token_log_probs", f"{rows}x{vocab}", partial(_log_probs, rows, vocab, 3 if not full else 20), 1e-5)
+    # A threshold among few numbers, among more than there is room for, and among numbers that are all alike.
+    for room in (8, 64):
+        yield Case("verify", f"flat rows, cut with room for {room}", partial(_cut, room))
     yield Case("verify", "rows that are not finite", _not_finite)
     yield Case("verify", "the noise of all rows is the reference's", _same_noise)
-    yield Case("accept_drafts", "5 sequences", _accept)
+    yield Case("accept_drafts", "5 sequences", partial(_accept, tallied=False))
+    yield Case("accept_drafts", "5 sequences, counted", partial(_accept, tallied=True))
 
 
 def sample_rows(rows: int, vocab: int, device: torch.device, *, drafts: bool) -> Any:
@@ -249,7 +252,7 @@ def sample_rows(rows: int, vocab: int, device: torch.device, *, drafts: bool) ->
 
 
 def _verify(rows: int, vocab: int, kind: str, dtype: torch.dtype, device: torch.device) -> Results:
-    from kernels.reference.sampling import Allowed, DraftWeights, Penalties
+    from kernels.reference.sampling import Allowed, Biases, DraftWeights, Penalties
     from kernels.reference.sampling import verify as reference
     from kernels.triton.sampling import verify
 
@@ -269,10 +272,14 @@ def _verify(rows: int, vocab: int, kind: str, dtype: torch.dtype, device: torch.
     if kind in ("drawn drafts", "everything"):
         weights = logits.float() * 0.7 + torch.randn(rows, vocab, device=device)
         options["draft"] = DraftWeights(weights, weights.logsumexp(1))
+    if kind in ("biases", "everything"):
+        values = torch.randn(4, vocab, device=device) * 3.0
+        values[torch.rand(4, vocab, device=device) < 0.1] = -torch.inf
+        options["biases"] = Biases(values, lines.flip(0) - 1)
     if kind in ("penalties", "everything"):
         counts = torch.randint(0, 3, (4, vocab), device=device).to(torch.int32)
         strength = [torch.rand(rows, device=device) for _ in range(3)]
-        options["penalties"] = Penalties(counts, bits(), lines, strength[0], strength[1], strength[2] + 1.0, lines)
+        options["penalties"] = Penalties(counts, bits(), (lines + 1) % 4 - 1, strength[0], strength[1], strength[2] + 1.0, lines)
     if kind in ("allowed tokens", "everything"):
         options["allowed"] = Allowed(bits(), lines - 1)
     attempt = torch.tensor([77], device=device)
@@ -280,6 +287,27 @@ def _verify(rows: int, vocab: int, kind: str, dtype: torch.dtype, device: torch.
     with poisoned_allocations():
         made = verify(logits, what, attempt, **options)
     return (made.tokens, made.stands, made.finite), (exact.tokens, exact.stands, exact.finite)
+
+
+def _cut(room: int, device: torch.device) -> Results:
+    """Numbers so close that the first walks leave many of them, in steps that are narrower than the row."""
+    from unittest import mock
+
+    from kernels.reference.sampling import verify as reference
+    from kernels.triton import sampling
+
+    logits = 0.01 * torch.randn(12, 1500, device=device)
+    logits[4:8] = logits[4:8].abs().round(decimals=3) - 30.0
+    logits[8:] = 0.0
+    what = sample_rows(12, 1500, device, drafts=True)
+    what.modes.fill_(2)
+    what.top_ks.copy_(torch.tensor([0, 40, 900], device=device).repeat(4))
+    what.top_ps.copy_(torch.tensor([0.9, 1.0, 0.7], device=device).repeat(4))
+    attempt = torch.tensor([5], device=device)
+    exact = reference(logits.double(), what, attempt)
+    with mock.patch.multiple(sampling, _BLOCK=256, _ROOM=room, _WARPS=4), poisoned_allocations():
+        made = sampling.verify(logits, what, attempt)
+    return (made.tokens, made.stands), (exact.tokens, exact.stands)
 
 
 def _not_finite(device: torch.device) -> Results:
@@ -310,14 +338,17 @@ def _log_probs(rows: int, vocab: int, top: int, device: torch.device) -> Results
 
     logits, tokens = 3.0 * torch.randn(rows, vocab, device=device), torch.randint(0, vocab, (rows,), device=device)
     logits[0, 5] = logits[0, 9] = 40.0  # equal ones by id
-    exact = reference(logits.double(), tokens, top)
+    wanted = torch.randint(0, rows, (rows + 3,), device=device)
+    wanted[0] = 0
+    tokens = tokens[wanted]
+    exact = reference(logits.double(), wanted, tokens, top)
     with poisoned_allocations():
-        made = token_log_probs(logits, tokens, top)
+        made = token_log_probs(logits, wanted, tokens, top)
     return (made[0], made[2], made[1]), (exact[0], exact[2], exact[1])
 
 
-def _accept(device: torch.device) -> Results:
-    from kernels.reference.sampling import Verdict
+def _accept(device: torch.device, *, tallied: bool) -> Results:
+    from kernels.reference.sampling import Tally, Verdict
     from kernels.reference.sampling import accept_drafts as reference
     from kernels.triton.sampling import accept_drafts
 
@@ -325,7 +356,14 @@ def _accept(device: torch.device) -> Results:
     finite[13] = False
     verdict = Verdict(torch.randint(0, 99, (30,), device=device), torch.rand(30, device=device) < 0.7, finite)
     bounds = torch.tensor([0, 4, 5, 5, 12, 30], dtype=torch.int32, device=device)
-    return accept_drafts(verdict, bounds), reference(verdict, bounds)
+    counts = [torch.ones(3, 99, dtype=torch.int32, device=device) for _ in range(2)]
+    drafts = torch.randint(0, 9, (30,), device=device)  # few, so that some are counted twice
+    lines = torch.tensor([2, -1, 1, -1, 0], dtype=torch.int32, device=device)
+    tallies = [Tally(held, lines, drafts) if tallied else None for held in counts]
+    with poisoned_allocations():
+        made = accept_drafts(verdict, bounds, tallies[0])
+    exact = reference(verdict, bounds, tallies[1])
+    return (made, counts[0]), (exact, counts[1])
 
 
 # --- drafting and FP8 ---------------------------------------------------------------------------------------------------------
@@ -423,22 +461,6 @@ def _allocate_top(size: int, drafts: int, device: torch.device) -> Results:
     return made, [reference(survival, count) for count in capacities]
 
 
-def _allocate_early_stop(size: int, drafts: int, device: torch.device) -> Results:
-    from kernels.reference.draft_budget import allocate_early_stop as reference
-    from kernels.triton.draft_budget import allocate_early_stop
-
-    survival = _survival(size, drafts, device)
-    made, exact = [], []
-    # Cheap enough that some drafts are always taken.
-    for covered in (0, 4, size * drafts):
-        extra = torch.rand(covered + 1, dtype=torch.float64, device=device).cumsum(0) * (0.02 / size)
-        decoding = torch.tensor([0.1], dtype=torch.float64, device=device)
-        with poisoned_allocations():
-            made.append(allocate_early_stop(survival, decoding, extra - extra[0]))
-        exact.append(reference(survival, decoding, extra - extra[0]))
-    return made, exact
-
-
 # --- what is refused ----------------------------------------------------------------------------------------------------------
 
 
@@ -464,7 +486,7 @@ def refusals(device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]
         "have another width than (3, 40)",
         lambda: kv_write.rotary_kv_write(zeros(3, 40), None, None, zeros(3).long(), cache, cache, num_heads=2),
     )
-    yield "top must be between 0 and 4, got 5", lambda: sampling.token_log_probs(zeros(2, 4), zeros(2).long(), 5)
+    yield "top must be between 0 and 4, got 5", lambda: sampling.token_log_probs(zeros(2, 4), zeros(2).long(), zeros(2).long(), 5)
     yield "modes must be torch.int32 [2]", lambda: sampling.verify(zeros(2, 9), sample_rows(3, 9, device, drafts=False), zeros(1).long())
     yield "at most 8192 candidates", lambda: draft_budget.allocate_top(zeros(600, 16), zeros(1).long())
     yield (
