@@ -55,11 +55,13 @@ def estimate(work: Work, outcome: Outcome, cost: CostModel) -> None:
         return
     step, decoding = work.step, slice(0, work.num_decoding)
     drafted = sum(len(draft) for draft in work.drafts)
-    kv_tokens = int(step.kv_lengths.sum())
+    load = work.load
     lengths = np.diff(step.query_start).astype(np.int64)[decoding]
-    as_run = cost.predict(Load(step.num_tokens, len(step.logit_rows), kv_tokens)) / step.num_tokens
-    plain_tokens = step.num_tokens - drafted
-    plainly = cost.predict(Load(plain_tokens, len(step.logit_rows) - drafted, kv_tokens - drafted)) / plain_tokens
+    as_run = cost.predict(load) / load.tokens
+    plain_tokens = load.tokens - drafted
+    # Drafts stand at the end of their sequences, so each saw about what the sequence's one row sees.
+    seen = round(load.pairs * plain_tokens / load.tokens) if drafted else load.pairs
+    plainly = cost.predict(Load(plain_tokens, load.rows - drafted, load.kv_tokens - drafted, seen)) / plain_tokens
     gained = outcome.accepted[decoding] + 1
     for chunk, tokens, count in zip(work.chunks[decoding], lengths.tolist(), gained.tolist(), strict=True):
         chunk.sequence.ledger.modelled_ns += round(as_run * tokens * 1e9)

@@ -108,6 +108,7 @@ class Engine:
         points: list[tuple[Load, float]] = []
         if config.drafter != OFF or config.trace is not None:  # a trace says what this machine could do, whoever drafted
             sizes = (self.limits.max_sequences, self.limits.max_step_tokens)
+            memory.join()
             points, self.profile_reused = (
                 profiles.steps(self._runner, spec, *sizes) if profiles is not None else (measure_steps(self._runner, *sizes), False)
             )

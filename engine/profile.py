@@ -8,6 +8,7 @@ import logging
 import platform
 import time
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,13 +27,16 @@ if TYPE_CHECKING:
     from engine.checkpoints.cache import SharedFolders
     from engine.runner import Runner
 
-PROFILE = 3
+PROFILE = 4
 """Part of a stored profile's name: raise it when steps take another time than before (new kernels) or are measured otherwise."""
 
 _REPEATS = 2
-_DEEP = (2, 4)
-"""Tokens a sequence in the largest steps: how far past one token each it pays to draft on a full batch shows only there."""
+_VERIFIED = 64
+"""Tokens of the largest verification, where four each are fewer."""
 _PROMPT = 2048
+"""Tokens of the longest prompt."""
+_CONTEXT = 160
+"""Tokens. On a CPU their pages were written before: pages that never were are read from a single one."""
 _FILE = "steps.json"
 
 _log = logging.getLogger(__name__)
@@ -86,13 +90,13 @@ def describe(spec: ModelSpec, max_sequences: int, max_tokens: int) -> list[str]:
 
 
 def to_json(points: list[tuple[Load, float]]) -> str:
-    """[[tokens, rows, KV tokens, seconds], ...]."""
-    return json.dumps([[load.tokens, load.rows, load.kv_tokens, seconds] for load, seconds in points])
+    """[[tokens, rows, KV tokens, pairs, seconds], ...]."""
+    return json.dumps([[load.tokens, load.rows, load.kv_tokens, load.pairs, seconds] for load, seconds in points])
 
 
 def from_json(text: str) -> list[tuple[Load, float]]:
     """Raises ValueError for anything that `to_json` does not write."""
-    points = [(Load(int(tokens), int(rows), int(kv)), float(seconds)) for tokens, rows, kv, seconds in json.loads(text)]
+    points = [(Load(*map(int, sizes)), float(seconds)) for *sizes, seconds in json.loads(text)]
     if not points or any(seconds <= 0.0 for _, seconds in points):
         raise ValueError("it has no measurements")
     return points
@@ -114,60 +118,77 @@ def warm_up(runner: Runner, max_tokens: int) -> None:
 
     On a GPU also one of a long prompt, whose attention runs in a shape of its own (and is tuned for it, within `Profiles.tuned`).
     """
-    _seconds(runner, _dummy(1))
+    _seconds(runner, Shape(1, 1).step(runner.kv.block_size))
     if runner.latest is not None:
-        _seconds(runner, _prompt(min(max_tokens, _PROMPT, runner.model.spec.max_positions), runner.kv.block_size))
+        longest = min(max_tokens, _PROMPT, runner.model.spec.max_positions)
+        _seconds(runner, Shape(1, longest, verifies=False).step(runner.kv.block_size))
 
 
 def measure_steps(runner: Runner, max_sequences: int, max_tokens: int) -> list[tuple[Load, float]]:
-    """Seconds of steps with 1, 2, 4 ... `max_sequences` sequences of one token, and of some with more; the better of two runs each.
+    """Seconds of steps of the kinds that a run is made of (see `shapes`); the better of two runs each.
 
-    Writes into block 0 alone, which no sequence ever holds. The larger sizes come first, so that one-time work (kernel
-    selection, allocator growth) is over before the small ones, where it would weigh most.
+    Writes into block 0 alone, which no sequence ever holds, and reads whatever lies in the others. The larger sizes come first, so that
+    one-time work (kernel selection, allocator growth) is over before the small ones, where it would weigh most.
     """
-    sizes = {(min(2**power, max_sequences), 1) for power in range(max_sequences.bit_length() + 1)}
-    sizes |= {(max_sequences, each) for each in _DEEP if max_sequences * each <= max_tokens}
-    ordered = sorted(sizes, key=lambda size: -size[0] * size[1])
-    _seconds(runner, _dummy(*ordered[0]))
-    return [
-        (Load(count * each, count * each, count * each), min(_seconds(runner, _dummy(count, each)) for _ in range(_REPEATS)))
-        for count, each in ordered
-    ]
+    made = shapes(max_sequences, max_tokens, runner.model.spec.max_positions, runner.kv.num_blocks, runner.kv.block_size)
+    points = []
+    for shape in sorted(made, key=lambda shape: (-shape.sequences * shape.each, -shape.context)):
+        step = shape.step(runner.kv.block_size)
+        points.append((shape.load, min(_seconds(runner, step) for _ in range(_REPEATS))))
+    return points
 
 
-def _prompt(count: int, block_size: int) -> PackedStep:
-    """The first `count` tokens of one sequence, all in block 0."""
-    index = np.arange(count, dtype=np.int64)
-    return PackedStep(
-        token_ids=np.zeros(count, np.int64),
-        positions=index,
-        slots=index % block_size,
-        tables=np.zeros((1, -(-count // block_size)), np.int32),
-        query_start=np.array([0, count], np.int32),
-        kv_lengths=np.array([count], np.int32),
-        logit_rows=index[-1:],
-        row_starts=np.zeros(1, np.int64),
-        row_counts=np.ones(1, np.int64),
-        shared_prefix_blocks=0,
-    )
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """`sequences` of `each` tokens after `context` more. `verifies`: every token has logits, otherwise only the last of each sequence."""
+
+    sequences: int
+    each: int
+    context: int = 0
+    verifies: bool = True
+
+    @property
+    def load(self) -> Load:
+        tokens, length = self.sequences * self.each, self.context + self.each
+        pairs = self.sequences * (self.each * self.context + self.each * (self.each + 1) // 2)
+        return Load(tokens, tokens if self.verifies else self.sequences, self.sequences * length, pairs)
+
+    def step(self, block_size: int) -> PackedStep:
+        """Tokens are written to block 0; contexts are read from as many blocks as they would take."""
+        count, width = self.sequences * self.each, -(-(self.context + self.each) // block_size)
+        index = np.arange(count, dtype=np.int64)
+        positions = self.context + index % self.each
+        tables = np.zeros((self.sequences, width), np.int32)
+        read = self.context // block_size
+        tables[:, :read] = 1 + np.arange(self.sequences * read, dtype=np.int32).reshape(self.sequences, read)
+        rows = index if self.verifies else index[self.each - 1 :: self.each]
+        return PackedStep(
+            token_ids=np.zeros(count, np.int64),
+            positions=positions,
+            slots=positions % block_size,
+            tables=tables,
+            query_start=np.arange(self.sequences + 1, dtype=np.int32) * np.int32(self.each),
+            kv_lengths=np.full(self.sequences, self.context + self.each, np.int32),
+            logit_rows=rows,
+            row_starts=np.arange(self.sequences, dtype=np.int64) * (len(rows) // self.sequences),
+            row_counts=np.full(self.sequences, len(rows) // self.sequences, np.int64),
+            shared_prefix_blocks=0,
+        )
 
 
-def _dummy(count: int, each: int = 1) -> PackedStep:
-    """`count` sequences of `each` tokens, all with logits."""
-    index = np.arange(count * each, dtype=np.int64)
-    zeros = np.zeros(count * each, np.int64)
-    return PackedStep(
-        token_ids=zeros,
-        positions=index % each,
-        slots=index % each,
-        tables=np.zeros((count, 1), np.int32),
-        query_start=np.arange(count + 1, dtype=np.int32) * np.int32(each),
-        kv_lengths=np.full(count, each, np.int32),
-        logit_rows=index,
-        row_starts=np.arange(count, dtype=np.int64) * each,
-        row_counts=np.full(count, each, np.int64),
-        shared_prefix_blocks=0,
-    )
+def shapes(max_sequences: int, max_tokens: int, max_positions: int, num_blocks: int, block_size: int) -> set[Shape]:
+    """Decoding at every batch size, verification of more and more drafts, prompts, and decoding and verification after some context.
+
+    How far past one token each it pays to draft on a full batch, or on a single sequence, shows only in steps of that many tokens.
+    """
+    drafted = [each for each in (2, 4, 8, 16, 32, 64) if max_sequences * each <= min(max_tokens, max(4 * max_sequences, _VERIFIED))]
+    prompts = {min(2**power, max_tokens) for power in range(6, max_tokens.bit_length() + 1)}
+    context = min(_CONTEXT, (num_blocks - 1) // max_sequences * block_size) // block_size * block_size
+    made = {Shape(min(2**power, max_sequences), 1) for power in range(max_sequences.bit_length() + 1)}
+    made |= {Shape(max_sequences, each) for each in drafted}
+    made |= {Shape(1, count, verifies=False) for count in prompts if count <= _PROMPT}
+    made |= {Shape(count, each, context) for count in {max_sequences, -(-max_sequences // 8)} for each in (1, *drafted[:1]) if context}
+    return {shape for shape in made if shape.context + shape.each <= max_positions}
 
 
 def _seconds(runner: Runner, step: PackedStep) -> float:

@@ -48,7 +48,8 @@ class Work:
     @property
     def load(self) -> Load:
         """What the cost model sees of the step."""
-        return Load(self.step.num_tokens, len(self.step.logit_rows), int(self.step.kv_lengths.sum()))
+        step = self.step
+        return Load(step.num_tokens, len(step.logit_rows), int(step.kv_lengths.sum()), int(step.positions.sum()) + step.num_tokens)
 
     def rows(self, table: RowTable) -> Rows:
         """What the step's logit rows are to be held against."""

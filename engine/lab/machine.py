@@ -51,7 +51,7 @@ class RecordedMachine:
     """
 
     def __init__(self, trace: Trace) -> None:
-        profile = [(Load(tokens, rows, kv), seconds) for tokens, rows, kv, seconds in trace.engine.profile]
+        profile = [(Load(*sizes), seconds) for *sizes, seconds in trace.engine.profile]
         self._fit = StepFit([(step.load, step.seconds) for step in trace.steps], profile)
         # The fit heeds slow steps less than others, but they took their time all the same: the sum over the trace must be right.
         fitted = sum(self._fit.seconds(step.load) for step in trace.steps)

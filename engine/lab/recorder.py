@@ -43,7 +43,7 @@ class Recorder:
             members=drafters.members,
             max_draft_tokens=config.max_draft_tokens,
             fixed_drafts=config.fixed_drafts,
-            profile=tuple((load.tokens, load.rows, load.kv_tokens, seconds) for load, seconds in profile),
+            profile=tuple((load.tokens, load.rows, load.kv_tokens, load.pairs, seconds) for load, seconds in profile),
         )
         return Recorder(TraceWriter(config.trace, engine))
 
@@ -69,6 +69,7 @@ class Recorder:
                 tokens=load.tokens,
                 rows=load.rows,
                 kv_tokens=load.kv_tokens,
+                pairs=load.pairs,
                 decoding=work.num_decoding,
                 chunks=len(work.chunks),
                 seconds=seconds,

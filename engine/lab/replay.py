@@ -66,7 +66,7 @@ def replay(trace: Trace, policy: Policy, *, max_sequences: int | None = None, ma
     if policy.drafter is not None:
         cost = CostModel(max(engine.max_step_tokens, sequences))
         if engine.profile:
-            cost.profile([(Load(tokens, rows, kv), seconds) for tokens, rows, kv, seconds in engine.profile])
+            cost.profile([(Load(*sizes), seconds) for *sizes, seconds in engine.profile])
         supply = ReplaySupply.of(trace)
         speculator = Speculator(engine.max_draft_tokens, sequences, cost, supply, fixed_drafts=policy.fixed_drafts)
     simulator = Simulator(limits, machine or RecordedMachine(trace), speculator, default=policy.drafter or OFF)

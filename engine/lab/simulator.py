@@ -209,7 +209,11 @@ class Simulator:
     def _load(plan: StepPlan, proposal: Proposal) -> Load:
         chunks, drafts = plan.decoding + plan.prefill, int(proposal.chosen.sum())
         rows = sum(chunk.samples for chunk in chunks) + drafts
-        return Load(plan.num_tokens + drafts, rows, sum(chunk.start + chunk.count for chunk in chunks) + drafts)
+        fed = np.array([chunk.count for chunk in chunks], np.int64)
+        fed[: len(plan.decoding)] += proposal.chosen
+        starts = np.array([chunk.start for chunk in chunks], np.int64)
+        pairs = int((fed * starts + fed * (fed + 1) // 2).sum())
+        return Load(plan.num_tokens + drafts, rows, sum(chunk.start + chunk.count for chunk in chunks) + drafts, pairs)
 
     def _judge(self, decoding: list[Chunk], proposal: Proposal) -> tuple[Ints, Ints]:
         """(accepted drafts, the token after them or -1 past the end) of each decoding sequence."""

@@ -1,4 +1,4 @@
-"""Step seconds of a recorded run as a formula: t = f(tokens) + a * rows + b * kv_tokens, all steps at once.
+"""Step seconds of a recorded run as a formula: t = f(tokens) + a * rows + b * kv_tokens + c * pairs, all steps at once.
 
 The engine's own `CostModel` learns step by step and forgets; this one looks back on the whole run, so that what judges a policy in virtual
 time is not the same estimate that the policy decides by.
@@ -38,7 +38,7 @@ class StepFit:
             raise ValueError("a machine cannot be fitted to no steps at all")
         largest = max(load.tokens for load, _ in points)
         self._knots: Floats = np.exp2(np.arange(int(np.ceil(np.log2(max(largest, 2)))) + 1))
-        start = np.concatenate((self._start([*prior] or points), [0.0, 0.0]))
+        start = np.concatenate((self._start([*prior] or points), [0.0, 0.0, 0.0]))
         self._weights = self._fit(steps, start) if steps else start
 
     def seconds(self, load: Load) -> float:
@@ -55,7 +55,7 @@ class StepFit:
     def _features(self, loads: Sequence[Load]) -> Floats:
         tokens = np.minimum([load.tokens for load in loads], self._knots[-1])
         hats = np.array([np.interp(tokens, self._knots, row) for row in np.eye(len(self._knots))]).T
-        rest = np.array([(load.rows, load.kv_tokens) for load in loads], np.float64)
+        rest = np.array([(load.rows, load.kv_tokens, load.pairs) for load in loads], np.float64)
         return np.hstack((hats, rest))
 
     def _fit(self, steps: Sequence[tuple[Load, float]], start: Floats) -> Floats:

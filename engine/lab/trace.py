@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from engine.sequence import Sequence
 
-VERSION = 1
+VERSION = 2
 
 
 class TraceError(ValueError):
@@ -33,7 +33,7 @@ class TraceError(ValueError):
 class EngineRecord:
     """The engine that ran. `drafter`: what a request's `auto` came to, `members`: the drafters of its portfolio, the text lookup first.
 
-    `profile`: (tokens, rows, kv_tokens, seconds) of the steps measured at its start.
+    `profile`: (tokens, rows, kv_tokens, pairs, seconds) of the steps measured at its start.
     """
 
     model: str
@@ -49,7 +49,7 @@ class EngineRecord:
     members: tuple[str, ...]
     max_draft_tokens: int
     fixed_drafts: int | None
-    profile: tuple[tuple[int, int, int, float], ...] = ()
+    profile: tuple[tuple[int, int, int, int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +85,7 @@ class StepRecord:
     tokens: int
     rows: int
     kv_tokens: int
+    pairs: int
     decoding: int
     chunks: int
     seconds: float
@@ -98,7 +99,7 @@ class StepRecord:
 
     @property
     def load(self) -> Load:
-        return Load(self.tokens, self.rows, self.kv_tokens)
+        return Load(self.tokens, self.rows, self.kv_tokens, self.pairs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +227,7 @@ def _records(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, dict[str, 
 def _engine(record: dict[str, Any]) -> EngineRecord:
     if record.pop("trace") != VERSION:
         raise ValueError("it was written by another version of longdraft")
-    record["profile"] = tuple((int(a), int(b), int(c), float(d)) for a, b, c, d in record["profile"])
+    record["profile"] = tuple((int(a), int(b), int(c), int(d), float(seconds)) for a, b, c, d, seconds in record["profile"])
     return EngineRecord(**{**record, "members": tuple(record["members"])})
 
 

@@ -1,11 +1,13 @@
-"""How long a step takes on this machine: t(tokens, logit rows, KV tokens), measured and refitted while running. No torch, no clock.
+"""How long a step takes on this machine: t(tokens, logit rows, KV tokens, pairs), measured and refitted while running. No torch, no clock.
 
-t = f(tokens) + a * rows + b * kv_tokens, where f is piecewise linear and never falls. f's knots are powers of two: step curves
-are staircases (on two cores 4 rows cost what 16 do with one library, and half as much with another), which no straight line fits.
+t = speed * (f(tokens) + a * rows + b * kv_tokens + c * pairs), where f is piecewise linear and never falls. f's knots are powers of two:
+step curves are staircases (on two cores 4 rows cost what 16 do with one library, and half as much with another), which no straight line
+fits. `speed` follows what changes from one minute to the next for all steps alike: clocks, and neighbours on the memory bus.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,100 +21,129 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """The size of a step. `kv_tokens` is the context length summed over its sequences."""
+    """The size of a step. `kv_tokens`: the context length summed over its sequences; `pairs`: the positions that each row sees, summed."""
 
     tokens: int
     rows: int
     kv_tokens: int
+    pairs: int = 0
 
 
 class CostModel:
-    """Least squares over decayed observations, pulled towards the last profile where nothing was observed.
+    """Least squares over decayed observations, held to the profile where little was observed.
 
-    `decay` per observation: 0.99 forgets over about a hundred steps. A single step that took far longer than predicted (another process
-    got the core) counts as no more than `_OUTLIER` times the prediction.
+    `decay` per observation: 0.95 forgets over about twenty steps. Steps say little alone (a neighbour on the memory bus slows some of them,
+    another process takes the core in others), so an observation moves the model as if it were off by as much as steps usually are, at
+    most: what is followed is nearer to the median step than to the mean.
     """
 
-    _OUTLIER = 2.0
-    _PULL = 0.05
-    _REFIT_EVERY = 8
+    _SPEED = 0.1
+    """How quickly `speed` and the usual error follow."""
+    _LEAST_USUAL = 0.1
+    _PULL = 0.1
+    """Weight of the profile against one observation."""
+    _PROFILE_PULL = 1e-3
 
-    def __init__(self, max_tokens: int, *, decay: float = 0.99) -> None:
+    def __init__(self, max_tokens: int, *, decay: float = 0.95) -> None:
         if max_tokens < 1 or not 0.0 < decay < 1.0:
             raise ValueError(f"max_tokens >= 1 and 0 < decay < 1 must hold, got {max_tokens} and {decay}")
         size = int(np.ceil(np.log2(max(max_tokens, 2)))) + 1
         self._knots: Floats = np.exp2(np.arange(size, dtype=np.float64))
         self._decay = decay
-        self._weights: Floats = np.zeros(size + 2)
-        self._curve: Floats = np.zeros(size)
-        self._normal: Floats = np.zeros((size + 2, size + 2))
-        self._moment: Floats = np.zeros(size + 2)
-        self._observed = 0
+        self._profile: Floats = np.zeros(size + 3)
+        self._weights: Floats = self._profile
+        self._normal: Floats = np.zeros((size + 3, size + 3))
+        self._moment: Floats = np.zeros(size + 3)
+        self._speed = 0.0
+        """Its logarithm."""
+        self._usual = 0.0
+        self._ready = False
 
     @property
     def ready(self) -> bool:
         """Whether there is anything to predict from."""
-        return self._observed > 0
+        return self._ready
 
     def profile(self, points: list[tuple[Load, float]]) -> None:
         """Starts from measurements (seconds) taken on purpose, ideally with several token counts. Forgets everything else."""
-        loads = np.array([load.tokens for load, _ in points], np.float64)
-        seconds = np.array([s for _, s in points], np.float64)
-        order = np.argsort(loads)
-        loads, seconds = loads[order], np.maximum.accumulate(seconds[order])
-        curve = np.interp(self._knots, loads, seconds)
-        if len(loads) > 1:
+        tokens = np.array(sorted({load.tokens for load, _ in points}), np.float64)
+        fastest = [min(seconds for load, seconds in points if load.tokens == count) for count in tokens]
+        curve = np.interp(self._knots, tokens, np.maximum.accumulate(fastest))
+        if len(tokens) > 1:
             # Past the last point go on at the average price of a token there: beyond a plateau steps are linear.
-            curve += np.maximum(self._knots - loads[-1], 0.0) * seconds[-1] / loads[-1]
-        self._weights = np.concatenate((curve, [0.0, 0.0]))
+            curve += np.maximum(self._knots - tokens[-1], 0.0) * curve[-1] / tokens[-1]
+        start = np.concatenate((curve, np.zeros(3)))
+        features = np.array([self._features(load) / seconds for load, seconds in points])
+        hold = self._PROFILE_PULL / self._sizes(start) ** 2
+        self._profile = self._weights = _not_negative(
+            features.T @ features + np.diag(hold), features.sum(axis=0) + hold * start, len(self._knots)
+        )
         self._normal[:] = 0.0
         self._moment[:] = 0.0
-        self._observed = len(points)
-        self._set_curve()
+        self._speed = self._usual = 0.0
+        self._ready = True
 
     def observe(self, load: Load, seconds: float) -> None:
         """Learns from one step that ran."""
-        if not self.ready:
+        if not self._ready:
             self.profile([(load, seconds)])
-        seconds = min(seconds, self._OUTLIER * self.predict(load))
-        row = self._features(load)
-        scale = 1.0 / max(seconds, 1e-9)  # relative errors: a short step is as telling as a long one
-        self._normal = self._decay * self._normal + np.outer(row, row) * scale**2
-        self._moment = self._decay * self._moment + row * seconds * scale**2
-        self._observed += 1
-        if self._observed % self._REFIT_EVERY == 0:
-            self._refit()
+        error = math.log(max(seconds, 1e-9) / self.predict(load))
+        bound = max(self._usual, self._LEAST_USUAL)
+        self._usual += self._SPEED * (min(abs(error), math.log(2.0)) - self._usual)
+        taken = min(max(error, -bound), bound)
+        seen = self.predict(load) * math.exp(taken)
+        self._speed += self._SPEED * taken
+        row = self._features(load) * math.exp(self._speed) / seen  # relative errors: a short step is as telling as a long one
+        self._normal = self._decay * self._normal + np.outer(row, row)
+        self._moment = self._decay * self._moment + row
+        hold = self._PULL / self._sizes(self._profile) ** 2
+        self._weights = _not_negative(self._normal + np.diag(hold), self._moment + hold * self._profile, len(self._knots))
 
     def predict(self, load: Load) -> float:
         """Seconds."""
-        return float(self.curve(np.array([load.tokens]))[0] + self._weights[-2] * load.rows + self._weights[-1] * load.kv_tokens)
+        return float(self._features(load) @ self._weights) * math.exp(self._speed)
 
     def curve(self, tokens: NDArray[np.int64]) -> Floats:
         """Seconds that depend on the number of tokens alone; [N] -> [N], never falling."""
-        beyond = np.maximum(tokens - self._knots[-1], 0.0) * self._curve[-1] / self._knots[-1]
-        return np.asarray(np.interp(tokens, self._knots, self._curve) + beyond)
+        curve = self._weights[:-3]
+        beyond = np.maximum(tokens - self._knots[-1], 0.0) * curve[-1] / self._knots[-1]
+        return np.asarray((np.interp(tokens, self._knots, curve) + beyond) * math.exp(self._speed))
 
     @property
     def seconds_per_row(self) -> float:
-        return float(self._weights[-2])
+        return float(self._weights[-3]) * math.exp(self._speed)
+
+    @property
+    def seconds_per_pair(self) -> float:
+        return float(self._weights[-1]) * math.exp(self._speed)
 
     def _features(self, load: Load) -> Floats:
         row = np.zeros(len(self._weights))
-        place = min(float(np.log2(max(load.tokens, 1))), len(self._knots) - 1.0)
-        low = min(int(place), len(self._knots) - 2)
-        share = (min(load.tokens, self._knots[-1]) - self._knots[low]) / (self._knots[low + 1] - self._knots[low])
-        row[low], row[low + 1], row[-2], row[-1] = 1.0 - share, share, load.rows, load.kv_tokens
+        tokens = min(float(load.tokens), float(self._knots[-1]))
+        low = min(int(math.log2(max(tokens, 1.0))), len(self._knots) - 2)
+        share = (tokens - self._knots[low]) / (self._knots[low + 1] - self._knots[low])
+        row[low], row[low + 1] = 1.0 - share, share
+        row[:-3] *= max(load.tokens / float(self._knots[-1]), 1.0)
+        row[-3:] = load.rows, load.kv_tokens, load.pairs
         return row
 
-    def _refit(self) -> None:
-        prior = self._weights.copy()
-        # Each weight is held to its last value as if by a few observations of its own size.
-        typical = np.maximum(prior, 1e-9)
-        typical[-2:] = max(float(prior[:-2].max()), 1e-9) / self._knots[-1]
-        hold = self._PULL / typical**2
-        weights = np.linalg.solve(self._normal + np.diag(hold), self._moment + hold * prior)
-        self._weights = np.maximum(weights, 0.0)
-        self._set_curve()
+    def _sizes(self, weights: Floats) -> Floats:
+        """What each weight is held by: its own size, for the last three at least what would make up a small part of a large step."""
+        sizes = np.maximum(weights, 1e-12)
+        token = max(float(weights[len(self._knots) - 1]), 1e-9) / self._knots[-1]
+        sizes[-3:] = np.maximum(weights[-3:], token / np.array([20.0, 1000.0, 1000.0]))
+        return sizes
 
-    def _set_curve(self) -> None:
-        self._curve = np.maximum.accumulate(self._weights[:-2])
+
+def _not_negative(normal: Floats, moment: Floats, knots: int) -> Floats:
+    """Least squares; what comes out negative is zero and the rest solved again. The first `knots` weights are made never to fall."""
+    free = moment != 0.0
+    weights = np.zeros(len(moment))
+    while free.any():
+        weights[:] = 0.0
+        weights[free] = np.linalg.solve(normal[np.ix_(free, free)], moment[free])
+        if not (weights < 0.0).any():
+            break
+        free &= weights > 0.0
+    weights[:knots] = np.maximum.accumulate(weights[:knots])
+    return weights

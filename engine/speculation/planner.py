@@ -63,7 +63,13 @@ class StepCost:
         """Costs of a step of `decoding` rows over `kv_tokens` of context, `prefill` tokens beside them, and up to `drafts` drafts."""
         count = np.arange(drafts + 1)
         curve = cost.curve(decoding + prefill + count)
-        return StepCost(cost.predict(Load(decoding, decoding, kv_tokens)), curve - curve[0] + count * cost.seconds_per_row)
+        each = cost.seconds_per_row + cost.seconds_per_pair * kv_tokens / max(decoding, 1)
+        return StepCost(cost.predict(Load(decoding, decoding, kv_tokens, kv_tokens)), curve - curve[0] + count * each)
+
+    @property
+    def per_draft(self) -> float:
+        """Seconds that a draft adds, on average over as many as can be taken."""
+        return float(self.extra[-1]) / max(len(self.extra) - 1, 1)
 
 
 def throughput(survival: Floats, requests: int, cost: StepCost) -> Floats:
