@@ -66,10 +66,10 @@ class StepCost:
         each = cost.seconds_per_row + cost.seconds_per_pair * kv_tokens / max(decoding, 1)
         return StepCost(cost.predict(Load(decoding, decoding, kv_tokens, kv_tokens)), curve - curve[0] + count * each)
 
-    @property
-    def per_draft(self) -> float:
-        """Seconds that a draft adds, on average over as many as can be taken."""
-        return float(self.extra[-1]) / max(len(self.extra) - 1, 1)
+    def per_draft(self, drafts: int) -> float:
+        """Seconds that each of the first so many drafts adds on average (of fewer, where fewer can be taken)."""
+        count = max(min(drafts, len(self.extra) - 1), 1)
+        return float(self.extra[min(count, len(self.extra) - 1)]) / count
 
 
 def throughput(survival: Floats, requests: int, cost: StepCost) -> Floats:

@@ -1,10 +1,11 @@
 """Which of several drafters drafts for a request in a step: decided before anything is drawn, by what each earned. No torch, no clock.
 
-A drafter's worth for a request is the number of its drafts that stood per step, learned on verified trajectories: of the request, of its
-template, of all, each lending to the former while that is young. The text lookup costs nothing and is always asked, and its worth is what
-its matches promise right now: those depend on confirmed text alone. A neural drafter must be worth more than the lookup by at least the
-tokens that its own time would have brought otherwise. So no choice ever reads a token that is not yet admitted; picking the drafter whose
-*realised* drafts look best would bias the text.
+A drafter's worth for a request is the number of its drafts that stand per step, less what verifying them costs, learned on verified
+trajectories: of the request, of its template, of all, each lending to the former while that is young. What verification costs (the price
+of a draft, in tokens that its time would have brought otherwise) changes with the batch, so the worth is kept for a range of prices. The
+text lookup costs nothing and is always asked, and its worth is what its matches promise right now: those depend on confirmed text alone.
+A neural drafter must be worth more than the lookup by at least the tokens that its own time would have brought otherwise. So no choice
+ever reads a token that is not yet admitted; picking the drafter whose *realised* drafts look best would bias the text.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     from numpy.typing import NDArray
 
@@ -26,36 +27,60 @@ _FADE = 0.9
 """Per step of a request: its record is about its last ten steps."""
 _LEND = 2.0
 """Steps that a template's record counts for in a request's, and the overall record in a template's."""
-_OPTIMISM = 3.0
-"""Drafts a step that a drafter is thought worth before it was ever tried; one trial corrects it."""
-_PROBE_EVERY = 32
+_OPTIMISM = 0.75
+"""Chance that a draft stands if those before it do, before the drafter was ever tried; one trial corrects it."""
+_FIRST_PROBE = 32
+"""Steps without use after which a drafter is tried for one request; tried in vain, after twice as many, and so on."""
 _PATIENCE = 512
-"""Steps of the portfolio without a single paying use after which a drafter is let go."""
+"""Steps without a single paying use after which a drafter is let go. Steps so full that hardly any draft could pay do not count."""
+_FULL = 0.5
+"""The price of a draft in such steps."""
+_USUAL = 3.0
+"""A pass that took this many times what it was expected to says no more than that."""
 _MAX_TEMPLATES = 4096
 _KEPT = 0.25
 """Of a drafter's record when its weights are exchanged."""
 
 
+PRICES: Floats = np.linspace(0.0, 1.0, 11)
+"""Tokens that the verification of a draft costs, for each of which a worth is kept."""
+
+
+def net(survival: Floats, price: float) -> Floats:
+    """float64 [S]: tokens that verifying every draft that pays brings. survival: float64 [S, D], the chance that drafts 0..j all stand."""
+    return np.asarray(np.maximum(survival - price, 0.0).sum(axis=1))
+
+
+def earned(survival: Floats, stood: Floats) -> Floats:
+    """float64 [S, P]: what drafts brought at each of `PRICES`, had those been verified that are likelier to stand than they cost.
+
+    stood: float64 [S, D], whether drafts 0..j all stood, or the chance of it where that is not known.
+    """
+    return np.asarray(((survival[:, :, None] > PRICES) * (stood[:, :, None] - PRICES)).sum(axis=1))
+
+
+_HOPE = earned(*(np.cumprod(np.full((1, 16), _OPTIMISM), axis=1),) * 2)[0]
+
+
 @dataclass(slots=True)
 class _Record:
-    """Drafts that stood, and steps, fading."""
+    """What drafts brought by price, and steps, fading."""
 
-    stood: float = 0.0
+    brought: Floats = field(default_factory=lambda: np.zeros(len(PRICES)))
     steps: float = 0.0
 
-    def add(self, stood: float, fade: float) -> None:
-        self.stood = self.stood * fade + stood
+    def add(self, brought: Floats, fade: float) -> None:
+        self.brought = self.brought * fade + brought
         self.steps = self.steps * fade + 1.0
 
-    def mean(self, prior: float) -> float:
-        return (self.stood + _LEND * prior) / (self.steps + _LEND)
+    def mean(self, prior: Floats) -> Floats:
+        return np.asarray((self.brought + _LEND * prior) / (self.steps + _LEND))
 
 
 @dataclass(slots=True)
 class _Member:
-    """overall: over all requests. templates: by name. slots: by the request's slot. seconds: [fixed, per request] of a draft pass.
-
-    tags: the templates it was made for; none: for all.
+    """overall: over all requests. templates: by name. slots: by the request's slot. seconds: [fixed, per request] of a draft pass, of which
+    the first does not count: it compiles and allocates. tags: the templates it was made for; none: for all. idle: steps since it paid.
     """
 
     slots: list[_Record]
@@ -65,7 +90,9 @@ class _Member:
     seconds: Floats = field(default_factory=lambda: np.zeros(2))
     normal: Floats = field(default_factory=lambda: np.diag([1e-3, 1e-3]))
     moment: Floats = field(default_factory=lambda: np.zeros(2))
+    passes: int = 0
     idle: int = 0
+    next_probe: int = _FIRST_PROBE
 
     def suits(self, template: str | None) -> bool:
         return not self.tags or template in self.tags
@@ -80,7 +107,6 @@ class Portfolio:
 
     def __init__(self, neural: Mapping[str, tuple[str, ...]], slots: int) -> None:
         self._members = {name: _Member([_Record() for _ in range(slots)], tags) for name, tags in neural.items()}
-        self._step = 0
 
     @property
     def neural(self) -> tuple[str, ...]:
@@ -91,46 +117,55 @@ class Portfolio:
         for member in self._members.values():
             member.slots[slot] = _Record()
 
-    def choose(self, slots: Ints, templates: list[str | None], lookup: Floats, tokens_per_second: float) -> list[str | None]:
+    def choose(self, slots: Ints, templates: list[str | None], lookup: Floats, tokens_per_second: float, price: float) -> list[str | None]:
         """Per request the neural drafter that is to draft for it, None for the lookup.
 
-        lookup: float64 [S], drafts of the lookup that are expected to stand. tokens_per_second: of the step without neural drafts.
+        lookup: float64 [S], tokens that the lookup's drafts bring (see `net`). tokens_per_second: of the step without neural drafts.
+        price: of a draft's verification, in tokens.
         """
-        self._step += 1
         chosen: list[str | None] = [None] * len(slots)
         if not self._members:
             return chosen
         names = list(self._members)
-        gains = np.stack([self._gains(self._members[name], slots, templates, lookup, tokens_per_second) for name in names])
+        gains = np.stack([self._gains(self._members[name], slots, templates, lookup, tokens_per_second, price) for name in names])
         best = _assign(gains, np.array([self._members[name].seconds[0] for name in names]) * tokens_per_second)
         for index, name in enumerate(names):
             rows = np.flatnonzero(best == index)
-            self._members[name].idle = 0 if len(rows) else self._members[name].idle + 1
+            member = self._members[name]
             for row in rows:
                 chosen[row] = name
-        for place, name in self._probes(len(slots)):
-            if not (best == names.index(name)).any():
-                chosen[place] = name
+            if len(rows):
+                member.idle, member.next_probe = 0, _FIRST_PROBE
+            elif price < _FULL:
+                member.idle += 1
+                if member.idle == member.next_probe:
+                    member.next_probe *= 2
+                    chosen[member.idle % len(slots)] = name
         return chosen
 
-    def learn(self, name: str, slots: Ints, templates: list[str | None], stood: Floats) -> None:
-        """What came of `name`'s drafts for some requests: how many stood, and past the verified ones are expected to have stood."""
+    def learn(self, name: str, slots: Ints, templates: list[str | None], brought: Floats) -> None:
+        """What came of `name`'s drafts for some requests: float64 [S, P], see `earned`."""
         member = self._members.get(name)
         if member is None:
             return
-        for slot, template, count in zip(slots.tolist(), templates, stood.tolist(), strict=True):
-            member.slots[slot].add(count, _FADE)
-            member.overall.add(count, 1.0 - (1.0 - _FADE) / 16)
+        for slot, template, tokens in zip(slots.tolist(), templates, brought, strict=True):
+            member.slots[slot].add(tokens, _FADE)
+            member.overall.add(tokens, 1.0 - (1.0 - _FADE) / 16)
             if template not in member.templates and len(member.templates) >= _MAX_TEMPLATES:
                 del member.templates[next(iter(member.templates))]
-            member.templates.setdefault(template, _Record()).add(count, 1.0 - (1.0 - _FADE) / 4)
+            member.templates.setdefault(template, _Record()).add(tokens, 1.0 - (1.0 - _FADE) / 4)
 
     def learn_seconds(self, name: str, requests: int, seconds: float) -> None:
         """How long a draft pass of `name` took for so many requests."""
         member = self._members.get(name)
         if member is None:
             return
+        member.passes += 1
+        if member.passes == 1:
+            return
         row = np.array([1.0, requests])
+        if member.passes > 2:
+            seconds = min(seconds, _USUAL * float(row @ member.seconds))
         member.normal = 0.98 * member.normal + np.outer(row, row)
         member.moment = 0.98 * member.moment + row * seconds
         member.seconds = np.maximum(np.linalg.solve(member.normal + np.diag([1e-6, 1e-6]), member.moment), 0.0)
@@ -146,24 +181,21 @@ class Portfolio:
         """`name` drafts in another way from now on: what it earned before weighs less, so that it is judged anew."""
         if member := self._members.get(name):
             for record in (member.overall, *member.templates.values(), *member.slots):
-                record.stood, record.steps = record.stood * _KEPT, record.steps * _KEPT
-            member.idle = 0
+                record.brought, record.steps = record.brought * _KEPT, record.steps * _KEPT
+            member.idle, member.next_probe = 0, _FIRST_PROBE
 
-    def _gains(self, member: _Member, slots: Ints, templates: list[str | None], lookup: Floats, tokens_per_second: float) -> Floats:
+    def _gains(
+        self, member: _Member, slots: Ints, templates: list[str | None], lookup: Floats, tokens_per_second: float, price: float
+    ) -> Floats:
         """float64 [S]: tokens a step that it brings more than the lookup, less those that its own time would have brought."""
-        worth = np.array([self._worth(member, slot, template) for slot, template in zip(slots.tolist(), templates, strict=True)])
+        pairs = zip(slots.tolist(), templates, strict=True)
+        worth = np.array([np.interp(price, PRICES, self._worth(member, slot, template)) for slot, template in pairs])
         return np.asarray(worth - lookup - member.seconds[1] * tokens_per_second, np.float64)
 
-    def _worth(self, member: _Member, slot: int, template: str | None) -> float:
-        overall = member.overall.mean(_OPTIMISM if member.suits(template) else 0.0)
+    def _worth(self, member: _Member, slot: int, template: str | None) -> Floats:
+        overall = member.overall.mean(_HOPE if member.suits(template) else np.zeros(len(PRICES)))
         kind = member.templates.get(template)
         return member.slots[slot].mean(overall if kind is None else kind.mean(overall))
-
-    def _probes(self, count: int) -> Iterator[tuple[int, str]]:
-        """Now and then one request is drafted for all the same, so that a drafter that lost can win again: one member at a time."""
-        if self._step % _PROBE_EVERY == 0:
-            turn = self._step // _PROBE_EVERY
-            yield turn % count, list(self._members)[turn % len(self._members)]
 
 
 def _assign(gains: Floats, fixed: Floats) -> Ints:

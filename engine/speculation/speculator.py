@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from engine.drafters.base import DraftBatch, Drafts, Exchangeable, Progress, Remembers
-from engine.drafters.builtin import PORTFOLIO, TEXT
+from engine.drafters.builtin import PORTFOLIO, TEXT, TEXT_DRAFTERS
 from engine.speculation.calibration import Calibration, Discount
 from engine.speculation.cost_model import CostModel, Load
 from engine.speculation.forced import FORCED, PRIOR, ForcedDrafts, without
 from engine.speculation.planner import FixedLength, Planner, StepCost
-from engine.speculation.portfolio import Portfolio
+from engine.speculation.portfolio import Portfolio, earned, net
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 _DEPTH_MEMORY = 0.8
 _LOOK_EVERY = 32
 """Steps after which drafters are asked even where no draft can pay, so that the calibration goes on learning."""
+_FEW = 4
+"""Drafts of each request at which the price of one is taken."""
 _FIRST_DEPTH = 8
 """Draft tokens a request at first; then a little more than what was lately verified."""
 
@@ -81,6 +83,9 @@ class Speculator:
         self._supply = supply
         self._policy: DraftPolicy = Planner() if fixed_drafts is None else FixedLength(fixed_drafts)
         self._portfolio = Portfolio({name: supply.tags(name) for name in supply.members[1:]}, max_sequences)
+        self._alone: dict[str, Portfolio] = {}
+        """Of drafters that requests name: the choice there is between them and no drafts. A policy that always drafts needs none."""
+        self._selective = fixed_drafts is None
         self._depths: dict[str, float] = {}
         self._drafters: dict[str, Drafter] = {}
         self._calibrations: dict[str, Calibration] = {FORCED: Calibration(PRIOR, max_sequences)}
@@ -104,8 +109,8 @@ class Speculator:
             self._ensure(member)
             self._calibrations[member].reset(slot)
         self._calibrations[FORCED].reset(slot)
-        if name == PORTFOLIO:
-            self._portfolio.enter(slot)
+        if (choice := self._choice(name)) is not None:
+            choice.enter(slot)
 
     def listen(self, listener: Listener | None) -> None:
         """Shows `listener` the hidden states of every step, and every sequence that ends."""
@@ -119,7 +124,8 @@ class Speculator:
         if not isinstance(drafter, Exchangeable):
             raise TypeError(f"the weights of {name} cannot be exchanged")
         drafter.exchange(tensors)
-        self._portfolio.forget(name)
+        for choice in (self._portfolio, *self._alone.values()):
+            choice.forget(name)
         return True
 
     def finish(self, name: str, sequence: Sequence, *, complete: bool) -> None:
@@ -151,6 +157,12 @@ class Speculator:
             self._drafters[name] = self._supply.create(name)
             self._calibrations[name] = Calibration(self._drafters[name].prior, self._max_sequences)
             self._discounts[name] = Discount()
+            if self._selective and name not in TEXT_DRAFTERS and name not in self._portfolio.neural:
+                self._alone[name] = Portfolio({name: ()}, self._max_sequences)
+
+    def _choice(self, name: str) -> Portfolio | None:
+        """What decides whether drafter `name`, or which of the portfolio's, drafts for a request that asks for it."""
+        return self._portfolio if name == PORTFOLIO else self._alone.get(name)
 
     def _members(self, name: str) -> tuple[str, ...]:
         return (TEXT, *self._portfolio.neural) if name == PORTFOLIO else (name,)
@@ -187,10 +199,11 @@ class Speculator:
             wanted = {name for name in names if name is not None}
         for name in sorted(wanted):
             rows = np.array([row for row, other in enumerate(names) if other == name], np.int64)
-            if name == PORTFOLIO:
-                self._ask_portfolio(rows, sequences, limits, step, proposal, len(sequences) / max(cost.decoding, 1e-9))
-            else:
+            if name != PORTFOLIO:
                 self._ensure(name)  # the portfolio may have let go of what a request asked for by name
+            if (choice := self._choice(name)) is not None:
+                self._ask_choice(choice, name, rows, sequences, limits, step, proposal, cost)
+            else:
                 self._take(name, rows, self._ask(name, rows, sequences, limits, step, proposal), sequences, proposal)
         if forced is not None and len(rows := forced.merge(proposal)):
             slots = np.array([sequences[row].slot for row in rows], np.int64)
@@ -237,9 +250,10 @@ class Speculator:
             self._learn_depth(name, proposal.chosen[members])
             discount = self._discounts[name]
             discount.observe(_promised(proposal, members) / discount.factor, float(accepted[members].sum()))
-            if name in self._portfolio.neural:
-                templates = [sequences[row].request.template for row in members]
-                self._portfolio.learn(name, slots[members], templates, _expected(proposal, members, accepted))
+            templates = [sequences[row].request.template for row in members]
+            brought = earned(proposal.survival[members], _stood(proposal, members, accepted))
+            for choice in (self._portfolio, *self._alone.values()):
+                choice.learn(name, slots[members], templates, brought)
         for name, members, drafts in proposal.shadows:
             matched, known = _matches(drafts, proposal, members, accepted, following)
             self._calibrations[name].observe(slots[members], drafts.bins, matched, np.minimum(matched + 1, known))
@@ -264,7 +278,8 @@ class Speculator:
             wanted = np.minimum(wanted, self._depth(name))
         drafts = drafter.propose(DraftBatch([sequences[row] for row in rows], wanted, step))
         elapsed = time.perf_counter_ns() - started
-        self._portfolio.learn_seconds(name, len(rows), elapsed * 1e-9)
+        for choice in (self._portfolio, *self._alone.values()):
+            choice.learn_seconds(name, len(rows), elapsed * 1e-9)
         each, rest = divmod(elapsed, len(rows))
         proposal.nanoseconds[rows] += each
         proposal.nanoseconds[rows[:rest]] += 1
@@ -285,27 +300,41 @@ class Speculator:
         slots = np.array([sequences[row].slot for row in rows], np.int64)
         return self._calibrations[name].survival(slots, drafts.bins) * self._discounts[name].factor
 
-    def _ask_portfolio(
-        self, rows: Ints, sequences: list[Sequence], limits: Ints, step: int, proposal: Proposal, tokens_per_second: float
+    def _ask_choice(
+        self,
+        choice: Portfolio,
+        asked: str,
+        rows: Ints,
+        sequences: list[Sequence],
+        limits: Ints,
+        step: int,
+        proposal: Proposal,
+        cost: StepCost,
     ) -> None:
-        """The lookup is asked for all; who drafts is then chosen, and only then may a neural drafter draw anything."""
-        lookup = self._ask(TEXT, rows, sequences, limits, step, proposal)
-        promised = self._survival(TEXT, rows, lookup, sequences).sum(axis=1)
+        """The portfolio's lookup is asked for all; who drafts is then chosen, and only then may a neural drafter draw anything."""
+        tokens_per_second = len(sequences) / max(cost.decoding, 1e-9)
+        price = cost.per_draft(_FEW * len(sequences)) * tokens_per_second
+        lookup, promised = None, np.zeros(len(rows))
+        if asked == PORTFOLIO:
+            lookup = self._ask(TEXT, rows, sequences, limits, step, proposal)
+            promised = net(self._survival(TEXT, rows, lookup, sequences), price)
         slots = np.array([sequences[row].slot for row in rows], np.int64)
         templates = [sequences[row].request.template for row in rows]
         names: list[str | None] = [None] * len(rows)
-        if self._portfolio.neural and int(limits[rows].max(initial=0)) > 1:
-            names = self._portfolio.choose(slots, templates, promised, tokens_per_second)
-        for name in (None, *self._portfolio.neural):
+        if choice.neural and int(limits[rows].max(initial=0)) > 1:
+            names = choice.choose(slots, templates, promised, tokens_per_second, price)
+        for name in (None, *choice.neural):
             places = np.array([place for place, chosen in enumerate(names) if chosen == name], np.int64)
             if not len(places):
                 continue
             if name is None:
-                self._take(TEXT, rows[places], _rows_of(lookup, places), sequences, proposal)
+                if lookup is not None:
+                    self._take(TEXT, rows[places], _rows_of(lookup, places), sequences, proposal)
                 continue
             drafts = self._ask(name, rows[places], sequences, limits, step, proposal)
             self._take(name, rows[places], drafts, sequences, proposal)
-            proposal.shadows.append((TEXT, rows[places], _rows_of(lookup, places)))
+            if lookup is not None:
+                proposal.shadows.append((TEXT, rows[places], _rows_of(lookup, places)))
 
     def _depth(self, name: str) -> int:
         return int(np.ceil(self._depths.get(name, _FIRST_DEPTH)))
@@ -327,14 +356,13 @@ def _promised(proposal: Proposal, rows: Ints) -> float:
     return float(survival[np.arange(survival.shape[1]) < proposal.chosen[rows, None]].sum())
 
 
-def _expected(proposal: Proposal, rows: Ints, accepted: Ints) -> Floats:
-    """float64 [R]: drafts that stood; where all verified ones did, plus those that would have been expected to stand after them."""
+def _stood(proposal: Proposal, rows: Ints, accepted: Ints) -> Floats:
+    """float64 [R, D]: whether drafts 0..j of these rows stood; past verified ones that all did, the chance that they would have."""
     survival, chosen = proposal.survival[rows], proposal.chosen[rows]
     column = np.arange(survival.shape[1])
-    past = np.where(column >= chosen[:, None], survival, 0.0).sum(axis=1)
     last = np.where(chosen > 0, survival[np.arange(len(rows)), np.maximum(chosen - 1, 0)], 1.0)
-    rest = np.where(accepted[rows] == chosen, past / np.maximum(last, 1e-9), 0.0)
-    return np.asarray(accepted[rows] + rest, np.float64)
+    beyond = np.where((accepted[rows] == chosen)[:, None], survival / np.maximum(last, 1e-9)[:, None], 0.0)
+    return np.where(column < accepted[rows, None], 1.0, np.where(column < chosen[:, None], 0.0, beyond))
 
 
 def _matches(drafts: Drafts, proposal: Proposal, rows: Ints, accepted: Ints, following: Ints) -> tuple[Ints, Ints]:

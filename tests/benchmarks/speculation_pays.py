@@ -26,6 +26,8 @@ from service.cli.bench.statistics import median_interval
 from tests.benchmarks import live
 
 GOAL, MODEL_GOAL, FIXED = 0.98, 0.05, 8
+LEAST_LINES = 8
+"""A single line may end after a few tokens, and then says nothing."""
 LIVE: dict[str, dict[str, Any]] = {
     "plain": {"drafter": "off"},
     "auto": {"drafter": "auto"},
@@ -46,7 +48,7 @@ def main() -> int:
     rows, ratios, spreads, errors, spread_errors = [], [], [], [], []
     for size in map(int, options.sizes.split(",")):
         with tempfile.TemporaryDirectory() as folder:
-            speeds, trace = measure(loaded, live.copies(requests, size), size, options.repeats, Path(folder))
+            speeds, trace = measure(loaded, live.copies(requests, max(size, LEAST_LINES)), size, options.repeats, Path(folder))
         paired = [auto / max(plain, fixed) for auto, plain, fixed in zip(speeds["auto"], speeds["plain"], speeds["fixed"], strict=True)]
         ratios += paired
         spreads += [again / plain for again, plain in zip(speeds["again"], speeds["plain"], strict=True)]

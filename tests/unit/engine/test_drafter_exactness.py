@@ -18,7 +18,7 @@ from engine.engine import Engine
 from engine.kv_blocks import BlockPool
 from engine.speculation import portfolio as portfolio_module
 from engine.speculation.cost_model import CostModel
-from engine.speculation.portfolio import Portfolio
+from engine.speculation.portfolio import PRICES, Portfolio, earned
 from engine.speculation.speculator import Speculator
 from engine.types import Request, SamplingParams
 from tests.unit.engine.drafters.layouts import VOCAB, deepspec, eagle, write, zlab
@@ -178,7 +178,9 @@ class Other(Hopeful):
     shift = 1
 
 
-def most_confident(self: Speculator, rows: Any, sequences: Any, limits: Any, step: int, proposal: Any, _: float) -> None:
+def most_confident(
+    self: Speculator, choice: Any, asked: str, rows: Any, sequences: Any, limits: Any, step: int, proposal: Any, cost: Any
+) -> None:
     """The mutant: everybody draws, and the drafts that look best are kept."""
     asked = {name: self._ask(name, rows, sequences, limits, step, proposal) for name in self._portfolio.neural}
     looks = {name: self._survival(name, rows, drafts, sequences).sum() for name, drafts in asked.items()}
@@ -201,64 +203,95 @@ def share_of_a(monkeypatch: pytest.MonkeyPatch) -> tuple[float, Engine]:
 def test_a_portfolio_that_picks_the_most_confident_realised_draft_is_biased_and_ours_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     # A lookup in this text would win every choice; without its promises the neural drafters draw.
     choose = Portfolio.choose
-    monkeypatch.setattr(Portfolio, "choose", lambda self, slots, kinds, lookup, rate: choose(self, slots, kinds, lookup * 0.0, rate * 0.0))
+    monkeypatch.setattr(
+        Portfolio, "choose", lambda self, slots, kinds, lookup, rate, price: choose(self, slots, kinds, lookup * 0.0, rate * 0.0, 0.0)
+    )
     share, made = share_of_a(monkeypatch)
     assert made.stats().accepted > 300
     assert share == pytest.approx(0.7, abs=0.058)  # 4 standard deviations
-    monkeypatch.setattr(Speculator, "_ask_portfolio", most_confident)
+    monkeypatch.setattr(Speculator, "_ask_choice", most_confident)
     share, _ = share_of_a(monkeypatch)
     assert share > 0.76
+
+
+def tokens(*counts: float) -> Any:
+    """So many tokens a step, whatever a draft's verification costs."""
+    return np.repeat(np.array(counts)[:, None], len(PRICES), axis=1)
 
 
 def test_the_portfolio_settles_on_what_pays() -> None:
     portfolio = Portfolio({"good": (), "bad": ()}, 4)
     slots, kinds = np.arange(4), ["a", "a", "b", "b"]
-    portfolio.learn_seconds("good", 4, 0.004)
-    portfolio.learn_seconds("bad", 4, 0.004)
+    for seconds in (9.0, 0.004, 0.004):  # the first pass does not count: it compiles
+        portfolio.learn_seconds("good", 4, seconds)
+        portfolio.learn_seconds("bad", 4, seconds)
     for _ in range(40):
-        portfolio.learn("good", slots, kinds, np.full(4, 4.0))
-        portfolio.learn("bad", slots, kinds, np.full(4, 0.1))
-    assert portfolio.choose(slots, kinds, np.zeros(4), 100.0) == ["good"] * 4
+        portfolio.learn("good", slots, kinds, tokens(*[4.0] * 4))
+        portfolio.learn("bad", slots, kinds, tokens(*[0.1] * 4))
+    assert portfolio.choose(slots, kinds, np.zeros(4), 100.0, 0.0) == ["good"] * 4
     # A lookup that promises more, or a pass that costs more than it brings.
-    assert portfolio.choose(slots, kinds, np.full(4, 6.0), 100.0) == [None] * 4
-    assert portfolio.choose(slots, kinds, np.zeros(4), 1e5) == [None] * 4
+    assert portfolio.choose(slots, kinds, np.full(4, 6.0), 100.0, 0.0) == [None] * 4
+    assert portfolio.choose(slots, kinds, np.zeros(4), 1e5, 0.0) == [None] * 4
     # A new request starts from its template's record.
     portfolio.enter(0)
-    assert portfolio.choose(slots, kinds, np.array([1.0, 9.0, 9.0, 9.0]), 100.0) == ["good", None, None, None]
+    assert portfolio.choose(slots, kinds, np.array([1.0, 9.0, 9.0, 9.0]), 100.0, 0.0) == ["good", None, None, None]
 
 
 def test_each_template_uses_what_was_best_for_it() -> None:
     portfolio = Portfolio({"code": (), "chat": ()}, 2)
     for _ in range(40):
         for kind, slot in (("code", 0), ("chat", 1)):
-            portfolio.learn("code", np.array([slot]), [kind], np.array([5.0 if kind == "code" else 0.2]))
-            portfolio.learn("chat", np.array([slot]), [kind], np.array([0.2 if kind == "code" else 5.0]))
-    assert portfolio.choose(np.arange(2), ["code", "chat"], np.ones(2), 0.0) == ["code", "chat"]
+            portfolio.learn("code", np.array([slot]), [kind], tokens(5.0 if kind == "code" else 0.2))
+            portfolio.learn("chat", np.array([slot]), [kind], tokens(0.2 if kind == "code" else 5.0))
+    assert portfolio.choose(np.arange(2), ["code", "chat"], np.ones(2), 0.0, 0.0) == ["code", "chat"]
 
 
 def test_the_better_of_two_that_pay_drafts_and_one_that_is_hardly_used_does_not_pay_its_fixed_cost() -> None:
     portfolio = Portfolio({"fair": (), "fine": ()}, 4)
     slots = np.arange(4)
     for _ in range(60):
-        portfolio.learn("fair", slots, ["a", "a", "a", "b"], np.array([2.0, 2.0, 2.0, 4.0]))
-        portfolio.learn("fine", slots, ["a", "a", "a", "b"], np.array([3.0, 3.0, 3.0, 3.0]))
+        portfolio.learn("fair", slots, ["a", "a", "a", "b"], tokens(2.0, 2.0, 2.0, 4.0))
+        portfolio.learn("fine", slots, ["a", "a", "a", "b"], tokens(3.0, 3.0, 3.0, 3.0))
     kinds: list[str | None] = ["a", "a", "a", "b"]
-    assert portfolio.choose(slots, kinds, np.zeros(4), 0.0) == ["fine", "fine", "fine", "fair"]
+    assert portfolio.choose(slots, kinds, np.zeros(4), 0.0, 0.0) == ["fine", "fine", "fine", "fair"]
     for _ in range(60):
         for requests in (1, 4):
             portfolio.learn_seconds("fair", requests, 0.005)
             portfolio.learn_seconds("fine", requests, 0.005)
     # At 1000 tokens a second a pass costs 5 tokens, more than `fair` brings for its one request: `fine` takes that, too.
-    assert portfolio.choose(slots, kinds, np.zeros(4), 1000.0) == ["fine"] * 4
+    assert portfolio.choose(slots, kinds, np.zeros(4), 1000.0, 0.0) == ["fine"] * 4
 
 
 def test_tags_say_where_a_drafter_is_tried_first_and_measurement_decides() -> None:
     portfolio = Portfolio({"coder": ("code",)}, 2)
     slots = np.arange(2)
-    assert portfolio.choose(slots, ["code", "chat"], np.ones(2), 0.0) == ["coder", None]
+    assert portfolio.choose(slots, ["code", "chat"], np.ones(2), 0.0, 0.0) == ["coder", None]
     for _ in range(10):
-        portfolio.learn("coder", slots, ["code", "chat"], np.array([0.1, 4.0]))
-    assert portfolio.choose(slots, ["code", "chat"], np.ones(2), 0.0) == [None, "coder"]
+        portfolio.learn("coder", slots, ["code", "chat"], tokens(0.1, 4.0))
+    assert portfolio.choose(slots, ["code", "chat"], np.ones(2), 0.0, 0.0) == [None, "coder"]
+
+
+def test_a_drafter_is_worth_what_its_drafts_bring_beyond_the_price_of_verifying_them() -> None:
+    survival = np.array([[0.9, 0.6, 0.3]])
+    assert earned(survival, survival)[0] == pytest.approx([np.maximum(survival - price, 0.0).sum() for price in PRICES])
+    # One that promises more than it keeps earns what it keeps.
+    assert earned(np.array([[0.9, 0.9]]), np.array([[0.5, 0.0]]))[0, 2] == pytest.approx(0.5 - 2 * 0.2)
+    portfolio, slots, kinds = Portfolio({"fair": ()}, 4), np.arange(4), ["a"] * 4
+    for _ in range(40):
+        portfolio.learn("fair", slots, kinds, earned(np.full((4, 1), 0.6), np.full((4, 1), 0.6)))
+        portfolio.learn_seconds("fair", 4, 0.004)
+    assert portfolio.choose(slots, kinds, np.zeros(4), 100.0, 0.3) == ["fair"] * 4
+    assert portfolio.choose(slots, kinds, np.zeros(4), 100.0, 0.7) == [None] * 4
+    # Full steps pass no verdict on it; in others it is tried more and more seldom, and let go of in the end.
+    for _ in range(1000):
+        portfolio.choose(slots, kinds, np.zeros(4), 1e5, 0.7)
+    assert portfolio.let_go() == []
+    assert portfolio.choose(slots, kinds, np.zeros(4), 100.0, 0.3) == ["fair"] * 4
+    tried = [step for step in range(1, 500) if any(portfolio.choose(slots, kinds, np.zeros(4), 1e5, 0.3))]
+    assert tried == [32, 64, 128, 256]
+    for _ in range(20):
+        portfolio.choose(slots, kinds, np.zeros(4), 1e5, 0.3)
+    assert portfolio.let_go() == ["fair"]
 
 
 def test_a_drafter_that_does_not_pay_goes_and_its_memory_becomes_cache(
