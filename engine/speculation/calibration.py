@@ -52,7 +52,7 @@ class Calibration:
     `memory`: observations (per bin) after which old ones have faded to 1/e.
     """
 
-    def __init__(self, prior: Floats, slots: int, *, strength: float = 8.0, memory: float = 2000.0, own_memory: float = 24.0) -> None:
+    def __init__(self, prior: Floats, slots: int, *, strength: float = 8.0, memory: float = 2000.0, own_memory: float = 48.0) -> None:
         self._stood = prior * strength
         self._seen = np.full(len(prior), strength)
         self._memory = memory

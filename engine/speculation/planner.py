@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _MARGIN = 1.02
 """Predicted gain below which nothing is drafted: the cost model's own error is of that size."""
+_DOUBT = 1.1
+"""What drafts add to a step is taken as so much more: of many estimates of survival those that are too high get chosen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,7 @@ class StepCost:
         count = np.arange(drafts + 1)
         curve = cost.curve(decoding + prefill + count)
         each = cost.seconds_per_row + cost.seconds_per_pair * kv_tokens / max(decoding, 1)
-        return StepCost(cost.predict(Load(decoding, decoding, kv_tokens, kv_tokens)), curve - curve[0] + count * each)
+        return StepCost(cost.predict(Load(decoding, decoding, kv_tokens, kv_tokens)), _DOUBT * (curve - curve[0] + count * each))
 
     def per_draft(self, drafts: int) -> float:
         """Seconds that each of the first so many drafts adds on average (of fewer, where fewer can be taken)."""
