@@ -70,8 +70,13 @@ class _Record:
     steps: float = 0.0
 
     def add(self, brought: Floats, fade: float) -> None:
-        self.brought = self.brought * fade + brought
-        self.steps = self.steps * fade + 1.0
+        self.fade(fade)
+        self.brought = self.brought + brought
+        self.steps += 1.0
+
+    def fade(self, fade: float) -> None:
+        self.brought = self.brought * fade
+        self.steps *= fade
 
     def mean(self, prior: Floats) -> Floats:
         return np.asarray((self.brought + _LEND * prior) / (self.steps + _LEND))
@@ -134,6 +139,8 @@ class Portfolio:
             member = self._members[name]
             for row in rows:
                 chosen[row] = name
+            for slot in slots[best != index].tolist():
+                member.slots[slot].fade(_FADE)  # what a request held against it is forgotten, or it could never be corrected
             if len(rows):
                 member.idle, member.next_probe = 0, _FIRST_PROBE
             elif price < _FULL:
@@ -181,7 +188,7 @@ class Portfolio:
         """`name` drafts in another way from now on: what it earned before weighs less, so that it is judged anew."""
         if member := self._members.get(name):
             for record in (member.overall, *member.templates.values(), *member.slots):
-                record.brought, record.steps = record.brought * _KEPT, record.steps * _KEPT
+                record.fade(_KEPT)
             member.idle, member.next_probe = 0, _FIRST_PROBE
 
     def _gains(

@@ -70,6 +70,7 @@ class HashModel:
         self.steps.append(len(tokens))
         for token, position, slot in zip(tokens, positions, slots, strict=True):
             self._tokens[slot], self._positions[slot] = token, position
+        live = any(slot >= self.block_size for slot in slots)  # a profile writes into block 0 alone, and reads what was never written
         tables = batch.block_tables.numpy()
         if batch.shared_prefix_blocks:
             assert (tables[:, : batch.shared_prefix_blocks] == tables[0, : batch.shared_prefix_blocks]).all()
@@ -80,9 +81,9 @@ class HashModel:
             context = []
             for position in range(positions[row] + 1):
                 slot = int(tables[owner, position // self.block_size]) * self.block_size + position % self.block_size
-                if slot >= self.block_size:
+                if slot >= self.block_size and live:
                     assert self._positions[slot] == position
-                context.append(self._tokens[slot])
+                context.append(self._tokens[slot] if live else self._tokens.get(slot, 0))
             logits[out, next_token(context, loop=self.loop)] = 5.0
             if self.poison is not None and self.poison in context:
                 logits[out] = torch.nan

@@ -25,7 +25,8 @@ def test_a_trace_holds_the_job_and_every_step(tmp_path):
     trace, results = record(tmp_path, drafter="suffix", fixed_drafts=3)
     assert trace.engine.max_sequences == 8
     assert trace.engine.fixed_drafts == 3
-    assert [tokens for tokens, *_ in trace.engine.profile] == [32, 16, 8, 4, 2, 1]
+    assert {tokens for tokens, *_ in trace.engine.profile} >= {1, 2, 4, 8, 16, 32}
+    assert any(pairs > kv for _, _, kv, pairs, _ in trace.engine.profile)
     answers = {request.number: trace.ends[request.number].output for request in trace.requests}
     assert sorted(answers.values()) == sorted(result.token_ids for result in results.values())
     assert trace.generated == sum(result.ledger.generated for result in results.values())
