@@ -31,7 +31,8 @@ def step(prefill: int, drafts: list[int], kv: int) -> SimpleNamespace:
         kv_lengths=np.array([kv + length for length in lengths]),
     )
     drafted = [np.zeros(count, np.int64) for count in [*drafts, 0]]
-    return SimpleNamespace(chunks=chunks, num_decoding=len(drafts), drafts=drafted, step=packed)
+    load = Load(sum(lengths), sum(lengths) - prefill, int(packed.kv_lengths.sum()), 0)
+    return SimpleNamespace(chunks=chunks, num_decoding=len(drafts), drafts=drafted, step=packed, load=load)
 
 
 def model(seconds_per_step: float, seconds_per_token: float) -> CostModel:

@@ -299,7 +299,7 @@ def test_a_drafter_that_does_not_pay_goes_and_its_memory_becomes_cache(
 ) -> None:
     monkeypatch.setattr(portfolio_module, "_PATIENCE", 20)
     monkeypatch.setattr("engine.engine._RECLAIM_EVERY", 4)
-    monkeypatch.setattr(Portfolio, "_worth", lambda *_: 0.0)
+    monkeypatch.setattr(Portfolio, "_worth", lambda *_: np.zeros(len(PRICES)))
     made = jobs(12)
     plain, _ = run(target, made, "off")
     drafted, engine = run(target, made, "auto", folders / "packed", max_sequences=2, kv_bytes=100 << 10)

@@ -81,7 +81,7 @@ def test_a_recorded_machine_is_fitted_to_the_steps():
     at = 0.0
     for number in range(400):
         size = 1 + number * 7 % 60
-        step = StepRecord(at, size, size, size * 50, size, size, 0.0, 0.002 * size, None, drafted=(1,) * size)
+        step = StepRecord(at, size, size, size * 50, size * 50, size, size, 0.0, 0.002 * size, None, drafted=(1,) * size)
         seconds = curve.step(step.load)
         trace.steps.append(replace(step, seconds=seconds))
         at += seconds + step.draft_seconds + 0.001 + 0.0001 * size + (5.0 if number == 50 else 0.0)
@@ -96,7 +96,7 @@ def test_slow_steps_count_in_the_sum():
     trace = Trace(_engine_record())
     for number in range(200):
         seconds = 0.02 * (5 if number % 10 == 0 else 1)
-        trace.steps.append(StepRecord(float(number), 8, 8, 80, 8, 8, seconds, 0.0, None))
+        trace.steps.append(StepRecord(float(number), 8, 8, 80, 80, 8, 8, seconds, 0.0, None))
     machine = RecordedMachine(trace)
     assert sum(machine.step(step.load) for step in trace.steps) == pytest.approx(sum(step.seconds for step in trace.steps))
 
@@ -139,7 +139,7 @@ def test_what_is_not_a_trace_is_refused(tmp_path):
         "line 2": [lines[0], "nonsense\n"],
         "empty": [],
         "line 1": lines[1:],
-        "another version": [lines[0].replace('"trace":1', '"trace":9')],
+        "another version": [lines[0].replace('"trace":2', '"trace":9')],
     }
     for word, content in cases.items():
         path.write_text("".join(content))
