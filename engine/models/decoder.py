@@ -9,6 +9,7 @@ import torch
 
 import kernels
 from engine.batch import NORMALISED, ForwardBatch, ForwardOutput, FrozenParts, ModelSpec
+from engine.models.few_rows import MOST_ROWS, FewRows
 
 if TYPE_CHECKING:
     from engine.kv_pool import KVPool
@@ -46,6 +47,7 @@ class LeanDecoder:
         self._arch = arch
         self._ropes = ropes
         self._weights = weights
+        self._few_rows = FewRows.of(spec, arch, weights)
         # Rounded to the model's type first, as transformers does: in bfloat16 sqrt(640) is 25.25.
         self._embedding_scale = torch.tensor(arch.embedding_scale, dtype=spec.dtype, device=spec.device)
 
@@ -59,6 +61,11 @@ class LeanDecoder:
         taps = {0: hidden} if 0 in batch.taps else {}
         last = len(self._arch.layers)
         whole = last in batch.taps or NORMALISED in batch.taps
+        if (at_once := self._at_once(hidden, batch, tables, kv)) is not None:
+            hidden, tapped = at_once
+            if not whole and len(batch.logit_rows) < len(hidden):
+                hidden = hidden.index_select(0, batch.logit_rows)
+            return self._output(self._norm(hidden, self._weights.norm), batch, taps | tapped, whole=whole)
         norms = [*(layer.attention_norm for layer in self._weights.layers[1:]), self._weights.norm]
         normed = self._norm(hidden, self._weights.layers[0].attention_norm)
         for index, (layer, shape) in enumerate(zip(self._weights.layers, self._arch.layers, strict=True), start=1):
@@ -69,11 +76,21 @@ class LeanDecoder:
             hidden, normed = self._finish_layer(layer, attended, hidden, norms[index - 1])
             if index in batch.taps:
                 taps[index] = hidden
+        return self._output(normed, batch, taps, whole=whole)
+
+    def _output(self, normed: torch.Tensor, batch: ForwardBatch, taps: dict[int, torch.Tensor], *, whole: bool) -> ForwardOutput:
+        """`whole`: `normed` has all rows, not only those that want logits."""
         if NORMALISED in batch.taps:
             taps[NORMALISED] = normed
-        if whole:
-            normed = normed.index_select(0, batch.logit_rows)
-        return ForwardOutput(self._logits(normed), taps)
+        return ForwardOutput(self._logits(normed.index_select(0, batch.logit_rows) if whole else normed), taps)
+
+    def _at_once(
+        self, hidden: torch.Tensor, batch: ForwardBatch, tables: _StepTables, kv: KVPool
+    ) -> tuple[torch.Tensor, dict[int, torch.Tensor]] | None:
+        """All layers in one call, where there is a way and most rows are wanted to the end."""
+        if self._few_rows is None or 2 * len(batch.logit_rows) < len(hidden) or len(hidden) > MOST_ROWS:
+            return None
+        return self._few_rows.run(hidden, tables.plans, tables.angles, kv, batch.taps)
 
     def frozen(self) -> FrozenParts:
         """See `TargetModel.frozen`."""

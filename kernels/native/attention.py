@@ -19,10 +19,13 @@ import torch
 from kernels.native.attention_plan import CHUNK, FINISH, KEYS, MOST_HEAD_DIM, MOST_LINES, RESUME
 from kernels.native.emit import I64
 from kernels.native.jit import Kernel, build, threads_for
+from kernels.native.program import Call
 from kernels.native.rows import float_bits
 
 if TYPE_CHECKING:
+    import numpy as np
     from llvmlite import ir
+    from numpy.typing import NDArray
 
     from kernels.native.attention_plan import NativePlan
     from kernels.native.emit import Emitter, Variable
@@ -36,35 +39,51 @@ def attention(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, plan: NativePlan, scale: float, soft_cap: float | None = None
 ) -> torch.Tensor:
     """See `kernels.reference.attention`. q: float32 [T, heads, head_dim], heads contiguous in a row; keys: transposed blocks."""
-    rows, heads, head_dim = q.shape
-    _, kv_heads, block_size, _ = keys.shape
-    out = torch.empty((rows, heads, head_dim), dtype=q.dtype)
-    threads = threads_for(plan.work * heads * head_dim // 4)
-    kernel = _kernel(soft_cap is not None)
+    out = torch.empty(q.shape, dtype=q.dtype)
     for jobs in plan.waves:
-        kernel(
-            threads,
-            q.data_ptr(),
-            q.stride(0),
-            out.data_ptr(),
-            keys.data_ptr(),
-            values.data_ptr(),
-            plan.tables.ctypes.data,
-            plan.tables.shape[1],
-            jobs.ctypes.data,
-            len(jobs),
-            plan.rows.ctypes.data,
-            plan.visible_from.ctypes.data,
-            plan.visible_to.ctypes.data,
-            plan.state.data_ptr(),
-            float_bits(scale),
-            float_bits(soft_cap or 0.0),
-            heads // kv_heads,
-            kv_heads,
-            head_dim,
-            block_size,
-        )
+        call(q, out, keys, values, plan, jobs, scale, soft_cap).run()
     return out
+
+
+CHANGING = tuple(range(5, 13))
+"""Arguments of `call` that go with the step, not with the layer."""
+
+
+def call(
+    q: torch.Tensor,
+    out: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    plan: NativePlan,
+    jobs: NDArray[np.int64],
+    scale: float,
+    soft_cap: float | None,
+) -> Call:
+    """One wave of `plan`, into `out` [T, heads, head_dim], contiguous."""
+    _, heads, head_dim = q.shape
+    _, kv_heads, block_size, _ = keys.shape
+    arguments = (
+        q.data_ptr(),
+        q.stride(0),
+        out.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        plan.tables.ctypes.data,
+        plan.tables.shape[1],
+        jobs.ctypes.data,
+        len(jobs),
+        plan.rows.ctypes.data,
+        plan.visible_from.ctypes.data,
+        plan.visible_to.ctypes.data,
+        plan.state.data_ptr(),
+        float_bits(scale),
+        float_bits(soft_cap or 0.0),
+        heads // kv_heads,
+        kv_heads,
+        head_dim,
+        block_size,
+    )
+    return Call(_kernel(soft_cap is not None), threads_for(plan.work * heads * head_dim // 4), arguments)
 
 
 @cache

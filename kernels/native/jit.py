@@ -17,8 +17,8 @@ from kernels.native.emit import Emitter
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_MOST_ARGUMENTS = 24
-_Arguments = ctypes.c_int64 * _MOST_ARGUMENTS
+MOST_ARGUMENTS = 24
+_Arguments = ctypes.c_int64 * MOST_ARGUMENTS
 _engines: list[llvm.ExecutionEngine] = []
 
 
@@ -81,6 +81,13 @@ def build(name: str, body: Callable[[Emitter], None]) -> Kernel:
     parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     parallel.restype = None
     return Kernel(address, ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address), parallel)
+
+
+def parallel_address() -> int:
+    """Of GOMP_parallel(function, argument, threads, flags). Only where `openmp` found a runtime."""
+    runtime = openmp()
+    assert runtime is not None
+    return ctypes.cast(runtime.GOMP_parallel, ctypes.c_void_p).value or 0
 
 
 @cache

@@ -21,6 +21,7 @@ import torch
 
 from kernels.native.emit import F32, I8, I64
 from kernels.native.jit import Kernel, build, lanes, threads_for
+from kernels.native.program import Call
 from kernels.pages import zeros
 
 if TYPE_CHECKING:
@@ -92,8 +93,7 @@ def product(
     width = packed.shape[0] * packed.shape[2]
     out = x.new_empty(x.shape[0], width)
     fits = residual is not None and width == columns and residual.is_contiguous()
-    kernel = _kernel("", bias is not None, fits, scales is not None)
-    _run(kernel, x, packed, out, bias, residual if fits else None, scales)
+    call(x, packed, out, bias, residual if fits else None, scales).run()
     out = out[:, :columns]
     return out if fits or residual is None else out.add_(residual)
 
@@ -101,24 +101,28 @@ def product(
 def gated_product(x: torch.Tensor, packed: torch.Tensor, activation: str, scales: torch.Tensor | None = None) -> torch.Tensor:
     """activation(x @ gate.T) * (x @ up.T) -> [T, N]. `packed` as from `pack_gated`."""
     out = x.new_empty(x.shape[0], packed.shape[0] * packed.shape[2] // 2)
-    _run(_kernel(activation, False, False, scales is not None), x, packed, out, None, None, scales)
+    call(x, packed, out, None, None, scales, activation).run()
     return out
 
 
-def _run(
-    kernel: Kernel,
+CHANGING = (2, 11)
+"""Arguments of `call` that go with the number of rows alone."""
+
+
+def call(
     x: torch.Tensor,
     packed: torch.Tensor,
     out: torch.Tensor,
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     scales: torch.Tensor | None,
-) -> None:
+    activation: str = "",
+) -> Call:
+    """The product into `out`, which may be `residual` itself."""
     threads = threads_for(x.numel() * out.shape[1] // 8)
     # Threads are to end together, so each takes from a small weight one panel after the other; few rows take several at once.
     group = _GROUP if x.shape[0] in _PANELS else max(min(_GROUP, packed.shape[0] // (8 * threads)), 1)
-    kernel(
-        threads,
+    arguments = (
         x.data_ptr(),
         x.stride(0),
         x.shape[0],
@@ -132,6 +136,7 @@ def _run(
         0 if scales is None else scales.data_ptr(),
         group,
     )
+    return Call(_kernel(activation, bias is not None, residual is not None, scales is not None), threads, arguments)
 
 
 @cache
@@ -140,7 +145,7 @@ def _kernel(activation: str, has_bias: bool, has_residual: bool, int8: bool) -> 
 
 
 class _Product:
-    """Writes the kernel. Arguments: see `_run`; the one after them counts the panels that were handed out."""
+    """Writes the kernel. Arguments: see `call`; the one after them counts the panels that were handed out."""
 
     def __init__(self, e: Emitter, activation: str, has_bias: bool, has_residual: bool, int8: bool) -> None:
         self.e = e

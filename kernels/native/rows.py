@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from kernels.native.emit import I64
 from kernels.native.jit import Kernel, build, threads_for
+from kernels.native.program import Call
 
 if TYPE_CHECKING:
     import torch
@@ -28,9 +29,19 @@ def float_bits(value: float) -> int:
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """See `kernels.reference.rms_norm`. x: float32 [T, N], rows contiguous; N a multiple of the vector's lanes."""
     out = x.new_empty(x.shape)
-    rows, columns = x.shape
-    _norm_kernel()(threads_for(x.numel()), x.data_ptr(), x.stride(0), rows, columns, weight.data_ptr(), out.data_ptr(), float_bits(eps))
+    norm_call(x, weight, out, eps).run()
     return out
+
+
+NORM_CHANGING = (2,)
+"""Arguments of `norm_call` that go with the number of rows alone."""
+
+
+def norm_call(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, eps: float) -> Call:
+    """The norm of x [T, N] into contiguous `out`."""
+    rows, columns = x.shape
+    arguments = (x.data_ptr(), x.stride(0), rows, columns, weight.data_ptr(), out.data_ptr(), float_bits(eps))
+    return Call(_norm_kernel(), threads_for(x.numel()), arguments)
 
 
 def rotary_kv_write(
@@ -47,16 +58,35 @@ def rotary_kv_write(
     eps: float = 0.0,
 ) -> torch.Tensor:
     """See `kernels.reference.rotary_kv_write`. Works in place: the queries are a view of `qkv`. keys: transposed blocks."""
-    _, kv_heads, block_size, head_dim = keys.shape
+    _, kv_heads, _, head_dim = keys.shape
     heads = qkv.view(len(qkv), -1, head_dim)
     for first, last, weight in ((0, num_heads, q_norm), (num_heads, num_heads + kv_heads, k_norm)):
         if weight is not None:
             part = heads[:, first:last]
             part.copy_(rms_norm(part.reshape(-1, head_dim), weight, eps).view(part.shape))
+    rotation_call(qkv, cos, sin, slots, keys, values, num_heads=num_heads).run()
+    return qkv[:, : num_heads * head_dim].view(len(qkv), num_heads, head_dim)
+
+
+ROTATION_CHANGING = (2, 3, 4, 5, 12, 13)
+"""Arguments of `rotation_call` that go with the step, not with the layer."""
+
+
+def rotation_call(
+    qkv: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    slots: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    num_heads: int,
+) -> Call:
+    """The rotation in place, and the writes into the cache."""
+    _, kv_heads, block_size, head_dim = keys.shape
     rotated = 0 if cos is None else cos.shape[1]
     threads = threads_for(qkv.numel())
-    _rotate_kernel()(
-        threads,
+    arguments = (
         qkv.data_ptr(),
         qkv.stride(0),
         len(qkv),
@@ -72,7 +102,7 @@ def rotary_kv_write(
         rotated,
         min(-(-len(qkv) // threads), _MOST_KEYS_AT_ONCE),
     )
-    return qkv[:, : num_heads * head_dim].view(len(qkv), num_heads, head_dim)
+    return Call(_rotate_kernel(), threads, arguments)
 
 
 @cache
