@@ -186,6 +186,7 @@ def evaluate(
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, max=2.0)] = 0.0,
     max_sequences: Annotated[int | None, typer.Option("--max-sequences", min=1, help="Requests at once.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first N prompts.")] = None,
+    each: Annotated[int | None, typer.Option("--each", min=1, help="Only the first N prompts of every domain.")] = None,
     judged: Annotated[bool, typer.Option("--judged", help="Only the tenth of the prompts that training keeps for this.")] = False,
     plot: Annotated[Path | None, typer.Option("--plot", help="Reliability diagrams: FILE.png, .svg or .pdf.")] = None,
     as_json: AsJson = False,
@@ -201,12 +202,13 @@ def evaluate(
     with readable_errors():
         from engine.drafters.builtin import PORTFOLIO, TEXT_DRAFTERS
         from engine.drafters.sources import find_automatic
-        from engine.training.prompts import read_prompts, split
+        from engine.training.prompts import balanced, read_prompts, split
         from engine.training.run import evaluate as judge
         from engine.training.run import plot_reliability
 
         given = read_prompts(prompts)
-        given = (list(split(given).judged) if judged else given)[:limit]
+        given = list(split(given).judged) if judged else given
+        given = (given if each is None else balanced(given, each))[:limit]
         loaded = load(model)
         found = [source.origin for source in find_automatic(loaded.directory, loaded.model.spec) if Path(source.origin).is_dir()]
         names = drafter or [*TEXT_DRAFTERS, *found, *([PORTFOLIO] if found else [])]

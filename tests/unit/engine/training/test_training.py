@@ -315,7 +315,20 @@ def test_commands(trained: Path, loaded: LoadedModel, tmp_path: Path) -> None:
     assert {"ngram", "suffix"} <= {row["name"] for row in listed}
     path = tmp_path / "p.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": prompt.text, "domain": prompt.domain}) for prompt in PROMPTS[:4]))
-    command = ["drafter", "eval", str(loaded.directory), "--prompts", str(path), "--drafter", "suffix", "--max-tokens", "8", "--json"]
+    command = [
+        "drafter",
+        "eval",
+        str(loaded.directory),
+        "--prompts",
+        str(path),
+        "--drafter",
+        "suffix",
+        "--max-tokens",
+        "8",
+        "--each",
+        "2",
+        "--json",
+    ]
     report = json.loads(runner.invoke(app, command).stdout)
     assert set(report["drafters"]["suffix"]) == {"math", "chat", "macro", "ece_before", "ece_after"}
     assert (report["temperature"], report["prompts"]) == (0.0, 4)
