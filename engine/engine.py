@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from engine.accounting import charge, estimate
+from engine.checkpoints.drafters.errors import DrafterError
 from engine.config import EngineConfig, derive_limits
 from engine.device_rules import DeviceRules
 from engine.drafters.base import Host, Progress
@@ -61,6 +62,8 @@ _log = logging.getLogger(__name__)
 
 _IDLE_SECONDS = 0.005
 _RECLAIM_EVERY = 64
+_LOOK_SECONDS = 5.0
+"""Between two looks for drafters that came or changed."""
 _FIRST_TOKENS = 192
 """Tokens a sequence that the KV cache has memory for before the first request."""
 _NOTHING = np.empty(0, np.int64)
@@ -142,6 +145,7 @@ class Engine:
         self._finished = 0
         self._preemptions = 0
         self._steps = 0
+        self._next_look = time.monotonic() + _LOOK_SECONDS
         self._running = threading.Lock()
         self._aborts: set[str] = set()
         self._aborts_lock = threading.Lock()
@@ -166,6 +170,7 @@ class Engine:
             raise RuntimeError("this engine is already running; one engine serves one run at a time")
         source = iter(requests)
         try:
+            self._look_for_drafters()
             open_ended = True
             while open_ended or self._live or self._flight is not None:
                 rejected: list[Result] = []
@@ -270,6 +275,7 @@ class Engine:
         if self._steps % _RECLAIM_EVERY == 0:
             self._reclaim()
             self._adapt()
+            self._look_for_drafters()
         results = [] if self._may_run_ahead() else self._land()
         plan = self._scheduler.schedule()
         for sequence in plan.unfit:
@@ -347,6 +353,24 @@ class Engine:
             _log.info(
                 "drafter %s %s", self._adapting[0], "goes on with what it learned from this job" if exchanged else "is not used any more"
             )
+
+    def _look_for_drafters(self) -> None:
+        """Drafters that were registered, packed with the model or exchanged while this engine runs draft from the next step on."""
+        if (now := time.monotonic()) < self._next_look:
+            return
+        self._next_look = now + _LOOK_SECONDS
+        for name in self.drafters.changed():
+            try:
+                self._speculator.add(name)
+            except (DrafterError, ValueError, OSError, RuntimeError) as error:
+                if not self._speculator.drafts(name):  # else it goes on as it was
+                    self.drafters.retire(name)
+                _log.warning("the drafter %s is not used as it is now: %s", name, error)
+                continue
+            _log.info("the drafter %s takes part as it is now", name)
+            if self._adapting is not None and self._adapting[0] == name:
+                self._speculator.listen(None)
+                self._adapting = None
 
     def _reclaim(self) -> None:
         """Memory of drafters that do not pay goes to the KV cache, once none of them is left."""

@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load, load_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -33,11 +34,17 @@ def weight_files(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
-def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint, memory-mapped. Raises ValueError for a name that two files claim."""
+def read_tensors(directory: Path, *, mapped: bool = True) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint. Raises ValueError for a name that two files claim, or a file that is not whole.
+
+    mapped: they stay in the file until they are used, and a process that uses them dies if the file is cut off meanwhile.
+    """
     tensors: dict[str, torch.Tensor] = {}
     for path in weight_files(directory):
-        loaded = load_file(path)
+        try:
+            loaded = load_file(path) if mapped else load(path.read_bytes())
+        except SafetensorError as error:
+            raise ValueError(f"{path.name} cannot be read: {error}") from error
         twice = tensors.keys() & loaded.keys()
         if twice:
             raise ValueError(f"{path.name} repeats {_listed(twice)}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from engine.checkpoints.drafters.errors import DrafterError
 from engine.drafters.builtin import AUTO, OFF, PORTFOLIO, TEXT, TEXT_DRAFTERS
-from engine.drafters.sources import Source, find_automatic, named, third_party
+from engine.drafters.sources import Source, find_automatic, named, places_stamp, third_party
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,6 +33,8 @@ class Catalogue:
 
     def __init__(self, default: str, directory: Path | None, spec: ModelSpec) -> None:
         self._default = default
+        self._directory, self._spec = directory, spec
+        self._stamp = places_stamp(directory)
         self._sources = {source.name: source for source in third_party()}
         self._host: Host | None = None
         if default in (AUTO, PORTFOLIO):
@@ -64,6 +66,27 @@ class Catalogue:
                     raise DrafterError(f"the drafter {source.name} ({source.origin}) cannot be used: {error}") from error
                 _log.warning("the drafter %s (%s) is not used: %s", source.name, source.origin, error)
                 del self._sources[source.name]
+
+    def changed(self) -> list[str]:
+        """Looks again where `auto` looks. Returns the drafters that were added or exchanged since: `create` makes them as they are now.
+
+        What was taken away goes on drafting. Empty where the default is a drafter of its own.
+        """
+        if self._default not in (AUTO, PORTFOLIO):
+            return []
+        try:
+            stamp = places_stamp(self._directory)
+        except OSError:  # something is being moved right now: the next look sees it whole
+            return []
+        if stamp == self._stamp:
+            return []
+        self._stamp = stamp
+        found = {source.name: source for source in find_automatic(self._directory, self._spec)}
+        new = [name for name, source in found.items() if name not in self._sources or self._sources[name].stamp != source.stamp]
+        for name in new:
+            self._sources[name] = found[name]
+            self._made.pop(name, None)
+        return new
 
     @property
     def ready(self) -> tuple[str, ...]:

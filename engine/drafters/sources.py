@@ -34,7 +34,8 @@ SHIPPED = Path(__file__).parent / "shipped"
 class Source:
     """A drafter that could be made. bytes_per_token: what it keeps for each token of the target's KV cache.
 
-    automatic: `auto` may choose it. origin: where it was found, for people.
+    automatic: `auto` may choose it. origin: where it was found, for people. tags: the templates it was made for; none: all. stamp: differs
+    once its files were exchanged.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Source:
     bytes_per_token: int = 0
     automatic: bool = True
     tags: tuple[str, ...] = ()
+    stamp: tuple[object, ...] = ()
 
 
 def registry_folders() -> list[Path]:
@@ -59,6 +61,12 @@ def find_automatic(directory: Path | None, spec: ModelSpec) -> list[Source]:
         if found:
             return found
     return []
+
+
+def places_stamp(directory: Path | None) -> tuple[object, ...]:
+    """Differs once a drafter was added to, removed from or exchanged in the places where `auto` looks. Costs a few looks at folders."""
+    places = [*registry_folders(), *([] if directory is None else [directory / BESIDE])]
+    return tuple((str(path), _stamp(path)) for place in places for path in _folders(place))
 
 
 def named(text: str, spec: ModelSpec) -> Source:
@@ -89,15 +97,16 @@ def _loader(entry: EntryPoint) -> Callable[[Host], Drafter]:
 
 def from_folder(folder: DrafterFolder, spec: ModelSpec, *, name: str | None = None) -> Source:
     """Raises DrafterError where its config is wrong."""
-    name, tags = name or folder.name, tuple(folder.record.get("tags", ()))
-    size = spec.dtype.itemsize
+    name, tags, stamp = name or folder.name, tuple(folder.record.get("tags", ())), _stamp(folder.path)
+    size, origin = spec.dtype.itemsize, str(folder.path)
     if folder.layout in (DEEPSPEC, ZLAB, *SPECULATORS[:2]):
-        return Source(name, str(folder.path), lambda host: _dspark(folder, host), _block_bytes(block_spec(folder.config)) * size, tags=tags)
+        needs = _block_bytes(block_spec(folder.config)) * size
+        return Source(name, origin, lambda host: _dspark(folder, host), needs, tags=tags, stamp=stamp)
     if folder.layout in (EAGLE, DEEPSPEC_EAGLE, SPECULATORS[2]):
-        eagle = eagle_spec(folder.config, spec.num_layers)
-        return Source(name, str(folder.path), lambda host: _eagle(folder, host), _eagle_bytes(eagle) * size, tags=tags)
+        needs = _eagle_bytes(eagle_spec(folder.config, spec.num_layers)) * size
+        return Source(name, origin, lambda host: _eagle(folder, host), needs, tags=tags, stamp=stamp)
     assert folder.layout == MODEL
-    return Source(name, str(folder.path), lambda host: _draft_model(name, folder, host), _model_bytes(folder) * size, automatic=False)
+    return Source(name, origin, lambda host: _draft_model(name, folder, host), _model_bytes(folder) * size, automatic=False, stamp=stamp)
 
 
 def _dspark(folder: DrafterFolder, host: Host) -> Drafter:
@@ -159,9 +168,7 @@ def _registered(spec: ModelSpec) -> list[Source]:
 
 def _in_folder(place: Path, spec: ModelSpec, *, registered: bool) -> list[Source]:
     found = []
-    for path in sorted(place.iterdir()) if place.is_dir() else []:
-        if not (path / "config.json").is_file():
-            continue
+    for path in _folders(place):
         try:
             folder = read_folder(path)
             if not registered or _made_for(folder, spec):
@@ -169,6 +176,23 @@ def _in_folder(place: Path, spec: ModelSpec, *, registered: bool) -> list[Source
         except DrafterError as error:
             _log.warning("the drafter in %s is not used: %s", path, error)
     return found
+
+
+def _folders(place: Path) -> list[Path]:
+    """Drafters in a place; what begins with a dot is still being written."""
+    if not place.is_dir():
+        return []
+    return sorted(path for path in place.iterdir() if not path.name.startswith(".") and (path / "config.json").is_file())
+
+
+def _stamp(folder: Path) -> tuple[object, ...]:
+    """Sizes and times of what a drafter is made from."""
+    found = []
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".json", ".safetensors"):
+            status = path.stat()
+            found.append((path.name, status.st_size, status.st_mtime_ns))
+    return tuple(found)
 
 
 def _made_for(folder: DrafterFolder, spec: ModelSpec) -> bool:

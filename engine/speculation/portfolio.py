@@ -111,11 +111,21 @@ class Portfolio:
     """
 
     def __init__(self, neural: Mapping[str, tuple[str, ...]], slots: int) -> None:
-        self._members = {name: _Member([_Record() for _ in range(slots)], tags) for name, tags in neural.items()}
+        self._slots = slots
+        self._members: dict[str, _Member] = {}
+        for name, tags in neural.items():
+            self.add(name, tags)
 
     @property
     def neural(self) -> tuple[str, ...]:
         return tuple(self._members)
+
+    def add(self, name: str, tags: tuple[str, ...]) -> None:
+        """`name` takes part from now on, for requests that run already as well; what a drafter of that name earned before is forgotten."""
+        self._members[name] = _Member([_Record() for _ in range(self._slots)], tags)
+
+    def remove(self, name: str) -> None:
+        self._members.pop(name, None)
 
     def enter(self, slot: int) -> None:
         """A new request took the slot."""

@@ -128,6 +128,26 @@ class Speculator:
             choice.forget(name)
         return True
 
+    def add(self, name: str) -> None:
+        """`name` takes part in the portfolio from the next step on, or drafts anew where it did already.
+
+        Raises DrafterError, ValueError or OSError where it cannot be made; nothing has changed then.
+        """
+        drafter = self._supply.create(name)
+        self.remove(name)
+        self._keep(name, drafter)
+        self._portfolio.add(name, self._supply.tags(name))
+
+    def drafts(self, name: str) -> bool:
+        """Whether it takes part in the portfolio."""
+        return name in self._portfolio.neural
+
+    def remove(self, name: str) -> None:
+        """Takes a drafter out of the portfolio and unloads it; a request that asked for it by name gets it again."""
+        self._portfolio.remove(name)
+        for known in (self._drafters, self._calibrations, self._discounts, self._depths, self._alone):
+            known.pop(name, None)
+
     def finish(self, name: str, sequence: Sequence, *, complete: bool) -> None:
         if self._listener is not None:
             self._listener.finish(sequence, complete=complete)
@@ -146,19 +166,20 @@ class Speculator:
         """Unloads the drafters of the portfolio that do not pay; returns their names."""
         gone = self._portfolio.let_go()
         for name in gone:
-            self._drafters.pop(name, None)
-            self._calibrations.pop(name, None)
-            self._discounts.pop(name, None)
+            self.remove(name)
             self._supply.retire(name)
         return gone
 
     def _ensure(self, name: str) -> None:
         if name not in self._drafters:
-            self._drafters[name] = self._supply.create(name)
-            self._calibrations[name] = Calibration(self._drafters[name].prior, self._max_sequences)
-            self._discounts[name] = Discount()
+            self._keep(name, self._supply.create(name))
             if self._selective and name not in TEXT_DRAFTERS and name not in self._portfolio.neural:
                 self._alone[name] = Portfolio({name: ()}, self._max_sequences)
+
+    def _keep(self, name: str, drafter: Drafter) -> None:
+        self._drafters[name] = drafter
+        self._calibrations[name] = Calibration(drafter.prior, self._max_sequences)
+        self._discounts[name] = Discount()
 
     def _choice(self, name: str) -> Portfolio | None:
         """What decides whether drafter `name`, or which of the portfolio's, drafts for a request that asks for it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from engine.checkpoints.drafters.formats import DEEPSPEC, block_spec
 from engine.drafters.sources import BESIDE
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from engine.batch import FrozenParts
@@ -30,7 +32,9 @@ def write_folder(
     """config.json, model.safetensors in half precision, and what Longdraft keeps beside them."""
     path.mkdir(parents=True, exist_ok=True)
     stored = {name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous().cpu() for name, tensor in tensors.items()}
-    save_file(stored, path / "model.safetensors", metadata={"format": "pt"})
+    part = path / f".model.safetensors.{os.getpid()}"  # an engine that runs must not find half a file
+    save_file(stored, part, metadata={"format": "pt"})
+    part.replace(path / "model.safetensors")
     _write(path / "config.json", config)
     _write(path / RECORD, record)
     if calibration is not None:
@@ -51,11 +55,20 @@ def pack(folder: DrafterFolder, model: Path) -> Path:
     target = model / BESIDE / folder.name
     if target.exists():
         raise DrafterError(f"{target} exists already; remove it first, or rename the drafter in {RECORD}")
-    target.mkdir(parents=True)
+    part = target.with_name(f".{target.name}.{os.getpid()}")  # an engine that runs must not find half a drafter
+    part.mkdir(parents=True)
     for item in folder.path.iterdir():
         if item.suffix in (".json", ".safetensors"):
-            shutil.copy2(item, target / item.name)
+            shutil.copy2(item, part / item.name)
+    part.rename(target)
     return target
+
+
+def set_tags(folder: DrafterFolder, tags: Iterable[str]) -> list[str]:
+    """The tasks that a drafter was made for, in place of those it had; none: all. Returns them as they are written."""
+    found = sorted(set(tags))
+    _write(folder.path / RECORD, folder.record | {"tags": found})
+    return found
 
 
 def export(folder: DrafterFolder, frozen: FrozenParts, out: Path) -> Path:
@@ -116,4 +129,6 @@ def new_config(
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)

@@ -283,7 +283,10 @@ class Judged:
         return scales
 
     def details(self) -> dict[str, Any]:
-        """Intervals of the acceptance lengths, requests behind them, and by position the calibration's quality."""
+        """Intervals of the acceptance lengths, requests behind them, and by position the calibration's quality.
+
+        An AUC is None where all or none of the drafts stood.
+        """
         found: dict[str, Any] = {
             "intervals": {name: [round(end, 4) for end in ends] for name, ends in self.got.intervals().items()},
             "requests": {domain: len(rows) for domain, rows in self.got.tokens.items()},
@@ -297,7 +300,7 @@ class Judged:
                 "base_brier": after.base_brier,
                 "auc": after.auc,
             }
-            found["calibration"] = {name: [round(float(value), 5) for value in column] for name, column in columns.items()}
+            found["calibration"] = {name: [_rounded(value) for value in column] for name, column in columns.items()}
             found["blocks"] = len(self.got.logits)
         return found
 
@@ -322,6 +325,10 @@ def plot_reliability(judged: Mapping[str, Judged], path: Path) -> None:
         grid[row, 0].legend(fontsize="small")
     figure.supxlabel("predicted chance (15 bins of equal mass)")
     figure.savefig(path, dpi=110)
+
+
+def _rounded(value: float) -> float | None:
+    return None if np.isnan(value) else round(float(value), 5)
 
 
 def fitted(drafter: str, temperature: float) -> list[float]:

@@ -37,26 +37,28 @@ def list_drafters(
         from engine.drafters.builtin import TEXT_DRAFTERS
         from engine.drafters.sources import find_automatic, registry_folders, third_party
 
-        rows = [{"name": name, "origin": "built in", "target": None} for name in TEXT_DRAFTERS]
-        rows += [{"name": source.name, "origin": source.origin, "target": None} for source in third_party()]
+        rows: list[dict[str, Any]] = [{"name": name, "origin": "built in", "target": None, "tags": []} for name in TEXT_DRAFTERS]
+        rows += [{"name": source.name, "origin": source.origin, "target": None, "tags": []} for source in third_party()]
         for place in registry_folders():
             for path in sorted(place.iterdir()) if place.is_dir() else []:
                 if (path / "config.json").is_file():
                     folder = read_folder(path)
-                    rows.append({"name": folder.name, "origin": str(path), "target": folder.record.get("target")})
+                    found = folder.record
+                    rows.append({"name": folder.name, "origin": str(path), "target": found.get("target"), "tags": found.get("tags", [])})
         if model is not None:
             loaded = load(model)
             known = {row["origin"] for row in rows}
             target = loaded.model.spec.name
             rows += [
-                {"name": source.name, "origin": source.origin, "target": target}
+                {"name": source.name, "origin": source.origin, "target": target, "tags": list(source.tags)}
                 for source in find_automatic(loaded.directory, loaded.model.spec)
                 if source.origin not in known
             ]
     if as_json:
         print_json(rows)
     else:
-        print_table(("name", "origin", "target"), [(row["name"], row["origin"], row["target"]) for row in rows])
+        columns = ("name", "origin", "target", "tasks")
+        print_table(columns, [(row["name"], row["origin"], row["target"], ", ".join(row["tags"])) for row in rows])
 
 
 @app.command()
@@ -248,6 +250,22 @@ def _cell(value: float | None, interval: list[float] | None) -> str:
     if value is None:
         return ""
     return f"{value:.4f}" if interval is None else f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
+
+
+@app.command()
+def tag(
+    drafter: Folder,
+    tags: Annotated[list[str] | None, typer.Argument(metavar="TASK...", help="None: for every task.")] = None,
+) -> None:
+    """Say which tasks a drafter was made for: there it drafts from the start, elsewhere once it has proved to be the best.
+
+    A task is what a batch's metadata (or a line's) calls `task`.
+    """
+    with readable_errors():
+        from engine.checkpoints.drafters import read_folder
+        from engine.training.export import set_tags
+
+        print(", ".join(set_tags(read_folder(drafter), tags or [])) or "every task")
 
 
 @app.command()

@@ -66,6 +66,8 @@ class GroupLease:
     """Its line was in the engine when a worker died, more than once: run it alone."""
     input_key: str
     input_sha256: str | None
+    task: str | None = None
+    """Of the batch's metadata: what its lines are about, for drafters that were made for some tasks."""
     capped: bool = False
     """The batch has a `max_cost`: what a line may cost at worst is reserved before it runs."""
 
@@ -97,7 +99,8 @@ class LineWork:
     priority: int = 0
     deadline: float | None = None
     drafter: str = "auto"
-    template: str | None = None
+    task: str | None = None
+    """Lines of one task draft for each other, and a drafter's tags name tasks; None: lines whose prompts begin alike are one."""
 
     @property
     def key(self) -> tuple[str, int]:

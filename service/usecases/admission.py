@@ -83,6 +83,7 @@ class Admission:
             priority=lease.priority,
             deadline=lease.expires_at.timestamp(),
             drafter=lease.drafter,
+            task=lease.task,
         )
 
     def _count(self, works: list[LineWork], lose: Callable[[Collection[int]], None]) -> list[LineWork]:

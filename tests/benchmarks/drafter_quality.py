@@ -176,12 +176,14 @@ def summary(found: dict[str, dict[str, Judged]], folders: dict[str, Path], optio
     }
 
 
-def uncalibrated(figures: dict[str, list[float]] | None) -> list[str]:
-    """Positions at which a confidence head misses a goal."""
+def uncalibrated(figures: dict[str, list[Any]] | None) -> list[str]:
+    """Positions at which a confidence head misses a goal; where no draft ever stood there is nothing to tell apart."""
     if figures is None:
         return []
     wrong = []
     for position, (_, error, brier, base, area) in enumerate(zip(*(figures[name] for name in FIGURES), strict=True), 1):
+        if area is None:
+            continue
         wrong += [f"calibration error {error:.4f} > {ERROR} at draft {position}"] if error > ERROR else []
         wrong += [f"Brier {brier:.4f} not below the base rate's {base:.4f} at draft {position}"] if brier >= base else []
         wrong += [f"AUC {area:.3f} < {AREA} at draft {position}"] if area < AREA else []
@@ -215,7 +217,10 @@ def markdown(result: dict[str, Any]) -> str:
             lines += ["", f"{name}, calibration over {row['details']['blocks']} blocks:", ""]
             lines += ["| drafts 1 to | error before | error after | Brier | base rate's | AUC |", "|---:|" + "---:|" * 5]
             columns = list(zip(*(figures[column] for column in FIGURES), strict=True))
-            lines += [f"| {place} | {' | '.join(f'{value:.4f}' for value in values)} |" for place, values in enumerate(columns, 1)]
+            lines += [
+                f"| {place} | {' | '.join('' if value is None else f'{value:.4f}' for value in values)} |"
+                for place, values in enumerate(columns, 1)
+            ]
     lines += ["", *(f"Missed: {problem}." for problem in result["missed"])]
     return "\n".join(lines).rstrip() + "\n"
 

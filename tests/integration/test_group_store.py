@@ -54,6 +54,12 @@ def test_priority_then_expiry_then_age(jobs):
     assert [lease.batch_id for lease in claim(jobs, max_lines=100)] == [urgent, early, late]
 
 
+def test_a_lease_knows_the_task_that_the_batchs_metadata_names(jobs):
+    for metadata in ({"task": "mail", "team": "a"}, {"team": "b"}):
+        jobs.validate(jobs.claim(jobs.submit(lines(1), metadata=metadata)))
+    assert [lease.task for lease in claim(jobs, max_lines=100)] == ["mail", None]
+
+
 def test_without_a_model_the_one_with_most_to_do_is_taken(jobs):
     jobs.run(lines(4))
     jobs.run(b"\n".join(good(f"c{n}", body=body(model="other")) for n in range(9)))

@@ -36,9 +36,9 @@ class DrafterFolder:
         return str(self.record.get("name") or self.path.name)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All of them, memory-mapped. Raises DrafterError where there are no safetensors."""
+        """All of them, in memory: the files may be exchanged while an engine runs. Raises DrafterError where there are no safetensors."""
         try:
-            return read_tensors(self.path)
+            return read_tensors(self.path, mapped=False)
         except ValueError as error:
             raise DrafterError(f"{self.path}: {error}") from error
 

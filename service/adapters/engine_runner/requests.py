@@ -66,7 +66,7 @@ def prepare(engine: Engine, line: LineWork, asked: GenerationRequest) -> Prepare
                 id=request_id(line.key),
                 prompt_token_ids=prompt.tokens,
                 sampling=_sampling(asked, limit, sample, grammar),
-                template=line.template or _template(asked),
+                template=_task(line) or _template(asked),
                 priority=line.priority,
                 deadline=line.deadline,
                 drafter=line.drafter,
@@ -203,6 +203,11 @@ def _room(engine: Engine, asked: GenerationRequest, prompt_tokens: int, param: s
 def context_of(engine: Engine) -> int:
     """Tokens that a prompt and its answer may have together: what the model knows, or what the KV cache holds."""
     return min(engine.spec.max_positions, (engine.limits.num_blocks - 1) * engine.config.block_size)
+
+
+def _task(line: LineWork) -> str | None:
+    """Of the line's own metadata, else of its batch's."""
+    return (line.body.get("metadata") or {}).get("task") or line.task
 
 
 def _template(asked: GenerationRequest) -> str:

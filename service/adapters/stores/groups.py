@@ -95,14 +95,17 @@ class Groups:
         # The first of them whatever it is; the next ones up to the size asked for, or to the first suspect.
         fits = or_(ranked.c.place == 1, and_(ranked.c.lines_so_far <= max_lines, ranked.c.suspects_so_far == 0))
         source = (
-            select(batches, files.c.storage_key, files.c.sha256).outerjoin(files, files.c.id == batches.c.input_file_id).subquery("source")
+            select(batches, batches.c.metadata["task"].astext.label("task"), files.c.storage_key, files.c.sha256)
+            .outerjoin(files, files.c.id == batches.c.input_file_id)
+            .subquery("source")
         )
         statement = (
             update(groups)
             .where(groups.c.id.in_(select(ranked.c.id).where(fits)), source.c.id == groups.c.batch_id)
             .values(token=groups.c.token + 1, worker_id=worker_id, lease_until=func.now() + lease)
             .returning(
-                groups, *(source.c[name] for name in ("project_id", "drafter", "price_version", "max_cost", "storage_key", "sha256"))
+                groups,
+                *(source.c[name] for name in ("project_id", "drafter", "task", "price_version", "max_cost", "storage_key", "sha256")),
             )
         )
         leases = [_lease(row) for row in self._connection.execute(statement)]
@@ -237,5 +240,6 @@ def _lease(row: Row[Any]) -> GroupLease:
         suspect=row.suspect,
         input_key=row.storage_key,
         input_sha256=row.sha256,
+        task=row.task,
         capped=row.max_cost is not None,
     )

@@ -271,7 +271,7 @@ def print_paper(report: dict[str, Any]) -> None:
     columns = ("figure 6: drafter", "position", "error before", "error after", "Brier", "base rate's", "AUC")
     names = ("ece_before", "ece_after", "brier", "base_brier", "auc")
     rows = [
-        (name, position + 1, *(f"{row[column][position]:.4f}" for column in names))
+        (name, position + 1, *("" if (value := row[column][position]) is None else f"{value:.4f}" for column in names))
         for name, row in figures["6"].items()
         for position in range(len(row.get("auc", [])))
     ]

@@ -123,6 +123,21 @@ def test_a_feeder_that_waits_for_a_rejection_gets_it(runner):
     assert seen == [1, 2]
 
 
+def test_a_task_in_the_metadata_of_the_line_or_its_batch_names_what_drafts_for_it(runner):
+    from dataclasses import replace
+
+    from service.adapters.engine_runner.requests import prepare
+    from service.domain.request_body import parse_body
+
+    def template(line):
+        (request,) = prepare(runner._loaded.engine, line, parse_body(line.endpoint, line.body)).requests
+        return request.template
+
+    assert template(replace(chat(1, metadata={"task": "mail"}), task="code")) == "mail"
+    assert template(replace(chat(1, metadata={"team": "a"}), task="code")) == "code"
+    assert template(chat(1)) == template(chat(2)) != template(chat(3, "another beginning"))
+
+
 def completion(number, prompt, **body):
     body = {"model": "tiny", "prompt": prompt, "max_tokens": 4, "temperature": 0, **body}
     return LineWork("b", number, 1, f"c{number}", "tiny", COMPLETIONS, body)
