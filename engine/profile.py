@@ -197,5 +197,5 @@ def _seconds(runner: Runner, step: PackedStep) -> float:
     if logits.device.type == "cuda":
         torch.cuda.synchronize(logits.device)
     else:
-        logits.max(1)
+        kernels.peaks(logits)
     return time.perf_counter() - started

@@ -41,6 +41,7 @@ __all__ = [
     "pack_gated_linear",
     "pack_linear",
     "paged_attention",
+    "peaks",
     "plan_attention",
     "rms_norm",
     "rotary",
@@ -80,6 +81,7 @@ _REFERENCE_OPS = {
     "pack_gated_linear": "linear",
     "pack_linear": "linear",
     "paged_attention": "paged_attention",
+    "peaks": "peaks",
     "plan_attention": "attention_plan",
     "rms_norm": "rms_norm",
     "rotary": "rotary",
@@ -138,6 +140,13 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     if x.device.type == "cpu" and (native := _native()) is not None and native.takes_norm(x, weight):
         return _compiled("rows", "rms_norm")(x, weight, eps)
     return _implementation("rms_norm", x.device.type)(x, weight, eps)
+
+
+def peaks(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The highest number of each row [T, N], and its first place. See `kernels.reference.peaks`."""
+    if x.device.type == "cpu" and (native := _native()) is not None and native.takes_rows(x):
+        return _compiled("rows", "peaks")(x)
+    return _implementation("peaks", x.device.type)(x)
 
 
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

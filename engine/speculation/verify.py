@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+import kernels
 from engine.noise import Stream, keys, uniform
 from engine.sampling import Distribution, draw, narrow_width, temper, truncate
 
@@ -79,7 +80,7 @@ def verify(logits: torch.Tensor, rows: Rows, attempt: int, draft_probabilities: 
     logits: float32 [R, vocab]. attempt: a number never used before in this run, so that unseeded noise is always fresh.
     draft_probabilities: [R, vocab], what each draft was sampled from; None: all drafters are deterministic.
     """
-    peaks, tokens = logits.max(1)
+    peaks, tokens = kernels.peaks(logits)
     stands = tokens == torch.from_numpy(rows.drafts).to(logits.device)
     sampled = np.flatnonzero(rows.modes != Mode.GREEDY)
     at_once = max(_NUMBERS_AT_ONCE // logits.shape[1], 1)

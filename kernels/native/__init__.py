@@ -26,6 +26,11 @@ def takes_weight(weight: torch.Tensor) -> bool:
     return weight.device.type == "cpu" and weight.dtype == torch.float32 and available()
 
 
+def takes_rows(x: torch.Tensor) -> bool:
+    """Whether rows [T, N] of `x` can be looked through by `kernels.native.rows`."""
+    return x.dtype == torch.float32 and x.dim() == 2 and x.stride(1) == 1 and 0 < x.shape[1] < 1 << 31
+
+
 def takes_norm(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether rows [T, N] can be normalised by `kernels.native.rows`."""
     from kernels.native.jit import lanes

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from kernels.native.emit import Emitter, Variable
 
 _TILE = 6
-_FEW_LINES = 3
 _SMALLEST = float("-inf")
 
 
@@ -214,8 +213,8 @@ class _Attention:
         index = [e.add(line, number) for number in range(count)]
         queries = [e.at(self.lines, e.mul(number, self.head_dim)) for number in index]
         peaks = [e.variable(e.splat(_SMALLEST)) for _ in range(count)]
-        # Few lines take twice the keys or columns at once: as many independent sums as the multipliers' latency asks for.
-        at_once = 2 if count <= _FEW_LINES else 1
+        # Where registers allow, twice the keys or columns at once: as many independent sums as the multipliers' latency asks for.
+        at_once = 2 if count * self.vectors <= _TILE else 1
         with e.range(0, num_keys, KEYS * at_once) as key:
             self._score(index, queries, peaks, key, e.add(start, key), at_once)
         shrinks = [self._weigh(number, index[number], peaks[number], num_keys) for number in range(count)]
@@ -233,13 +232,14 @@ class _Attention:
         e = self.e
         blocks = [self._keys_at(e.add(key, number * KEYS)) for number in range(at_once)]
         # Blocks lie anywhere, so the processor cannot guess the next ones: ask for the next keys, and for the values of these.
-        ahead = self._keys_at(e.least(e.add(key, at_once * KEYS), CHUNK))
-        values = self._values_at(key)
+        ahead = [self._keys_at(e.least(e.add(key, (at_once + number) * KEYS), CHUNK)) for number in range(at_once)]
+        values = [self._values_at(e.add(key, number * KEYS)) for number in range(at_once)]
         sums = [[e.variable(e.splat(0.0)) for _ in range(self.vectors * at_once)] for _ in queries]
         with e.range(0, self.head_dim) as column:
             row = e.mul(column, self.block_size)
-            e.prefetch(ahead, row)
-            e.prefetch(values, e.mul(column, KEYS))
+            for next_keys, next_values in zip(ahead, values, strict=True):
+                e.prefetch(next_keys, row)
+                e.prefetch(next_values, e.mul(column, KEYS))
             keys = [e.load_vector(block, e.add(row, half * e.lanes)) for block in blocks for half in range(self.vectors)]
             for query, row_sums in zip(queries, sums, strict=True):
                 number = e.splat(e.load(query, column))

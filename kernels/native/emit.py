@@ -130,6 +130,13 @@ class Emitter:
         slot.type = PTR  # llvmlite would keep the array's type and refuse other elements
         return slot
 
+    def scratch_int32(self, count: int) -> ir.Value:
+        """Room for `count` int32 on the stack."""
+        slot = self._slots.alloca(ir.ArrayType(I32, count))
+        slot.align = 64
+        slot.type = PTR
+        return slot
+
     def scratch_integers(self, count: int) -> ir.Value:
         """Room for `count` int64 on the stack."""
         slot = self._slots.alloca(ir.ArrayType(I64, count))
@@ -154,14 +161,15 @@ class Emitter:
 
     def lane_numbers(self, first: ir.Value) -> ir.Value:
         """int32 vector first, first + 1, ..."""
-        return self.b.add(self._splat_i32(first), ir.Constant(ir.VectorType(I32, self.lanes), list(range(self.lanes))))
+        return self.b.add(self.splat_i32(first), ir.Constant(ir.VectorType(I32, self.lanes), list(range(self.lanes))))
 
     def between(self, numbers: ir.Value, low: ir.Value, high: ir.Value) -> ir.Value:
         """Lanes of the int32 vector `numbers` that lie in [low, high)."""
-        above = self.b.icmp_signed(">=", numbers, self._splat_i32(low))
-        return self.b.and_(above, self.b.icmp_signed("<", numbers, self._splat_i32(high)))
+        above = self.b.icmp_signed(">=", numbers, self.splat_i32(low))
+        return self.b.and_(above, self.b.icmp_signed("<", numbers, self.splat_i32(high)))
 
-    def _splat_i32(self, value: ir.Value) -> ir.Value:
+    def splat_i32(self, value: ir.Value) -> ir.Value:
+        """An int64 in every lane of an int32 vector."""
         kind = ir.VectorType(I32, self.lanes)
         empty = ir.Constant(kind, ir.Undefined)
         first = self.b.insert_element(empty, self.b.trunc(value, I32), ir.Constant(I32, 0))

@@ -1,4 +1,5 @@
-"""What happens to single rows between the products: normalisation, and rotation of queries and keys on their way into the cache."""
+"""What happens to single rows between the products: normalisation, rotation of queries and keys on their way into the cache, and at last
+the choice of the likeliest token."""
 
 from __future__ import annotations
 
@@ -6,15 +7,16 @@ import struct
 from functools import cache
 from typing import TYPE_CHECKING
 
+import torch
+
 from kernels.native.emit import I64
 from kernels.native.jit import Kernel, build, threads_for
 from kernels.native.program import Call
 
 if TYPE_CHECKING:
-    import torch
     from llvmlite import ir
 
-    from kernels.native.emit import Emitter
+    from kernels.native.emit import Emitter, Variable
 
 _ROWS_AT_ONCE = 4
 _MOST_KEYS_AT_ONCE = 16
@@ -176,3 +178,57 @@ def _rotate(e: Emitter, head: ir.Value, turn: tuple[ir.Value, ir.Value], half: i
         for at, value, partner in ((column, low, high), (other, high, low)):
             turned = e.fma(partner, e.load_vector(sin, at), e.b.fmul(value, e.load_vector(cos, at)))
             e.store(turned, head, at)
+
+
+def peaks(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The highest number of each row of x, float32 [T, N] with rows contiguous, and where it stands first: float32 [T], int64 [T].
+
+    A row with a NaN has the peak NaN, wherever it is said to stand.
+    """
+    values, places = x.new_empty(len(x)), torch.empty(len(x), dtype=torch.int64)
+    rows, columns = x.shape
+    _peaks_kernel()(threads_for(x.numel()), x.data_ptr(), x.stride(0), rows, columns, values.data_ptr(), places.data_ptr())
+    return values, places
+
+
+@cache
+def _peaks_kernel() -> Kernel:
+    return build("peaks", _emit_peaks)
+
+
+def _emit_peaks(e: Emitter) -> None:
+    """Each lane keeps its highest number and when it came first; rows are worked off one by one, by whoever is free."""
+    x, stride, rows, columns = e.pointer(0), e.argument(1), e.argument(2), e.argument(3)
+    values, places = e.pointer(4), e.pointer(5)
+    highs, turns = e.scratch(e.lanes), e.scratch_int32(e.lanes)
+    whole = e.sub(columns, e.b.urem(columns, e.const(e.lanes)))
+    with e.shares(e.at(e.function.args[0], 6, I64), rows, 1) as (row, _):
+        line = e.at(x, e.mul(row, stride))
+        high, wrong = e.variable(e.splat(float("-inf"))), e.variable(e.splat(0.0))
+        turn = e.variable(e.splat_i32(e.const(0)))
+        with e.range(0, whole, e.lanes) as column:
+            value = e.load_vector(line, column)
+            higher = e.b.fcmp_ordered(">", value, high.get())
+            high.set(e.b.select(higher, value, high.get()))
+            turn.set(e.b.select(higher, e.splat_i32(column), turn.get()))
+            wrong.set(e.b.select(e.b.fcmp_unordered("uno", value, value), value, wrong.get()))
+        e.store(high.get(), highs, 0)
+        e.b.store(turn.get(), turns, align=4)
+        best, place = e.variable(e.scalar(float("-inf"))), e.variable(e.const(0))
+        bad = e.variable(e.reduce_add(wrong.get()))
+        with e.range(0, e.lanes) as lane:
+            _keep(e, best, place, e.load(highs, lane), e.add(e.load_i32(turns, lane), lane))
+        with e.range(whole, columns) as column:
+            value = e.load(line, column)
+            _keep(e, best, place, value, column)
+            bad.set(e.b.fadd(bad.get(), e.b.select(e.b.fcmp_unordered("uno", value, value), value, e.scalar(0.0))))
+        e.store(e.b.fadd(best.get(), bad.get()), values, row)
+        e.b.store(place.get(), e.at(places, row, I64))
+
+
+def _keep(e: Emitter, best: Variable, place: Variable, value: ir.Value, column: ir.Value) -> None:
+    """The higher number, of equal ones the first."""
+    level = e.b.and_(e.b.fcmp_ordered("==", value, best.get()), e.less(column, place.get()))
+    better = e.b.or_(e.b.fcmp_ordered(">", value, best.get()), level)
+    best.set(e.b.select(better, value, best.get()))
+    place.set(e.b.select(better, column, place.get()))

@@ -155,7 +155,7 @@ def test_keys_and_values_are_written_as_the_reference_does(rotated: int, normed:
 def test_processors_with_other_vectors_run_the_same_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Vectors of 16 numbers (or of 8, where the machine has 16), which LLVM puts together from what there is."""
     other = 24 - jit.lanes()
-    made = (linear._kernel, attention._kernel, rows._norm_kernel, rows._rotate_kernel)
+    made = (linear._kernel, attention._kernel, rows._norm_kernel, rows._rotate_kernel, rows._peaks_kernel)
     monkeypatch.setattr(jit, "lanes", lambda: other)
     monkeypatch.setattr(linear, "lanes", lambda: other)
     for cached in made:
@@ -165,6 +165,7 @@ def test_processors_with_other_vectors_run_the_same_kernels(monkeypatch: pytest.
         test_a_gated_product_equals_its_definition("silu", functional.silu)
         test_attention_equals_the_definition("prefill, drafts and decoding in one step")
         test_keys_and_values_are_written_as_the_reference_does(32, normed=True)
+        test_peaks_are_the_first_of_the_highest(3, 33)
     finally:
         for cached in made:
             cached.cache_clear()
@@ -210,3 +211,26 @@ def test_a_gated_product_with_int8_weights_equals_the_reference() -> None:
     assert torch.allclose(kernels.gated_linear(x, packed, "silu").double(), functional.silu(gate) * up, atol=1e-3)
     plain = PackedLinear(numbers, None, len(weight), "rows", scales)  # what other processors and types run
     assert torch.allclose(kernels.gated_linear(x, plain, "silu").double(), functional.silu(gate) * up, atol=1e-3)
+
+
+@pytest.mark.parametrize("columns", [1, 5, 16, 33, 1000])
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_peaks_are_the_first_of_the_highest(rows: int, columns: int) -> None:
+    generator = torch.Generator().manual_seed(columns)
+    for spread in (2, 10_000):  # many equal numbers, and hardly any
+        wide = torch.randint(-spread, spread, (rows, columns + 3), generator=generator).float()
+        x = wide[:, :columns]
+        values, places = kernels.peaks(x)
+        assert torch.equal(values, x.amax(1))
+        assert places.tolist() == [row.index(max(row)) for row in x.tolist()]
+    x[:, -1] = float("-inf")
+    x[0] = float("-inf")
+    values, places = kernels.peaks(x)
+    assert (values[0], places[0]) == (float("-inf"), 0)
+    for wrong in (0, columns // 2, columns - 1):
+        for number in (float("nan"), float("inf")):
+            bad = torch.randn(rows, columns, generator=generator)
+            bad[rows - 1, wrong] = number
+            values, places = kernels.peaks(bad)
+            assert values.isfinite().tolist() == [True] * (rows - 1) + [False]
+            assert (places < columns).all()
