@@ -17,7 +17,7 @@ import torch
 
 import kernels
 from engine.checkpoints.cache import make_once
-from engine.runner import PackedStep
+from engine.runner import PackedStep, Runner
 from engine.speculation.cost_model import Load
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from engine.batch import ModelSpec
     from engine.checkpoints.cache import SharedFolders
-    from engine.runner import Runner
 
 PROFILE = 4
 """Part of a stored profile's name: raise it when steps take another time than before (new kernels) or are measured otherwise."""
@@ -37,6 +36,8 @@ _PROMPT = 2048
 """Tokens of the longest prompt."""
 _CONTEXT = 160
 """Tokens. On a CPU their pages were written before: pages that never were are read from a single one."""
+_DEEP, _SEQUENCES, _ROWS = 4096, 64, (1, 8, 16)
+"""Context, sequences and rows of each in steps that launch configurations are chosen on: attention has one for each of these heights."""
 _FILE = "steps.json"
 
 _log = logging.getLogger(__name__)
@@ -118,10 +119,24 @@ def warm_up(runner: Runner, max_tokens: int) -> None:
 
     On a GPU also one of a long prompt, whose attention runs in a shape of its own (and is tuned for it, within `Profiles.tuned`).
     """
+    if runner.model.spec.device.type == "cuda":
+        tune_attention(runner, max_tokens)
     _seconds(runner, Shape(1, 1).step(runner.kv.block_size))
     if runner.latest is not None:
         longest = min(max_tokens, _PROMPT, runner.model.spec.max_positions)
         _seconds(runner, Shape(1, longest, verifies=False).step(runner.kv.block_size))
+
+
+def tune_attention(runner: Runner, max_tokens: int) -> None:
+    """Runs steps of the size that counts, so that within `Profiles.tuned` launch configurations are chosen on these and not on the first
+    shapes that happen to come. Eagerly: a captured graph of each would stay.
+    """
+    size, blocks = runner.kv.block_size, runner.kv.num_blocks - 1
+    for rows in _ROWS:
+        each = min(rows, max_tokens, runner.model.spec.max_positions)
+        context = min(_DEEP, runner.model.spec.max_positions - each, blocks * size) // size * size
+        sequences = min(_SEQUENCES, max_tokens // each, blocks * size // max(context, 1))
+        Runner.run(runner, Shape(sequences, each, context, verifies=False).step(size))
 
 
 def measure_steps(runner: Runner, max_sequences: int, max_tokens: int) -> list[tuple[Load, float]]:

@@ -21,43 +21,58 @@ from kernels.triton.target import converts_fp8, needs_wide_dot
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-LOG2E = 1.4426950408889634
+_NEAR = 1 << 31
+"""Numbers of a cache from which on their places take more than 32 bits."""
 _LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
 def _walk(
-    acc, peak, total, q, k_cache, v_cache, table, base_k, base_v, stride_kb, stride_kt, stride_vb, stride_vt,
+    acc, peak, total, q, k_head, v_head, table, stride_kb, stride_kt, stride_vb, stride_vt,
     begin, end, limit, positions, real, dims, real_dims, score_scale, soft_cap, window,
-    BLOCK_N: tl.constexpr, PAGE: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
-    CAPPED: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_N: tl.constexpr, PAGE: tl.constexpr, ALIKE: tl.constexpr, NEAR: tl.constexpr, EVEN: tl.constexpr, MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
+    """score_scale: to base 2, except with a cap, whose scores get there by themselves."""
     for start in range(begin, end, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         inside = keys < limit
         if MASKED:
-            pages = tl.load(table + keys // PAGE, mask=inside, other=0).to(tl.int64)
-            here = inside
+            pages = tl.load(table + keys // PAGE, mask=inside, other=0)
         else:
-            pages = tl.load(table + keys // PAGE).to(tl.int64)
-            here = keys >= 0
-        k_at = base_k + pages * stride_kb + (keys % PAGE) * stride_kt
-        v_at = base_v + pages * stride_vb + (keys % PAGE) * stride_vt
-        k = tl.load(k_cache + k_at[None, :] + dims[:, None], mask=here[None, :] & real_dims[:, None], other=0)
-        v = tl.load(v_cache + v_at[:, None] + dims[None, :], mask=here[:, None] & real_dims[None, :], other=0)
+            pages = tl.load(table + keys // PAGE)
+        # A third of the loop would be the arithmetic of these: 32 bits where they do, and once for keys and values that lie alike.
+        if not NEAR:
+            pages = pages.to(tl.int64)
+        k_at = (pages * stride_kb + keys % PAGE * stride_kt)[:, None] + dims[None, :]
+        v_at = k_at
+        if not ALIKE:
+            v_at = (pages * stride_vb + keys % PAGE * stride_vt)[:, None] + dims[None, :]
+        if MASKED:
+            there = inside[:, None] & real_dims[None, :]
+            k = tl.load(k_head + k_at, mask=there, other=0)
+            v = tl.load(v_head + v_at, mask=there, other=0)
+        elif EVEN:
+            k = tl.load(k_head + k_at)
+            v = tl.load(v_head + v_at)
+        else:
+            k = tl.load(k_head + k_at, mask=real_dims[None, :], other=0)
+            v = tl.load(v_head + v_at, mask=real_dims[None, :], other=0)
         if FP8:
             k = widen(k, NATIVE).to(q.dtype)
             v = widen(v, NATIVE).to(q.dtype)
         if WIDE:
             k = k.to(tl.float32)
             v = v.to(tl.float32)
-        scores = tl.dot(q, k, input_precision="ieee") * score_scale
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        factor = score_scale
         if CAPPED:
-            # tanh through the exponential of a number that cannot overflow; then to base 2, as the scale is without a cap.
-            z = scores / soft_cap
+            # tanh through the exponential of a number that cannot overflow.
+            z = scores * score_scale / soft_cap
             small = tl.exp(-2.0 * tl.abs(z))
-            size = soft_cap * (1.0 - small) / (1.0 + small) * 1.4426950408889634
+            size = (1.0 - small) / (1.0 + small)
             scores = tl.where(z < 0.0, -size, size)
+            factor = soft_cap * 1.4426950408889634
         if MASKED:
             visible = real[:, None] & inside[None, :]
             if CAUSAL:
@@ -65,10 +80,13 @@ def _walk(
             if WINDOWED:
                 visible = visible & (keys[None, :] > positions[:, None] - window)
             scores = tl.where(visible, scores, float("-inf"))
-        higher = tl.maximum(peak, tl.max(scores, axis=1))
-        # A row that has seen nothing yet keeps a peak of -inf; subtracting 0 instead keeps NaN out.
-        anchor = tl.where(higher == float("-inf"), 0.0, higher)
-        weights = tl.exp2(scores - anchor[:, None])
+        # Scaled where the peak is taken off: one multiplication and addition a score.
+        higher = tl.maximum(peak, tl.max(scores, axis=1) * factor)
+        anchor = higher
+        if MASKED:
+            # A row that has seen nothing yet keeps a peak of -inf; subtracting 0 instead keeps NaN out.
+            anchor = tl.where(higher == float("-inf"), 0.0, higher)
+        weights = tl.exp2(scores * factor - anchor[:, None])
         fade = tl.exp2(peak - anchor)
         total = total * fade + tl.sum(weights, axis=1)
         acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
@@ -82,10 +100,12 @@ def _attention(
     table_row, offset, num_sequences, num_rows, stride_q, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_table, scale, soft_cap, window, splits,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
-    CAPPED: tl.constexpr, PARTIAL: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr, ALIKE: tl.constexpr, NEAR: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, PARTIAL: tl.constexpr, SHARED: tl.constexpr,
+    FP8: tl.constexpr, NATIVE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0)
+    # The last rows of a prompt see most keys: who takes longest begins first.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
     unit = tl.load(tile_unit + tile)
@@ -102,10 +122,14 @@ def _attention(
     rows = first_row + lines // GROUP
     heads = kv_head * GROUP + lines % GROUP
     real = (lines // GROUP < BLOCK_Q) & (rows < end_row)
+    alone = begin == 0  # no prefix of the unit's keys is walked for its whole group
     dims = tl.arange(0, BLOCK_D)
     real_dims = dims < DIM
     q_at = rows.to(tl.int64) * stride_q + heads * DIM
     queries = tl.load(q + q_at[:, None] + dims[None, :], mask=real[:, None] & real_dims[None, :], other=0.0)
+    if FP8 and queries.dtype == tl.bfloat16:
+        # float16 holds every e4m3 number, and widening to it is one instruction for two of them.
+        queries = tl.minimum(tl.maximum(queries.to(tl.float32), -65504.0), 65504.0).to(tl.float16)
     if WIDE:
         queries = queries.to(tl.float32)
 
@@ -136,17 +160,17 @@ def _attention(
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     table = tables + tl.load(table_row + unit).to(tl.int64) * stride_table
-    base_k = kv_head.to(tl.int64) * stride_kh
-    base_v = kv_head.to(tl.int64) * stride_vh
+    k_head = k_cache + kv_head.to(tl.int64) * stride_kh
+    v_head = v_cache + kv_head.to(tl.int64) * stride_vh
     acc, peak, total = _walk(
-        acc, peak, total, queries, k_cache, v_cache, table, base_k, base_v, stride_kb, stride_kt, stride_vb, stride_vt,
+        acc, peak, total, queries, k_head, v_head, table, stride_kb, stride_kt, stride_vb, stride_vt,
         low, middle, limit, positions, real, dims, real_dims, score_scale, soft_cap, window,
-        BLOCK_N, PAGE, False, CAUSAL, WINDOWED, CAPPED, FP8, NATIVE, WIDE,
+        BLOCK_N, PAGE, ALIKE, NEAR, BLOCK_D == DIM, False, CAUSAL, WINDOWED, CAPPED, FP8, NATIVE, WIDE,
     )  # fmt: skip
     acc, peak, total = _walk(
-        acc, peak, total, queries, k_cache, v_cache, table, base_k, base_v, stride_kb, stride_kt, stride_vb, stride_vt,
+        acc, peak, total, queries, k_head, v_head, table, stride_kb, stride_kt, stride_vb, stride_vt,
         middle, high, high, positions, real, dims, real_dims, score_scale, soft_cap, window,
-        BLOCK_N, PAGE, True, CAUSAL, WINDOWED, CAPPED, FP8, NATIVE, WIDE,
+        BLOCK_N, PAGE, ALIKE, NEAR, BLOCK_D == DIM, True, CAUSAL, WINDOWED, CAPPED, FP8, NATIVE, WIDE,
     )  # fmt: skip
 
     nothing = total == 0.0
@@ -157,8 +181,14 @@ def _attention(
     if PARTIAL:
         level = split + tl.where(own, 0, splits)
         p_at = level.to(tl.int64) * num_rows * HEADS + rows.to(tl.int64) * HEADS + heads
-        lse = tl.where(nothing, float("-inf"), (peak + tl.log2(tl.where(nothing, 1.0, total))) * _LN2)
+        nowhere = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        lse = tl.where(nothing, nowhere, (peak + tl.log2(tl.where(nothing, 1.0, total))) * _LN2)
         tl.store(part_lse + p_at, lse, mask=real)
+        if SHARED:
+            # Nobody writes the second level of rows without a group.
+            if own & alone:
+                above = (split + splits).to(tl.int64) * num_rows * HEADS + rows.to(tl.int64) * HEADS + heads
+                tl.store(part_lse + above, nowhere, mask=real)
         tl.store(part + p_at[:, None] * DIM + dims[None, :], acc, mask=real[:, None] & real_dims[None, :])
     else:
         tl.store(out + o_at[:, None] + dims[None, :], acc.to(out.dtype.element_ty), mask=real[:, None] & real_dims[None, :])
@@ -208,13 +238,13 @@ def attention(
     parts = plan.splits * (2 if plan.shared else 1)
     partial = parts > 1
     part = q.new_empty((parts, num_rows, heads, dim) if partial else (1,), dtype=torch.float32)
-    # Rows that are in no group have no part in the second level; in the first every stretch is written.
-    lse = q.new_full((parts, num_rows, heads) if partial else (1,), float("-inf"), dtype=torch.float32)
+    lse = q.new_empty((parts, num_rows, heads) if partial else (1,), dtype=torch.float32)
     fp8 = k_cache.dtype == torch.float8_e4m3fn
     key = f"{dim}/{group}/{plan.block_m}/{page}/{str(q.dtype)[6:]}/{str(k_cache.dtype)[6:]}"
     if fp8:
         k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
     unit_scale = lse if k_scale is None or v_scale is None else None
+    near = max(k_cache.numel(), v_cache.numel()) < _NEAR
     grid = (len(plan.tile_unit), kv_heads, plan.splits)
 
     def launch(config: tuning.Config) -> None:
@@ -226,12 +256,13 @@ def attention(
             v_cache.stride(1), v_cache.stride(2), plan.tables.stride(0), float(scale), float(soft_cap or 0.0), plan.window or 0,
             plan.splits,
             HEADS=heads, GROUP=group, DIM=dim, BLOCK_D=max(triton.next_power_of_2(dim), 16), BLOCK_M=plan.block_m,
-            BLOCK_Q=plan.block_q, BLOCK_N=config["BLOCK_N"], PAGE=page, CAUSAL=plan.causal, WINDOWED=plan.window is not None,
-            CAPPED=soft_cap is not None, PARTIAL=partial, FP8=fp8, NATIVE=converts_fp8(q.device), WIDE=needs_wide_dot(q.dtype),
-            num_warps=config["num_warps"], num_stages=config["num_stages"],
+            BLOCK_Q=plan.block_q, BLOCK_N=config["BLOCK_N"], PAGE=page,
+            ALIKE=k_cache.stride() == v_cache.stride(), NEAR=near, CAUSAL=plan.causal, WINDOWED=plan.window is not None,
+            CAPPED=soft_cap is not None, PARTIAL=partial, SHARED=plan.shared, FP8=fp8, NATIVE=converts_fp8(q.device),
+            WIDE=needs_wide_dot(q.dtype), num_warps=config["num_warps"], num_stages=config["num_stages"],
         )  # fmt: skip
 
-    launch(tuning.best("attention", key, q.device, list(_configs(plan.block_m, dim, q.dtype)), launch))
+    tuning.run("attention", key, q.device, list(_configs(plan.block_m, dim, q.dtype)), launch)
     if partial:
         lines = num_rows * heads
         _merge[(lines,)](
@@ -262,17 +293,22 @@ def paged_attention(
 
 
 def _configs(block_m: int, dim: int, dtype: torch.dtype) -> Iterator[tuning.Config]:
-    """The first is what runs untuned. Decode tiles are bound by memory and want loads in flight; prefill tiles want registers."""
+    """The first is what runs untuned. Decode tiles are bound by memory: loads in flight, and room for two programs a processor, so that one
+    reads while the other begins or ends. Prefill tiles are bound by arithmetic and by registers.
+    """
     if dtype == torch.float32:
         yield {"BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
         return
-    large = block_m >= 64
-    yield {"BLOCK_N": 64 if large or dim > 128 else 128, "num_warps": 8 if large and dim >= 128 else 4, "num_stages": 2 if dim > 128 else 3}
-    for block_n in (32, 64, 128):
-        for warps in (4, 8):
-            for stages in (2, 3, 4):
-                if block_n * dim * stages <= 128 * 128 * 3:
-                    yield {"BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
+    if block_m >= 64:
+        shapes = [(128, 8, 3), (64, 8, 3), (64, 8, 4), (128, 8, 2), (64, 4, 3), (64, 4, 2), (32, 4, 4), (32, 4, 2)]
+    else:
+        shapes = [(64, 4, 3), (64, 4, 4), (64, 4, 2), (128, 4, 2), (128, 4, 3), (32, 4, 4), (32, 2, 4), (64, 2, 3), (128, 8, 3)]
+    if dim > 128:
+        shapes = [(64, 8, 2), (32, 4, 3), (32, 8, 3), (64, 4, 2), (16, 4, 2)]
+    elif dim <= 64:
+        shapes = [(128, *shapes[0][1:]), *shapes]
+    for block_n, warps, stages in dict.fromkeys(shapes):
+        yield {"BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
 
 
 def _check(

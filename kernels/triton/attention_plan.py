@@ -15,9 +15,9 @@ _SMALL_TILE = 16
 _LARGE_TILE = 128
 _PREFILL_ROWS = 32
 """Rows a sequence from which large tiles pay: they read keys once for more rows, and waste more where rows are few."""
-_MAX_SPLITS = 32
+_MAX_SPLITS = 64
 _KEYS_A_SPLIT = 256
-_WAVES = 2
+_PROGRAMS_A_PROCESSOR = 2
 MIN_SHARED_BLOCKS = 8
 
 
@@ -105,7 +105,11 @@ def plan_attention(
         num_sequences=num_sequences,
         block_m=block_m,
         block_q=block_q,
-        splits=_splits(num_tiles * kv_heads, max_kv or block_tables.shape[1] * block_size, processors or _processors(cache.device)),
+        splits=_splits(
+            num_sequences * -(-num_rows // max(num_sequences * block_q, 1)) * kv_heads,
+            max_kv or block_tables.shape[1] * block_size,
+            processors or _processors(cache.device),
+        ),
         shared=shared,
         window=window,
         causal=causal,
@@ -187,9 +191,14 @@ def _tile(num_rows: int, num_sequences: int, group: int, max_query: int | None) 
 
 
 def _splits(programs: int, keys: int, processors: int) -> int:
-    """Stretches that each unit's keys are cut into, so that the device is full when sequences are few."""
-    wanted = -(-_WAVES * processors // max(programs, 1))
-    return max(1, min(wanted, keys // _KEYS_A_SPLIT, _MAX_SPLITS))
+    """Stretches that each unit's keys are cut into, so that the device is full when sequences are few: the fewest with which the last wave
+    of programs leaves hardly more idle than it has to (as FlashAttention chooses them for decoding). programs: without splits, where all
+    sequences have about as many rows.
+    """
+    at_once = _PROGRAMS_A_PROCESSOR * processors
+    most = max(1, min(keys // _KEYS_A_SPLIT, _MAX_SPLITS))
+    busy = [programs * splits / (-(-programs * splits // at_once) * at_once) for splits in range(1, most + 1)]
+    return next(splits for splits, share in enumerate(busy, start=1) if share >= 0.85 * max(busy))
 
 
 def _processors(device: torch.device) -> int:

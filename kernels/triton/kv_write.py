@@ -22,97 +22,98 @@ def _write(
     q, k, v, q_out, k_cache, v_cache, cos, sin, q_norm, k_norm, k_scale, v_scale, slots, eps,
     stride_q, stride_k, stride_v, stride_angle, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, ROTATED: tl.constexpr, TURNS: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_H: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
-    FP8: tl.constexpr, NATIVE: tl.constexpr,
+    BLOCK_H: tl.constexpr, Q_PARTS: tl.constexpr, KV_PARTS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+    Q_NORM: tl.constexpr, K_NORM: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """Head h of a row: a query below HEADS, a key below HEADS + KV_HEADS, else a value. Its first ROTATED numbers are two halves."""
+    """Some heads of a row, all of them queries, keys or values. Of each, the first ROTATED numbers are two halves."""
     row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    is_q = head < HEADS
-    is_k = (head >= HEADS) & (head < HEADS + KV_HEADS)
-    is_v = (head >= HEADS + KV_HEADS) & (head < HEADS + 2 * KV_HEADS)
-    own = tl.where(is_q, head, tl.where(is_k, head - HEADS, head - HEADS - KV_HEADS)) * DIM
-    halves = tl.arange(0, HALF)
-    half_width: tl.constexpr = ROTATED // 2
-    in_half = (halves < half_width)[None, :]
+    part = tl.program_id(1)
+    is_q = part < Q_PARTS
+    is_k = (part >= Q_PARTS) & (part < Q_PARTS + KV_PARTS)
+    source, count = v + row * stride_v, KV_HEADS
+    head = (part - Q_PARTS - KV_PARTS) * BLOCK_H + tl.arange(0, BLOCK_H)
+    if is_q:
+        source, count = q + row * stride_q, HEADS
+        head += (Q_PARTS + KV_PARTS) * BLOCK_H
+    if is_k:
+        source = k + row * stride_k
+        head += KV_PARTS * BLOCK_H
+    known = (head < count)[:, None]
+    half: tl.constexpr = ROTATED // 2
+    columns = tl.arange(0, HALF)
+    inside = known
+    if half != HALF:
+        inside = known & (columns < half)[None, :]
     rest = ROTATED + tl.arange(0, REST)
-    in_rest = (rest < DIM)[None, :]
-    first = _load(q, k, v, row, stride_q, stride_k, stride_v, own, halves, is_q, is_k, is_v, in_half)
-    second = _load(q, k, v, row, stride_q, stride_k, stride_v, own, halves + half_width, is_q, is_k, is_v, in_half)
+    in_rest = known & (rest < DIM)[None, :]
+    at = source + head[:, None] * DIM
+    first = tl.load(at + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(at + half + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     other = tl.zeros([BLOCK_H, REST], tl.float32)
     if ROTATED < DIM:
-        other = _load(q, k, v, row, stride_q, stride_k, stride_v, own, rest, is_q, is_k, is_v, in_rest)
-    if Q_NORM or K_NORM:
-        squares = tl.sum(first * first, 1) + tl.sum(second * second, 1) + tl.sum(other * other, 1)
-        factor = tl.rsqrt(squares / DIM + eps)
-        normed = (is_q & Q_NORM) | (is_k & K_NORM)
-        factor = tl.where(normed, factor, 1.0)[:, None]
-        # Rounded to the model's type in between, as the separate ops do.
-        kind = q_out.dtype.element_ty
-        first = _scaled(first, factor, q_norm, k_norm, halves, is_q, is_k, in_half, Q_NORM, K_NORM).to(kind).to(tl.float32)
-        second = _scaled(second, factor, q_norm, k_norm, halves + half_width, is_q, is_k, in_half, Q_NORM, K_NORM).to(kind).to(tl.float32)
-        other = _scaled(other, factor, q_norm, k_norm, rest, is_q, is_k, in_rest, Q_NORM, K_NORM).to(kind).to(tl.float32)
-    turned_first, turned_second = first, second
-    if TURNS:
-        angle = row * stride_angle + halves
-        c1 = tl.load(cos + angle, mask=halves < half_width, other=0.0).to(tl.float32)[None, :]
-        c2 = tl.load(cos + angle + half_width, mask=halves < half_width, other=0.0).to(tl.float32)[None, :]
-        s1 = tl.load(sin + angle, mask=halves < half_width, other=0.0).to(tl.float32)[None, :]
-        s2 = tl.load(sin + angle + half_width, mask=halves < half_width, other=0.0).to(tl.float32)[None, :]
-        turns = (is_q | is_k)[:, None]
-        turned_first = tl.where(turns, first * c1 + second * s1, first)
-        turned_second = tl.where(turns, second * c2 + first * s2, second)
-    if HEADS > 0:
-        at = (row * HEADS * DIM + own)[:, None]
-        q_mask = is_q[:, None]
-        tl.store(q_out + at + halves[None, :], turned_first.to(q_out.dtype.element_ty), mask=q_mask & in_half)
-        tl.store(q_out + at + half_width + halves[None, :], turned_second.to(q_out.dtype.element_ty), mask=q_mask & in_half)
-        if ROTATED < DIM:
-            tl.store(q_out + at + rest[None, :], other.to(q_out.dtype.element_ty), mask=q_mask & in_rest)
-    slot = tl.load(slots + row)
-    if slot >= 0:
-        cache_head = own // DIM
-        k_at = slot // PAGE * stride_kb + slot % PAGE * stride_kt + cache_head * stride_kh
-        v_at = slot // PAGE * stride_vb + slot % PAGE * stride_vt + cache_head * stride_vh
-        if FP8:
-            scale = tl.load(k_scale + cache_head, mask=is_k, other=1.0) * tl.load(v_scale + cache_head, mask=is_v, other=1.0)
-            turned_first = turned_first / scale[:, None]
-            turned_second = turned_second / scale[:, None]
-            other = other / scale[:, None]
-        _store(k_cache, v_cache, k_at, v_at, halves, turned_first, is_k, is_v, in_half, FP8, NATIVE)
-        _store(k_cache, v_cache, k_at, v_at, halves + half_width, turned_second, is_k, is_v, in_half, FP8, NATIVE)
-        if ROTATED < DIM:
-            _store(k_cache, v_cache, k_at, v_at, rest, other, is_k, is_v, in_rest, FP8, NATIVE)
-
-
-@triton.jit
-def _load(q, k, v, row, stride_q, stride_k, stride_v, own, columns, is_q, is_k, is_v, real):
-    at = own[:, None] + columns[None, :]
-    a = tl.load(q + row * stride_q + at, mask=is_q[:, None] & real, other=0.0).to(tl.float32)
-    b = tl.load(k + row * stride_k + at, mask=is_k[:, None] & real, other=0.0).to(tl.float32)
-    c = tl.load(v + row * stride_v + at, mask=is_v[:, None] & real, other=0.0).to(tl.float32)
-    return a + b + c
-
-
-@triton.jit
-def _scaled(x, factor, q_norm, k_norm, columns, is_q, is_k, real, Q_NORM: tl.constexpr, K_NORM: tl.constexpr):
-    at = columns[None, :]
-    weight = 1.0 + tl.zeros_like(x)
+        other = tl.load(at + rest[None, :], mask=in_rest, other=0.0).to(tl.float32)
+    # Rounded to the model's type after the norm, as the separate ops do.
+    kind = q_out.dtype.element_ty
     if Q_NORM:
-        weight = tl.where(is_q[:, None], tl.load(q_norm + at, mask=real, other=0.0).to(tl.float32), weight)
+        if is_q:
+            factor = _factor(first, second, other, eps, DIM)
+            first = _weighted(first, factor, q_norm, columns, half, kind)
+            second = _weighted(second, factor, q_norm + half, columns, half, kind)
+            other = _weighted(other, factor, q_norm, rest, DIM, kind)
     if K_NORM:
-        weight = tl.where(is_k[:, None], tl.load(k_norm + at, mask=real, other=0.0).to(tl.float32), weight)
-    return x * factor * weight
+        if is_k:
+            factor = _factor(first, second, other, eps, DIM)
+            first = _weighted(first, factor, k_norm, columns, half, kind)
+            second = _weighted(second, factor, k_norm + half, columns, half, kind)
+            other = _weighted(other, factor, k_norm, rest, DIM, kind)
+    if TURNS:
+        if is_q | is_k:
+            angle = row * stride_angle + columns
+            c1 = tl.load(cos + angle, mask=columns < half, other=0.0).to(tl.float32)[None, :]
+            c2 = tl.load(cos + angle + half, mask=columns < half, other=0.0).to(tl.float32)[None, :]
+            s1 = tl.load(sin + angle, mask=columns < half, other=0.0).to(tl.float32)[None, :]
+            s2 = tl.load(sin + angle + half, mask=columns < half, other=0.0).to(tl.float32)[None, :]
+            turned = first * c1 + second * s1
+            second = second * c2 + first * s2
+            first = turned
+    if is_q:
+        to = q_out + row * (HEADS * DIM) + head[:, None] * DIM
+        tl.store(to + columns[None, :], first.to(kind), mask=inside)
+        tl.store(to + half + columns[None, :], second.to(kind), mask=inside)
+        if ROTATED < DIM:
+            tl.store(to + rest[None, :], other.to(kind), mask=in_rest)
+    else:
+        slot = tl.load(slots + row)
+        if slot >= 0:
+            target = v_cache + slot // PAGE * stride_vb + slot % PAGE * stride_vt + head[:, None] * stride_vh
+            scales = v_scale
+            if is_k:
+                target = k_cache + slot // PAGE * stride_kb + slot % PAGE * stride_kt + head[:, None] * stride_kh
+                scales = k_scale
+            if FP8:
+                scale = tl.load(scales + head, mask=head < count, other=1.0)[:, None]
+                first, second, other = first / scale, second / scale, other / scale
+            tl.store(target + columns[None, :], _stored(first, k_cache, FP8, NATIVE), mask=inside)
+            tl.store(target + half + columns[None, :], _stored(second, k_cache, FP8, NATIVE), mask=inside)
+            if ROTATED < DIM:
+                tl.store(target + rest[None, :], _stored(other, k_cache, FP8, NATIVE), mask=in_rest)
 
 
 @triton.jit
-def _store(k_cache, v_cache, k_at, v_at, columns, x, is_k, is_v, real, FP8: tl.constexpr, NATIVE: tl.constexpr):
+def _factor(first, second, other, eps, DIM: tl.constexpr):
+    return tl.rsqrt((tl.sum(first * first, 1) + tl.sum(second * second, 1) + tl.sum(other * other, 1)) / DIM + eps)[:, None]
+
+
+@triton.jit
+def _weighted(x, factor, weight, columns, end, kind: tl.constexpr):
+    return (x * factor * tl.load(weight + columns, mask=columns < end, other=0.0).to(tl.float32)[None, :]).to(kind).to(tl.float32)
+
+
+@triton.jit
+def _stored(x, cache, FP8: tl.constexpr, NATIVE: tl.constexpr):
     if FP8:
-        stored = narrow(x, NATIVE)
-    else:
-        stored = x.to(k_cache.dtype.element_ty)
-    tl.store(k_cache + k_at[:, None] + columns[None, :], stored, mask=is_k[:, None] & real)
-    tl.store(v_cache + v_at[:, None] + columns[None, :], stored, mask=is_v[:, None] & real)
+        return narrow(x, NATIVE)
+    return x.to(cache.dtype.element_ty)
 
 
 def kv_write(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: DevicePlan) -> None:
@@ -172,8 +173,10 @@ def _launch(
     fp8 = k_cache.dtype == torch.float8_e4m3fn
     if fp8:
         k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
-    block_h = min(triton.next_power_of_2(num_heads + 2 * kv_heads), _HEADS_A_PROGRAM)
-    grid = (len(k), triton.cdiv(num_heads + 2 * kv_heads, block_h))
+    block_h = min(max(triton.next_power_of_2(kv_heads), _HEADS_A_PROGRAM // 2), _HEADS_A_PROGRAM)
+    q_parts, kv_parts = triton.cdiv(num_heads, block_h), triton.cdiv(kv_heads, block_h)
+    half = triton.next_power_of_2(max(halves // 2, 1))
+    grid = (len(k), q_parts + 2 * kv_parts)
     angles = k if cos is None or sin is None else None
     _write[grid](
         k if q is None else q, k, v, out, k_cache, v_cache, cos if angles is None else k, sin if angles is None else k,
@@ -181,9 +184,9 @@ def _launch(
         k if v_scale is None else v_scale, slots, float(eps),
         k.stride(0) if q is None else q.stride(0), k.stride(0), v.stride(0), 0 if cos is None else cos.stride(0),
         k_cache.stride(0), k_cache.stride(1), k_cache.stride(2), v_cache.stride(0), v_cache.stride(1), v_cache.stride(2),
-        HEADS=num_heads, KV_HEADS=kv_heads, DIM=dim, ROTATED=halves, TURNS=rotated > 0, PAGE=page, BLOCK_H=block_h,
-        HALF=triton.next_power_of_2(max(halves // 2, 1)), REST=triton.next_power_of_2(max(dim - halves, 1)),
-        Q_NORM=q_norm is not None, K_NORM=k_norm is not None, FP8=fp8, NATIVE=converts_fp8(k.device), num_warps=4,
+        HEADS=num_heads, KV_HEADS=kv_heads, DIM=dim, ROTATED=halves, TURNS=rotated > 0, PAGE=page, BLOCK_H=block_h, Q_PARTS=q_parts,
+        KV_PARTS=kv_parts, HALF=half, REST=triton.next_power_of_2(max(dim - halves, 1)), Q_NORM=q_norm is not None,
+        K_NORM=k_norm is not None, FP8=fp8, NATIVE=converts_fp8(k.device), num_warps=min(max(block_h * half // 256, 1), 4),
     )  # fmt: skip
     return out
 

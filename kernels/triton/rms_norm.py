@@ -2,29 +2,60 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 
+from kernels.triton import tuning
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_MANY = 1024
+"""Rows from which on the device is full, and what counts is how many bytes are on their way."""
 MAX_COLUMNS = 1 << 16
 """A row is held in one program's registers."""
 
 
 @triton.jit
-def _rms_norm(x, residual, weight, out, total, stride_x, stride_residual, columns, eps, ADDS: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    offsets = tl.arange(0, BLOCK)
-    inside = offsets < columns
-    values = tl.load(x + row * stride_x + offsets, mask=inside, other=0.0).to(tl.float32)
+def _rms_norm(
+    x, residual, weight, out, total, stride_x, stride_residual, rows, columns, eps, ADDS: tl.constexpr, EVEN: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    offsets = tl.arange(0, BLOCK)[None, :]
+    at_x, at_residual, at_out = (
+        row[:, None] * stride_x + offsets,
+        row[:, None] * stride_residual + offsets,
+        row[:, None] * columns + offsets,
+    )
+    inside = (row < rows)[:, None] & (offsets < columns)
+    if EVEN:
+        values = tl.load(x + at_x).to(tl.float32)
+        factors = tl.load(weight + offsets).to(tl.float32)
+    else:
+        values = tl.load(x + at_x, mask=inside, other=0.0).to(tl.float32)
+        factors = tl.load(weight + offsets, mask=offsets < columns, other=0.0).to(tl.float32)
     if ADDS:
-        values += tl.load(residual + row * stride_residual + offsets, mask=inside, other=0.0).to(tl.float32)
+        if EVEN:
+            values += tl.load(residual + at_residual).to(tl.float32)
+        else:
+            values += tl.load(residual + at_residual, mask=inside, other=0.0).to(tl.float32)
         # Rounded before it is normalised: later layers see the rounded sum.
         rounded = values.to(total.dtype.element_ty)
-        tl.store(total + row * columns + offsets, rounded, mask=inside)
+        if EVEN:
+            tl.store(total + at_out, rounded)
+        else:
+            tl.store(total + at_out, rounded, mask=inside)
         values = rounded.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(values * values, axis=0) / columns + eps)
-    factors = tl.load(weight + offsets, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * columns + offsets, (values * scale * factors).to(out.dtype.element_ty), mask=inside)
+    scale = tl.rsqrt(tl.sum(values * values, axis=1) / columns + eps)
+    normed = (values * scale[:, None] * factors).to(out.dtype.element_ty)
+    if EVEN:
+        tl.store(out + at_out, normed)
+    else:
+        tl.store(out + at_out, normed, mask=inside)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -51,12 +82,32 @@ def _launch(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor
     total = out if residual is None else torch.empty_like(out)
     if x.numel():
         block = triton.next_power_of_2(columns)
-        # A warp for every 512 columns keeps 16-byte loads in flight without spilling.
-        _rms_norm[(len(rows),)](
-            rows, other, weight, out, total, rows.stride(0), other.stride(0), columns, float(eps), ADDS=residual is not None, BLOCK=block,
-            num_warps=min(max(block // 512, 1), 16),
-        )  # fmt: skip
+        count = len(rows)
+
+        def launch(config: tuning.Config) -> None:
+            height = config["ROWS"]
+            _rms_norm[(triton.cdiv(count, height),)](
+                rows, other, weight, out, total, rows.stride(0), other.stride(0), count, columns, float(eps), ADDS=residual is not None,
+                EVEN=columns == block and count % height == 0, ROWS=height, BLOCK=block, num_warps=config["num_warps"],
+            )  # fmt: skip
+
+        key = f"{columns}/{'many' if count >= _MANY else 'few'}/{str(x.dtype)[6:]}/{'adds' if residual is not None else 'plain'}"
+        tuning.run("rms_norm", key, x.device, list(_configs(block, count)), launch)
     return out, total
+
+
+def _configs(block: int, rows: int) -> Iterator[tuning.Config]:
+    """A thread holds 16 numbers, two 16-byte loads of half precision: short rows (per-head norms) share a program."""
+    height = min(max(2048 // block, 1), triton.next_power_of_2(rows)) if rows >= _MANY else 1
+    warps = min(max(block * height // 512, 1), 16)
+    yield {"ROWS": height, "num_warps": warps}
+    for factor in (2, 4):
+        if warps * factor <= 16:
+            yield {"ROWS": height, "num_warps": warps * factor}
+    if warps > 1:
+        yield {"ROWS": height, "num_warps": warps // 2}
+    if rows >= _MANY and block * height <= 8192:
+        yield {"ROWS": 2 * height, "num_warps": warps}
 
 
 def _as_rows(x: torch.Tensor) -> torch.Tensor:

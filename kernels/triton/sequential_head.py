@@ -1,8 +1,10 @@
-"""The sequential head over a draft block on the device: two small launches a position, no number read back.
+"""The sequential head over a draft block on the device: two launches a position, no number read back.
 
 `_embed` ends the position before (its partial winners become a token) and turns that token into features [S, rank]; `_score` walks the
-vocabulary once: U + features W2^T, noise, and the winner of each stretch. The bytes of a block are at least K (V rank + S V) numbers
-(W2 does not stay in cache: 78 MB of bfloat16 at 152k tokens and rank 256), which is the floor that the benchmark states.
+vocabulary once: U + features W2^T, noise, and each program's winner. As many programs as the device runs at once stride over the
+vocabulary, so that the loads of one tile overlap with the arithmetic of another and few winners are left. The bytes of a block are at least
+K (V rank + S V) numbers: W2 does not stay in cache (78 MB of bfloat16 at 152k tokens and rank 256). That is the floor that the benchmark
+states.
 """
 
 from __future__ import annotations
@@ -12,44 +14,36 @@ import triton
 import triton.language as tl
 
 from kernels.reference.sequential_head import DraftBlock, SequentialHead, check_block
-from kernels.triton.target import needs_wide_dot
+from kernels.triton.target import needs_wide_dot, processors
 from kernels.triton.vocabulary import exponential
 
-_BLOCK_V = 128
-_BLOCK_S = 16
+_TILE_BYTES = 64 * 256 * 2
+"""Of W2 in one step: three of them fit a program's share of shared memory when two programs run on a processor."""
+_PROGRAMS_A_PROCESSOR = 2
+_MOST_SEQUENCES = 64
+"""That one program scores at once, so that W2 is read once for all of them."""
 _KINDS = {"none": 0, "vanilla": 1, "gated": 2, "rnn": 3}
 
 
 @triton.jit
 def _embed(
     anchors, tokens, lse, best_value, best_column, part_peak, part_mass, token_ids, w1, mix, mixed_hidden, confidence_weight,
-    confidence_hidden, confidence, state, features, step, length, tiles, stride_mix, rank,
+    confidence_hidden, confidence, state, features, step, length, parts, stride_mix, rank,
     KIND: tl.constexpr, MAPPED: tl.constexpr, CONFIDENT: tl.constexpr, WITH_EMBEDDING: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     sequence = tl.program_id(0).to(tl.int64)
     token = tl.load(anchors + sequence)
     if step > 0:
-        value = float("-inf")
-        column = tl.full([], 2147483647, tl.int32)
-        peak = float("-inf")
-        for start in range(0, tiles, BLOCK_T):
-            index = start + tl.arange(0, BLOCK_T)
-            at = sequence * tiles + index
-            values = tl.load(best_value + at, mask=index < tiles, other=float("-inf"))
-            columns = tl.load(best_column + at, mask=index < tiles, other=2147483647)
-            top = tl.max(values, axis=0)
-            which = tl.min(tl.where(values == top, columns, 2147483647), axis=0)
-            column = tl.where(top > value, which, column)
-            value = tl.maximum(value, top)
-            peak = tl.maximum(peak, tl.max(tl.load(part_peak + at, mask=index < tiles, other=float("-inf")), axis=0))
-        mass = 0.0
-        for start in range(0, tiles, BLOCK_T):
-            index = start + tl.arange(0, BLOCK_T)
-            at = sequence * tiles + index
-            peaks = tl.load(part_peak + at, mask=index < tiles, other=float("-inf"))
-            masses = tl.load(part_mass + at, mask=index < tiles, other=0.0)
-            mass += tl.sum(masses * tl.exp(peaks - peak), axis=0)
+        index = tl.arange(0, BLOCK_T)
+        at = sequence * parts + index
+        values = tl.load(best_value + at, mask=index < parts, other=float("-inf"))
+        columns = tl.load(best_column + at, mask=index < parts, other=2147483647)
+        peaks = tl.load(part_peak + at, mask=index < parts, other=float("-inf"))
+        masses = tl.load(part_mass + at, mask=index < parts, other=0.0)
+        column = tl.min(tl.where(values == tl.max(values, axis=0), columns, 2147483647), axis=0)
+        peak = tl.max(peaks, axis=0)
+        mass = tl.sum(masses * tl.exp(peaks - peak), axis=0)
         token = column.to(tl.int64)
         if MAPPED:
             token = tl.load(token_ids + column)
@@ -116,53 +110,62 @@ def _tanh(x):
 @triton.jit
 def _score(
     logits, features, w2, temperatures, keys, token_ids, weights_out, best_value, best_column, part_peak, part_mass,
-    num_sequences, vocab, step, length, stride_s, stride_k, tiles, rank,
+    num_sequences, vocab, step, length, stride_s, stride_k, rank,
     BIASED: tl.constexpr, SAMPLED: tl.constexpr, MAPPED: tl.constexpr, KEPT: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
-    tile = tl.program_id(1)
-    columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-    real = (rows < num_sequences)[:, None] & (columns < vocab)[None, :]
-    at = rows.to(tl.int64)[:, None] * stride_s + step * stride_k + columns[None, :]
-    weights = tl.load(logits + at, mask=real, other=float("-inf")).to(tl.float32)
+    part = tl.program_id(1)
+    real_rows = rows < num_sequences
+    inner = tl.arange(0, BLOCK_R)
     if BIASED:
-        bias = tl.zeros([BLOCK_S, BLOCK_V], tl.float32)
-        for first in range(0, rank, BLOCK_R):
-            inner = first + tl.arange(0, BLOCK_R)
-            f_at = rows[:, None] * rank + inner[None, :]
-            f = tl.load(features + f_at, mask=(rows < num_sequences)[:, None] & (inner < rank)[None, :], other=0.0)
-            w_at = columns.to(tl.int64)[None, :] * rank + inner[:, None]
-            w = tl.load(w2 + w_at, mask=(columns < vocab)[None, :] & (inner < rank)[:, None], other=0.0)
-            if WIDE:
-                f = f.to(tl.float32)
-                w = w.to(tl.float32)
-            bias = tl.dot(f, w, bias, input_precision="ieee")
-        weights += bias
-    weights = tl.where(real, weights, float("-inf"))
-    scores = weights
+        f = tl.load(features + rows[:, None] * rank + inner[None, :], mask=real_rows[:, None] & (inner < rank)[None, :], other=0.0)
+        if WIDE:
+            f = f.to(tl.float32)
     if SAMPLED:
-        temperature = tl.load(temperatures + rows, mask=rows < num_sequences, other=0.0)
+        temperature = tl.load(temperatures + rows, mask=real_rows, other=0.0)
         greedy = temperature == 0.0
-        weights = weights / tl.where(greedy, 1.0, temperature)[:, None]
-        key = tl.load(keys + rows * length + step, mask=rows < num_sequences, other=0).to(tl.uint64, bitcast=True)
-        ids = columns
-        if MAPPED:
-            ids = tl.load(token_ids + columns, mask=columns < vocab, other=0).to(tl.int32)
-        noise = tl.log(exponential(key[:, None], ids[None, :]))
-        scores = tl.where(greedy[:, None], weights, weights - noise)
-    if KEPT:
-        k_at = (rows.to(tl.int64)[:, None] * length + step) * vocab + columns[None, :]
-        tl.store(weights_out + k_at, weights, mask=real)
-    top = tl.max(scores, axis=1)
-    which = tl.min(tl.where(scores == top[:, None], columns[None, :], 2147483647), axis=1)
-    peak = tl.max(weights, axis=1)
-    mass = tl.sum(tl.exp(weights - tl.where(peak == float("-inf"), 0.0, peak)[:, None]), axis=1)
-    p_at = rows * tiles + tile
-    tl.store(best_value + p_at, top, mask=rows < num_sequences)
-    tl.store(best_column + p_at, which, mask=rows < num_sequences)
-    tl.store(part_peak + p_at, peak, mask=rows < num_sequences)
-    tl.store(part_mass + p_at, mass, mask=rows < num_sequences)
+        key = tl.load(keys + rows * length + step, mask=real_rows, other=0).to(tl.uint64, bitcast=True)
+    best = tl.full([BLOCK_S], float("-inf"), tl.float32)
+    best_at = tl.full([BLOCK_S], 2147483647, tl.int32)
+    peak = tl.full([BLOCK_S], float("-inf"), tl.float32)
+    mass = tl.zeros([BLOCK_S], tl.float32)
+    for first in range(part * BLOCK_V, vocab, tl.num_programs(1) * BLOCK_V):
+        columns = first + tl.arange(0, BLOCK_V)
+        real = real_rows[:, None] & (columns < vocab)[None, :]
+        at = rows.to(tl.int64)[:, None] * stride_s + step * stride_k + columns[None, :]
+        weights = tl.load(logits + at, mask=real, other=float("-inf")).to(tl.float32)
+        if BIASED:
+            w_at = columns.to(tl.int64)[:, None] * rank + inner[None, :]
+            w = tl.load(w2 + w_at, mask=(columns < vocab)[:, None] & (inner < rank)[None, :], other=0.0)
+            if WIDE:
+                w = w.to(tl.float32)
+            weights += tl.dot(f, tl.trans(w), input_precision="ieee")
+        weights = tl.where(real, weights, float("-inf"))
+        scores = weights
+        if SAMPLED:
+            weights = weights / tl.where(greedy, 1.0, temperature)[:, None]
+            ids = columns
+            if MAPPED:
+                ids = tl.load(token_ids + columns, mask=columns < vocab, other=0).to(tl.int32)
+            noise = tl.log(exponential(key[:, None], ids[None, :]))
+            scores = tl.where(greedy[:, None], weights, weights - noise)
+        if KEPT:
+            k_at = (rows.to(tl.int64)[:, None] * length + step) * vocab + columns[None, :]
+            tl.store(weights_out + k_at, weights, mask=real)
+        top = tl.max(scores, axis=1)
+        which = tl.min(tl.where(scores == top[:, None], columns[None, :], 2147483647), axis=1)
+        best_at = tl.where(top > best, which, best_at)  # the columns of a program rise, so equals keep the lowest
+        best = tl.maximum(best, top)
+        higher = tl.maximum(peak, tl.max(weights, axis=1))
+        anchor = tl.where(higher == float("-inf"), 0.0, higher)
+        mass = mass * tl.exp(peak - anchor) + tl.sum(tl.exp(weights - anchor[:, None]), axis=1)
+        peak = higher
+    p_at = rows * tl.num_programs(1) + part
+    tl.store(best_value + p_at, best, mask=real_rows)
+    tl.store(best_column + p_at, best_at, mask=real_rows)
+    tl.store(part_peak + p_at, peak, mask=real_rows)
+    tl.store(part_mass + p_at, mass, mask=real_rows)
 
 
 def sequential_head(
@@ -189,32 +192,37 @@ def sequential_head(
     result = DraftBlock(tokens, lse, confidence if confident else None, kept if keep_weights else None)
     if size == 0:
         return result
-    tiles, rank = triton.cdiv(vocab, _BLOCK_V), head.rank
+    rank = head.rank
+    block_r = max(triton.next_power_of_2(max(rank, 1)), 16)
+    block_s = min(max(triton.next_power_of_2(size), 16), _MOST_SEQUENCES)
+    width = 1 if head.w2 is None else head.w2.element_size()
+    block_v = min(max(_TILE_BYTES // (block_r * width), 16), 128)
+    groups = triton.cdiv(size, block_s)
+    parts = min(triton.cdiv(vocab, block_v), max(_PROGRAMS_A_PROCESSOR * processors(device) // groups, 1))
     mix, mixed_hidden = _hidden_part(head, hidden)
     confidence_weight, confidence_hidden = _confidence_part(head, hidden)
-    best, peak, mass = (torch.empty(size, tiles, dtype=torch.float32, device=device) for _ in range(3))
-    column = torch.empty(size, tiles, dtype=torch.int32, device=device)
+    best, peak, mass = (torch.empty(size, parts, dtype=torch.float32, device=device) for _ in range(3))
+    column = torch.empty(size, parts, dtype=torch.int32, device=device)
     state = torch.zeros(2, size, max(rank, 1), dtype=torch.float32, device=device)
     features = torch.empty(size, max(rank, 1), dtype=logits.dtype if head.w2 is None else head.w2.dtype, device=device)
-    block_r = max(triton.next_power_of_2(max(rank, 1)), 16)
     ids = anchors if head.token_ids is None else head.token_ids
     for step in range(length + 1):
         _embed[(size,)](
             anchors, tokens, lse, best, column, peak, mass, ids, logits if head.w1 is None else head.w1,
             logits if mix is None else mix, lse if mixed_hidden is None else mixed_hidden,
             logits if confidence_weight is None else confidence_weight, lse if confidence_hidden is None else confidence_hidden,
-            confidence, state, features, step, length, tiles, 0 if mix is None else mix.stride(0), rank,
+            confidence, state, features, step, length, parts, 0 if mix is None else mix.stride(0), rank,
             KIND=_KINDS[head.kind], MAPPED=head.token_ids is not None, CONFIDENT=confident, WITH_EMBEDDING=confidence_weight is not None,
-            BLOCK_T=1024, BLOCK_R=block_r, BLOCK_O=min(block_r, 16), num_warps=4,
+            BLOCK_T=triton.next_power_of_2(parts), BLOCK_R=block_r, BLOCK_O=min(block_r, 16), num_warps=4,
         )  # fmt: skip
         if step == length:
             break
-        _score[(triton.cdiv(size, _BLOCK_S), tiles)](
+        _score[(groups, parts)](
             logits, features, logits if head.w2 is None else head.w2, lse if temperatures is None else temperatures,
             anchors if keys is None else keys, ids, kept, best, column, peak, mass, size, vocab, step, length, logits.stride(0),
-            logits.stride(1), tiles, rank, BIASED=head.w2 is not None, SAMPLED=temperatures is not None,
-            MAPPED=head.token_ids is not None, KEPT=keep_weights, WIDE=needs_wide_dot(features.dtype), BLOCK_S=_BLOCK_S,
-            BLOCK_V=_BLOCK_V, BLOCK_R=min(block_r, 64), num_warps=4, num_stages=4,
+            logits.stride(1), rank, BIASED=head.w2 is not None, SAMPLED=temperatures is not None,
+            MAPPED=head.token_ids is not None, KEPT=keep_weights, WIDE=needs_wide_dot(features.dtype), BLOCK_S=block_s,
+            BLOCK_V=block_v, BLOCK_R=block_r, num_warps=4, num_stages=3,
         )  # fmt: skip
     return result
 

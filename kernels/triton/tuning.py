@@ -26,6 +26,8 @@ class _Table:
 
     def __init__(self) -> None:
         self.known: dict[str, dict[str, Config]] = {}
+        self.fitting: dict[tuple[str, str], Config] = {}
+        """What untuned kernels run where their first candidate does not fit the device, by device file and kernel key."""
         self.folder: Path | None = None
 
 
@@ -52,6 +54,26 @@ def tuning(folder: Path) -> Iterator[None]:
         yield
     finally:
         _TABLE.folder = before
+
+
+def run(kernel: str, key: str, device: torch.device, candidates: list[Config], launch: Callable[[Config], None]) -> None:
+    """Launches `kernel` with the configuration for shapes that `key` names. One that asks more of the device than it has is passed over;
+    raises triton's OutOfResources where all do.
+    """
+    name = (_file(device), f"{kernel}/{key}")
+    chosen = best(kernel, key, device, candidates, launch)
+    chosen = _TABLE.fitting.get(name, chosen) if chosen == candidates[0] else chosen
+    others = [config for config in candidates if config != chosen]
+    for config in (chosen, *others):
+        try:
+            launch(config)
+        except triton.runtime.errors.OutOfResources:
+            if others and config != others[-1]:
+                continue
+            raise
+        if config != chosen:
+            _TABLE.fitting[name] = config
+        return
 
 
 def best(
@@ -84,6 +106,7 @@ def best(
 def forget() -> None:
     """Drops what is known in this process; files stay."""
     _TABLE.known.clear()
+    _TABLE.fitting.clear()
 
 
 def _seconds(launch: Callable[[Config], None], config: Config, measure: Callable[[Callable[[], None]], float] | None) -> float:

@@ -135,3 +135,29 @@ def test_a_cpu_gets_the_plain_runner() -> None:
     model = Loaded().model
     kv = KVPool(4, 8, 4, 2, 8, torch.float32, torch.device("cpu"))
     assert type(make_runner(model, kv, 4)) is Runner
+
+
+def test_launch_configurations_are_chosen_on_steps_that_write_nowhere_but_in_the_spare_block() -> None:
+    from engine.profile import tune_attention
+
+    model = make_lean(make_hf("llama"))
+    kv = KVPool(4, 40, 4, 2, 8, torch.float32, torch.device("cpu"))
+    seen: list[tuple[int, int, int]] = []
+
+    class Watched(Runner):
+        def run(self, step, taps=()):  # type: ignore[no-untyped-def]
+            raise AssertionError("a runner of captured steps would capture these")
+
+    forward = model.forward
+
+    def watched(batch, pool):  # type: ignore[no-untyped-def]
+        seen.append((len(batch.kv_lengths), batch.max_query, batch.max_kv))
+        return forward(batch, pool)
+
+    model.forward = watched  # type: ignore[method-assign]
+    tune_attention(Watched(model, kv, 8), 100)
+    assert [rows for _, rows, _ in seen] == [1, 8, 16]
+    for sequences, rows, context in seen:
+        assert sequences * (context - rows) <= 39 * 4
+        assert sequences * (context - rows) > 39 * 4 - 64, "as much context as there is"
+    assert not any(layer[1:].any() for layer in (*kv.keys, *kv.values))

@@ -6,12 +6,14 @@ imported) and prints how many there were of each op.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
+from unittest import mock
 
 if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "1"
@@ -64,6 +66,7 @@ def _attention_cases(*, full: bool) -> Iterator[Case]:
     yield case("draft blocks without a mask, window", causal=False, window=30, queries=(7, 4), contexts=(47, 90))
     yield case("a sequence without rows", queries=(3, 0, 2), contexts=(40, 20, 9))
     yield case("fp8 cache", fp8=True, **FEW)
+    yield case("values that lie otherwise than keys, far away", apart=True, **FEW)
     for dtype in HALF_TYPES:
         yield case("mixed", dtype, **FEW)
     yield case("fp8 cache", torch.bfloat16, fp8=True, **FEW)
@@ -89,7 +92,7 @@ def _attention(device: torch.device, *, dtype: torch.dtype, **options: Any) -> R
     from kernels.triton.attention_plan import plan_attention
 
     step = {name: options.pop(name) for name in ("window", "soft_cap", "causal", "processors") if name in options}
-    queries, contexts = options.pop("queries"), options.pop("contexts")
+    queries, contexts, apart = options.pop("queries"), options.pop("contexts"), options.pop("apart", False)
     inputs = paged_inputs(queries, contexts, dtype=dtype, device=device, **options)
     processors = step.pop("processors", None if device.type == "cuda" else 1)
     slots = torch.zeros(len(inputs.q), dtype=torch.int64, device=device)
@@ -103,8 +106,10 @@ def _attention(device: torch.device, *, dtype: torch.dtype, **options: Any) -> R
     exact = paged_attention(
         inputs.q.double(), _double(inputs.k_cache), _double(inputs.v_cache), *place, scale, soft_cap=soft_cap, **step, **scales
     )
-    with poisoned_allocations():
-        made = attention(inputs.q, inputs.k_cache, inputs.v_cache, plan, scale, soft_cap, **scales)
+    values = inputs.v_cache.transpose(1, 2).contiguous().transpose(1, 2) if apart else inputs.v_cache
+    near = mock.patch("kernels.triton.attention._NEAR", 0) if apart else contextlib.nullcontext()
+    with poisoned_allocations(), near:
+        made = attention(inputs.q, inputs.k_cache, values, plan, scale, soft_cap, **scales)
     return (made,), (exact,)
 
 
@@ -179,6 +184,9 @@ def _row_cases(*, full: bool) -> Iterator[Case]:
             name = f"{rows}x{columns}, {str(dtype)[6:]}"
             yield Case("rms_norm", name, partial(_rms_norm, rows, columns, dtype), TOLERANCES[dtype])
             yield Case("add_rms_norm", name, partial(_add_rms_norm, rows, columns, dtype), TOLERANCES[dtype])
+            if not full and columns == 7:  # rows that share a program, as they do where there are many
+                yield Case("rms_norm", f"many rows, {name}", partial(_rms_norm, 1030, 24, dtype), TOLERANCES[dtype])
+                yield Case("add_rms_norm", f"many rows, {name}", partial(_add_rms_norm, 1024, 32, dtype), TOLERANCES[dtype])
             for activation in ("silu", "gelu", "gelu_tanh", "relu") if columns <= 12288 else ():
                 run = partial(_gated_activation, rows, columns, dtype, activation)
                 # 1 + erf(gate) cancels where the gate is far below zero: the error is that of numbers of order 1, however small the result
@@ -291,8 +299,6 @@ def _verify(rows: int, vocab: int, kind: str, dtype: torch.dtype, device: torch.
 
 def _cut(room: int, device: torch.device) -> Results:
     """Numbers so close that the first walks leave many of them, in steps that are narrower than the row."""
-    from unittest import mock
-
     from kernels.reference.sampling import verify as reference
     from kernels.triton import sampling
 

@@ -62,3 +62,23 @@ def test_a_file_that_is_no_table_counts_as_none(tmp_path: Path) -> None:
     path.write_text("{")
     tuning.forget()
     assert tuning.load(tmp_path, CPU) == 0
+
+
+def test_what_does_not_fit_the_device_is_passed_over_once() -> None:
+    from triton.runtime.errors import OutOfResources
+
+    launched: list[int] = []
+
+    def launch(config: tuning.Config) -> None:
+        launched.append(config["BLOCK"])
+        if config["BLOCK"] < room:
+            raise OutOfResources(300_000, 232_448, "shared memory")
+
+    room = 32
+    for _ in range(2):
+        tuning.run("op", "8", CPU, CANDIDATES, launch)
+    assert launched == [16, 32, 32]
+    room = 999
+    with pytest.raises(OutOfResources):
+        tuning.run("op", "9", CPU, CANDIDATES, launch)
+    assert launched[3:] == [16, 32, 64]
