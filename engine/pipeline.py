@@ -33,7 +33,9 @@ class DeviceDrafter(Protocol):
     """Drafts without the host: from the state's tensors to tensors."""
 
     def __call__(self, state: DeviceState) -> tuple[torch.Tensor, torch.Tensor]:
-        """(drafts int64 [S, D], how many to verify int64 [S]); called inside a step, so nothing may be read back."""
+        """(drafts int64 [S, D], their survival float32 [S, D]: the chance that a draft and all before it stand, not computed from it or any
+        later one); called inside a step, so nothing may be read back.
+        """
         ...
 
 
@@ -76,7 +78,10 @@ class StepResult:
 
 
 class DecodePipeline:
-    """Steps of up to `slots` sequences with up to `max_drafts` drafts each, all of one shape: S slots, T = S (D + 1) rows."""
+    """Steps of up to `slots` sequences with up to `max_drafts` drafts each. How many drafts are verified in all is fixed when a step is
+    launched, before any is drawn, and with it the step's shape: S slots, T = S (1 + drafts) rows. Whose they are is decided on the device,
+    by survival (the fixed-capacity form of DSpark's scheduler, arXiv 2607.05147): every row of a shape is computed, so none is left over.
+    """
 
     def __init__(
         self,
@@ -101,7 +106,7 @@ class DecodePipeline:
         self.state = DeviceState.empty(slots, width, device)
         self._result = torch.zeros(slots, max_drafts + 3, dtype=torch.int64, device=device)
         self._capture = capture
-        self._graph: Graph | None = None
+        self._graphs: dict[int, Graph] = {}
         self._in_flight: deque[tuple[torch.Tensor, torch.cuda.Event | None]] = deque()
 
     def enter(
@@ -138,14 +143,21 @@ class DecodePipeline:
         self.state.left[slot].fill_(0)
 
     @torch.inference_mode()
-    def launch(self) -> None:
-        """Starts a step and sends its result on its way, without waiting for either."""
-        if self._graph is None:
+    def launch(self, drafts: int | None = None) -> None:
+        """Starts a step that verifies `drafts` drafts a slot on average (None: as many as there can be), and sends its result on its way,
+        without waiting for either. Without drafts nobody is asked for any. Raises ValueError for more than `max_drafts`.
+        """
+        drafts = self._drafts if drafts is None else drafts
+        if not 0 <= drafts <= self._drafts:
+            raise ValueError(f"a step of this pipeline verifies 0 to {self._drafts} drafts a slot, got {drafts}")
+        graph = self._graphs.get(drafts)
+        if graph is None:
             before = [tensor.clone() for tensor in self._tensors()]
-            self._graph = self._capture(self._step)
+            capacity = torch.full((1,), self._slots * drafts, dtype=torch.int64, device=self._result.device)
+            graph = self._graphs[drafts] = self._capture(lambda: self._step(drafts, capacity))
             for tensor, value in zip(self._tensors(), before, strict=True):
                 tensor.copy_(value)  # whatever capturing ran has not happened
-        self._graph.replay()
+        graph.replay()
         on_gpu = self._result.device.type == "cuda"
         host = torch.empty(self._result.shape, dtype=torch.int64, pin_memory=on_gpu)
         host.copy_(self._result, non_blocking=True)
@@ -170,20 +182,22 @@ class DecodePipeline:
         state = self.state
         return [state.last, state.length, state.left, state.made, state.attempt]
 
-    def _step(self) -> ForwardOutput:
-        """Draft, pack, run, judge, move on: all on the device."""
+    def _step(self, each: int, capacity: torch.Tensor) -> ForwardOutput:
+        """Draft, choose, pack, run, judge, move on: all on the device. capacity: int64 [1], slots * each."""
         state, slots, most = self.state, self._slots, self._drafts
         device = state.last.device
         drafts = torch.full((slots, max(most, 1)), NO_DRAFT, dtype=torch.int64, device=device)
         verify = torch.zeros(slots, dtype=torch.int64, device=device)
-        if self._drafter is not None:
-            drafts, verify = self._drafter(state)
         active = state.left > 0
-        # A draft past the limit could only be thrown away.
-        verify = torch.minimum(verify, (state.left - 1).clamp(min=0))
+        if each > 0:
+            assert self._drafter is not None
+            drafts, survival = self._drafter(state)
+            # A draft past the limit could only be thrown away.
+            useful = torch.arange(most, device=device)[None] < (state.left - 1)[:, None]
+            verify = kernels.allocate_top(torch.where(useful, survival, 0.0), capacity)
         rows = torch.where(active, verify + 1, 0)
         ends = rows.cumsum(0)
-        total = slots * (most + 1)
+        total = slots * (each + 1)
         row = torch.arange(total, device=device)
         owner = torch.searchsorted(ends, row, right=True)
         pads = owner >= slots

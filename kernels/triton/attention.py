@@ -265,8 +265,9 @@ def attention(
     tuning.run("attention", key, q.device, list(_configs(plan.block_m, dim, q.dtype)), launch)
     if partial:
         lines = num_rows * heads
+        block_d, block_p = triton.next_power_of_2(dim), triton.next_power_of_2(parts)
         _merge[(lines,)](
-            part, lse, out, lines, parts, DIM=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_P=triton.next_power_of_2(parts), num_warps=2
+            part, lse, out, lines, parts, DIM=dim, BLOCK_D=block_d, BLOCK_P=block_p, num_warps=min(max(block_d * block_p // 2048, 1), 8)
         )
     return out
 

@@ -222,7 +222,8 @@ def sequential_head(
             anchors if keys is None else keys, ids, kept, best, column, peak, mass, size, vocab, step, length, logits.stride(0),
             logits.stride(1), rank, BIASED=head.w2 is not None, SAMPLED=temperatures is not None,
             MAPPED=head.token_ids is not None, KEPT=keep_weights, WIDE=needs_wide_dot(features.dtype), BLOCK_S=block_s,
-            BLOCK_V=block_v, BLOCK_R=block_r, num_warps=4, num_stages=3,
+            BLOCK_V=block_v, BLOCK_R=block_r, num_warps=4,
+            num_stages=3 if block_s <= 32 else 2,
         )  # fmt: skip
     return result
 

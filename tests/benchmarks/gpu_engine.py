@@ -4,7 +4,7 @@
 - `decode plain`: steps with state on the device at a fixed context, the batch swept; the best of them is what speculation must beat.
 - `decode replayed`: the same with a DSpark-shaped drafter (5 layers, a block of 7, the whole output head, a Markov head of rank 256), whose
   every operation runs. Weights are random, so what would be accepted says nothing: ACCEPTANCE IS REPLAYED, each draft standing by an
-  independent coin whose bias gives the stated acceptance length.
+  independent coin whose bias gives the stated acceptance length if all 7 are verified. How many are verified a slot is swept as well.
 
 Models: Qwen3-8B's shapes with random weights, and the packaged SmolLM2-135M. Without a GPU a toy runs through the same code (`--tiny`, then
 the default): that shows that the command works, and nothing about speed.
@@ -49,13 +49,14 @@ class Plan:
     requests: int
     prompt: int
     answer: int
-    taus: tuple[float, ...]
+    taus: dict[float, tuple[int, ...]]
+    """Drafts a slot that are verified, by acceptance length."""
 
     @classmethod
     def of(cls, *, tiny: bool) -> Plan:
         if tiny:
-            return cls({24: (1, 2)}, 3, 3, 12, 4, (4.0,))
-        return cls({8192: (1, 4, 16, 32), 1024: (1, 8, 32, 128, 256)}, 30, 256, 512, 128, (2.0, 4.0))
+            return cls({24: (1, 2)}, 3, 3, 12, 4, {4.0: (7, 2)})
+        return cls({8192: (1, 4, 16, 32), 1024: (1, 8, 32, 128, 256)}, 30, 256, 512, 128, {4.0: (7, 3), 2.0: (3, 1)})
 
 
 @dataclass(frozen=True)
@@ -124,9 +125,11 @@ def pool(spec: ModelSpec, blocks: int) -> KVPool:
 class BlockDrafter:
     """Everything that drafting a block of 7 costs: backbone over its own cache, output head, sequential head."""
 
-    def __init__(self, model: TargetModel, kv: KVPool, slots: int) -> None:
+    def __init__(self, model: TargetModel, kv: KVPool, slots: int, bias: float = 0.5) -> None:
+        """bias: the chance of each draft to stand, as it is replayed."""
         self._model, self._kv, self._slots = model, kv, slots
         spec = model.spec
+        self._survival = (bias ** torch.arange(1.0, DRAFTS + 1, device=spec.device)).expand(slots, DRAFTS)
         rank = RANK if spec.vocab_size > 1000 else 8
         w1, w2 = (torch.randn(spec.vocab_size, rank, device=spec.device, dtype=spec.dtype) * 0.02 for _ in range(2))
         self._head = SequentialHead("vanilla", w1, w2)
@@ -145,7 +148,7 @@ class BlockDrafter:
         )  # fmt: skip
         base = self._model.forward(batch, self._kv).logits.view(slots, DRAFTS, -1)
         drafts = kernels.sequential_head(base, None, state.last, self._head).tokens
-        return drafts, torch.full_like(state.last, DRAFTS)
+        return drafts, self._survival
 
 
 def bias_for(tau: float) -> float:
@@ -157,55 +160,58 @@ def bias_for(tau: float) -> float:
     return low
 
 
-def decode(model: TargetModel, drafter: TargetModel | None, batch: int, context: int, steps: int, tau: float | None) -> Row:
-    """Steps of `batch` sequences at `context` tokens, results read one step late."""
-    width = -(-(context + (steps + 4) * (DRAFTS + 1)) // BLOCK) + 1
+def decode(
+    model: TargetModel, drafter: TargetModel | None, batch: int, context: int, steps: int, tau: float | None, lengths: tuple[int, ...]
+) -> Iterator[Row]:
+    """Steps of `batch` sequences at `context` tokens, results read one step late; a row for each number of drafts in `lengths`."""
+    each = (steps + 4) * (DRAFTS + 1) * len(lengths)
+    width = -(-(context + each) // BLOCK) + 1
     kv = pool(model.spec, batch * width + 1)
     place = model.spec.device
-    coin = None if tau is None else bias_for(tau)
+    coin = 0.0 if tau is None else bias_for(tau)
     pipeline = DecodePipeline(
         model, kv, slots=batch, width=width, capture=CudaCapture(place) if place.type == "cuda" else DirectCapture(),
         max_drafts=DRAFTS if drafter is not None else 0,
-        drafter=None if drafter is None else BlockDrafter(drafter, pool(drafter.spec, batch * width + 1), batch),
-        accept=None if coin is None else lambda stands, state: torch.rand(stands.shape, device=stands.device) < coin,
+        drafter=None if drafter is None else BlockDrafter(drafter, pool(drafter.spec, batch * width + 1), batch, coin),
+        accept=None if tau is None else lambda stands, state: torch.rand(stands.shape, device=stands.device) < coin,
     )  # fmt: skip
-    for slot in range(batch):
-        blocks = list(range(1 + slot * width, 1 + (slot + 1) * width))
-        pipeline.enter(slot, last=3 + slot, length=context, left=(steps + 3) * (DRAFTS + 1), blocks=blocks)
-    for _ in range(2):
-        pipeline.launch()
-    pipeline.collect()
-    started, made = time.perf_counter(), 0
-    for _ in range(steps):
-        pipeline.launch()
-        made += int(pipeline.collect().counts.sum())
-    pipeline.collect()
-    taken = time.perf_counter() - started
-    kind = "decode plain" if tau is None else f"decode replayed, acceptance length {tau:g}"
-    return {
-        "run": kind,
-        "sequences": batch,
-        "context": context,
-        "tokens/s": made / taken,
-        "ms/step": 1e3 * taken / steps,
-        "tokens/step": made / steps / batch,
-    }
+    for length in lengths:
+        for slot in range(batch):
+            blocks = list(range(1 + slot * width, 1 + (slot + 1) * width))
+            pipeline.enter(slot, last=3 + slot, length=context, left=(steps + 3) * (DRAFTS + 1), blocks=blocks)
+        for _ in range(2):
+            pipeline.launch(length)
+        pipeline.collect()
+        started, made = time.perf_counter(), 0
+        for _ in range(steps):
+            pipeline.launch(length)
+            made += int(pipeline.collect().counts.sum())
+        pipeline.collect()
+        taken = time.perf_counter() - started
+        yield {
+            "run": "decode plain" if tau is None else f"decode replayed, acceptance length {tau:g}",
+            "sequences": batch,
+            "drafts": length,
+            "context": context,
+            "tokens/s": made / taken,
+            "ms/step": 1e3 * taken / steps,
+            "tokens/step": made / steps / batch,
+        }
 
 
 def decode_rows(model: TargetModel, drafter: TargetModel | None, plan: Plan) -> Iterator[Row]:
     """Sizes that the memory does not hold are rows that say so."""
     for context, batches in plan.batches.items():
         best = 0.0
-        for tau in (None, *(plan.taus if drafter is not None else ())):
+        for tau, lengths in ((None, (0,)), *(plan.taus.items() if drafter is not None else ())):
             for batch in batches:
                 name = "decode plain" if tau is None else f"decode replayed, acceptance length {tau:g}"
                 try:
-                    row = decode(model, None if tau is None else drafter, batch, context, plan.steps, tau)
+                    for row in decode(model, None if tau is None else drafter, batch, context, plan.steps, tau, lengths):
+                        best = max(best, row["tokens/s"]) if tau is None else best
+                        yield row if tau is None else {**row, "to best plain": row["tokens/s"] / best}
                 except torch.OutOfMemoryError:
                     yield {"run": name, "sequences": batch, "context": context, "note": "does not fit"}
-                    continue
-                best = max(best, row["tokens/s"]) if tau is None else best
-                yield row if tau is None else {**row, "to best plain": row["tokens/s"] / best}
 
 
 def job_rows(model: TargetModel, hf: Any, plan: Plan) -> Iterator[Row]:

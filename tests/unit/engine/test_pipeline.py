@@ -28,17 +28,20 @@ def texts() -> list[list[int]]:
 
 
 class Oracle:
-    """Knows the texts, errs at every third position, and wants 0 to 3 drafts verified, another number in each slot and step."""
+    """Knows the texts, errs at every third position, and trusts its drafts differently in each slot and step."""
 
     def __init__(self, texts: list[list[int]]) -> None:
         padding = [0] * 8
+        self.asked = 0
         self.known = torch.tensor([text + padding for text in texts] + [[0] * (len(texts[0]) + 8)])
 
     def __call__(self, state: DeviceState) -> tuple[torch.Tensor, torch.Tensor]:
         at = (state.made[:, None] + 1 + torch.arange(3)).clamp(max=self.known.shape[1] - 1)
         drafts = self.known.gather(1, at)
         wrong = at % 3 == 2
-        return torch.where(wrong, (drafts + 1) % 50, drafts), (state.made + torch.arange(4)) % 4
+        trust = ((7 * state.made + 3 * torch.arange(4)) % 5 + 1) / 6
+        self.asked += 1
+        return torch.where(wrong, (drafts + 1) % 50, drafts), trust[:, None] ** torch.arange(1.0, 4.0)
 
 
 def start(drafter: Oracle | None, texts: list[list[int]]) -> DecodePipeline:
@@ -62,14 +65,15 @@ def start(drafter: Oracle | None, texts: list[list[int]]) -> DecodePipeline:
     return pipeline
 
 
-@pytest.mark.parametrize("drafts", [False, True])
-def test_texts_are_those_of_plain_decoding_with_results_one_step_late(drafts: bool, texts: list[list[int]]) -> None:
-    pipeline = start(Oracle(texts) if drafts else None, texts)
+@pytest.mark.parametrize("drafts", [(0,), (3,), (1, 2), (2, 0, 1, 3)])
+def test_texts_are_those_of_plain_decoding_with_results_one_step_late(drafts: tuple[int, ...], texts: list[list[int]]) -> None:
+    oracle = Oracle(texts) if any(drafts) else None
+    pipeline = start(oracle, texts)
     made: list[list[int]] = [[] for _ in range(4)]
     launched = 0
-    pipeline.launch()
+    pipeline.launch(drafts[0])
     while any(len(made[slot]) < LENGTHS[slot] for slot in range(3)):
-        pipeline.launch()  # before anything of the step before is known
+        pipeline.launch(drafts[(launched + 1) % len(drafts)])  # before anything of the step before is known
         launched += 1
         assert pipeline.in_flight == 2
         result = pipeline.collect()
@@ -77,9 +81,38 @@ def test_texts_are_those_of_plain_decoding_with_results_one_step_late(drafts: bo
         for slot in range(4):
             made[slot] += result.tokens[slot, : result.counts[slot]].tolist()
     assert made == [*(text[1 : 1 + length] for text, length in zip(texts, LENGTHS, strict=True)), []]
-    assert launched < max(LENGTHS) if drafts else launched == max(LENGTHS)
+    assert launched < max(LENGTHS) if oracle else launched == max(LENGTHS)
     rest = pipeline.collect()
     assert not rest.counts.any(), "a slot at its limit rests by itself"
+
+
+def test_rows_go_to_the_drafts_that_are_likeliest_to_stand(texts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    import kernels
+
+    oracle = Oracle(texts)
+    pipeline = start(oracle, texts)
+    chosen: list[list[int]] = []
+    allocate = kernels.allocate_top
+
+    def watched(survival: torch.Tensor, capacity: torch.Tensor) -> torch.Tensor:
+        lengths = allocate(survival, capacity)
+        assert int(capacity) == 4
+        ranked = survival.flatten().sort(descending=True, stable=True).indices[: min(4, int((survival > 0).sum()))]
+        assert lengths.tolist() == torch.bincount(ranked // 3, minlength=4).tolist()
+        chosen.append(lengths.tolist())
+        return lengths
+
+    monkeypatch.setattr(kernels, "allocate_top", watched)
+    for _ in range(4):
+        pipeline.launch(1)
+        pipeline.collect()
+    assert any(len(set(lengths[:3])) > 1 for lengths in chosen), "not everybody gets the same"
+    assert all(lengths[3] == 0 for lengths in chosen), "nobody is in the last slot"
+    asked = oracle.asked
+    pipeline.launch(0)
+    assert oracle.asked == asked
+    with pytest.raises(ValueError, match="0 to 3 drafts a slot, got 4"):
+        pipeline.launch(4)
 
 
 def test_a_retired_slot_makes_nothing_from_the_next_launch_on(texts: list[list[int]]) -> None:

@@ -20,6 +20,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import KernelInterface
 
 from kernels.reference.fp8_linear import Fp8Linear
@@ -30,6 +31,8 @@ from kernels.triton.attention import attention
 from kernels.triton.attention_plan import plan_attention
 
 TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
+SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}
+"""Bytes that a program may have. A launch that asks for more fails on the device, so it fails here too."""
 REQUIRED = ("sm_80", "sm_90")
 """gfx942 (ROCm) is compiled to see that nothing shuts it out; no figure is claimed for it."""
 
@@ -66,6 +69,8 @@ def compiling_for(target: str) -> Iterator[dict[str, int]]:
     def launch(self: Any, grid: object) -> Callable[..., None]:
         def compile_it(*args: Any, **kwargs: Any) -> None:
             kernel = self.run(*args, grid=grid, warmup=True, **kwargs)
+            if kernel.metadata.shared > SHARED_MEMORY[target]:
+                raise OutOfResources(kernel.metadata.shared, SHARED_MEMORY[target], "shared memory")
             found[self.__name__] = len(kernel.asm["hsaco" if TARGETS[target].backend == "hip" else "cubin"])
 
         return compile_it
@@ -96,6 +101,10 @@ def programs() -> dict[str, Callable[[], object]]:
         "attention float16": partial(_attention, 8, dtype=torch.float16),
         "attention fp8 decode": partial(_attention, 1, fp8=True),
         "attention fp8 prefill": partial(_attention, 512, fp8=True),
+        "attention heads of 64 decode": partial(_attention, 1, heads=9, kv_heads=3, dim=64),
+        "attention heads of 64 prefill": partial(_attention, 512, heads=9, kv_heads=3, dim=64),
+        "attention heads of 256 decode": partial(_attention, 1, heads=8, kv_heads=1, dim=256),
+        "attention heads of 256 prefill": partial(_attention, 512, heads=8, kv_heads=1, dim=256),
         "rotary_kv_write": partial(_rotary_kv_write, fp8=False),
         "rotary_kv_write fp8": partial(_rotary_kv_write, fp8=True),
         "rms_norm": lambda: rms_norm.rms_norm(_zeros(3, HIDDEN), _zeros(HIDDEN), 1e-6),
@@ -113,6 +122,8 @@ def programs() -> dict[str, Callable[[], object]]:
         found[f"gated_activation {activation}"] = partial(gated_activation.gated_activation, _zeros(3, 2 * INNER), activation)
     for kind in ("none", "vanilla", "gated", "rnn"):
         found[f"sequential_head {kind}"] = partial(_sequential_head, kind)
+    found["sequential_head of 64"] = partial(_sequential_head, "vanilla", 64)
+    found["sequential_head of 64, float32"] = partial(_sequential_head, "vanilla", 64, torch.float32)
     for rows in (1, 64, 2048):
         found[f"fp8_linear {rows} rows"] = partial(_fp8_linear, rows)
     return found
@@ -126,16 +137,19 @@ def _ints(*shape: int) -> torch.Tensor:
     return torch.zeros(*shape, dtype=torch.int64)
 
 
-def _attention(rows: int, *, dtype: torch.dtype = BF16, fp8: bool = False, soft_cap: float | None = None, **options: Any) -> None:
+def _attention(
+    rows: int, *, dtype: torch.dtype = BF16, fp8: bool = False, soft_cap: float | None = None, heads: int = HEADS, kv_heads: int = KV_HEADS,
+    dim: int = DIM, **options: Any,
+) -> None:  # fmt: skip
     sequences = 4
-    cache = _zeros(64, KV_HEADS, PAGE, DIM, dtype=torch.float8_e4m3fn if fp8 else dtype)
+    cache = _zeros(64, kv_heads, PAGE, dim, dtype=torch.float8_e4m3fn if fp8 else dtype)
     bounds = torch.arange(0, sequences * rows + 1, rows).int()
     plan = plan_attention(
-        _ints(sequences, 600).int(), bounds, _ints(sequences).int() + 8192, _ints(sequences * rows), cache=cache, num_heads=HEADS,
+        _ints(sequences, 600).int(), bounds, _ints(sequences).int() + 8192, _ints(sequences * rows), cache=cache, num_heads=heads,
         max_query=rows, processors=132, **options,
     )  # fmt: skip
-    scale = torch.ones(KV_HEADS) if fp8 else None
-    attention(_zeros(sequences * rows, HEADS, DIM, dtype=dtype), cache, cache, plan, 0.1, soft_cap, k_scale=scale, v_scale=scale)
+    scale = torch.ones(kv_heads) if fp8 else None
+    attention(_zeros(sequences * rows, heads, dim, dtype=dtype), cache, cache, plan, 0.1, soft_cap, k_scale=scale, v_scale=scale)
 
 
 def _rotary_kv_write(*, fp8: bool) -> None:
@@ -160,20 +174,21 @@ def _verify(*, full: bool) -> None:
     sampling.verify(logits, SampleRows(i32, f32, i32, f32, _ints(rows), _ints(rows), _ints(rows)), _ints(1), **options)
 
 
-def _sequential_head(kind: Any) -> None:
+def _sequential_head(kind: Any, size: int = 2, dtype: torch.dtype = BF16) -> None:
     rows = {"gated": (RANK, HIDDEN + RANK), "rnn": (3 * RANK, 2 * RANK + HIDDEN)}.get(kind)
     plain = kind == "none"
+    zeros = partial(_zeros, dtype=dtype)
     head = SequentialHead(
         kind,
-        None if plain else _zeros(VOCAB, RANK),
-        None if plain else _zeros(VOCAB, RANK),
-        None if rows is None else _zeros(*rows),
-        None if rows is None else _zeros(rows[0]),
-        _zeros(HIDDEN if plain else HIDDEN + RANK),
-        _zeros(1),
+        None if plain else zeros(VOCAB, RANK),
+        None if plain else zeros(VOCAB, RANK),
+        None if rows is None else zeros(*rows),
+        None if rows is None else zeros(rows[0]),
+        zeros(HIDDEN if plain else HIDDEN + RANK),
+        zeros(1),
     )
-    options: dict[str, Any] = {"temperatures": torch.ones(2), "keys": _ints(2, 2), "keep_weights": True}
-    sequential_head.sequential_head(_zeros(2, 2, VOCAB), _zeros(2, 2, HIDDEN), _ints(2), head, **options)
+    options: dict[str, Any] = {"temperatures": torch.ones(size), "keys": _ints(size, 2), "keep_weights": size == 2}
+    sequential_head.sequential_head(zeros(size, 2, VOCAB), zeros(size, 2, HIDDEN), _ints(size), head, **options)
 
 
 def _fp8_linear(rows: int) -> None:
