@@ -38,7 +38,7 @@ class EngineConfig:
     max_step_tokens: int | None = None
     look_ahead: int = 64
     drafter: str = "auto"
-    max_draft_tokens: int = 16
+    max_draft_tokens: int = 32
     share_prefixes: bool = True
     seed: int | None = None
     threads: int | None = None

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 _MARGIN = 1.02
 """Predicted gain below which nothing is drafted: the cost model's own error is of that size."""
+_DEPTH = 16
+"""Drafts of a request, where there are many requests."""
+_DRAFTS = 64
+"""Drafts of a step that few requests share. A row costs the fewer the less there are, so long drafts pay once the batch is nearly empty."""
 _DOUBT = 1.1
 """What drafts add to a step is taken as so much more: of many estimates of survival those that are too high get chosen."""
 
@@ -164,8 +168,10 @@ class Planner:
         self._capacities = (0, 0)
 
     def depth(self, requests: int, cost: StepCost, most: int) -> int:
-        """All where drafts that are certain to stand would pay, else one each, which keeps the calibration learning."""
-        return most if worth_drafting(requests, cost) else 1
+        """Where drafts that are certain to stand would pay, more the fewer requests there are, else one each, which keeps the calibration
+        learning.
+        """
+        return min(most, max(_DEPTH, _DRAFTS // requests)) if worth_drafting(requests, cost) else 1
 
     def idle(self, requests: int, cost: StepCost) -> bool:
         return not worth_drafting(requests, cost)

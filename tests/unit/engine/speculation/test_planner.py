@@ -110,3 +110,12 @@ def test_a_search_that_sees_later_survivals_biases_random_drafts_and_early_stop_
 
 def test_throughput_counts_every_request_once_without_drafts() -> None:
     assert throughput(np.array([0.5, 0.25]), 4, linear(0.1)).tolist() == pytest.approx([4.0, 4.5 / 1.1, 4.75 / 1.2])
+
+
+def test_drafts_lengthen_as_the_batch_empties_and_shrink_to_one_where_none_could_pay() -> None:
+    planner = Planner()
+    depths = [planner.depth(requests, linear(0.01), 32) for requests in (64, 8, 3, 2, 1)]
+    assert depths == sorted(depths)
+    assert (depths[0], depths[-1]) == (16, 32)
+    assert planner.depth(1, linear(0.01), 8) == 8
+    assert planner.depth(1, linear(1.0), 32) == 1
