@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from itertools import zip_longest
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -44,7 +45,7 @@ def main() -> int:
     parser.add_argument("--max-tokens", type=int, default=96)
     options = parser.parse_args()
     loaded = live.load(options)
-    requests = live.read_requests(options.jobs, loaded, max_tokens=options.max_tokens)
+    requests = in_turn([live.read_requests([job], loaded, max_tokens=options.max_tokens) for job in options.jobs])
     rows, ratios, spreads, errors, spread_errors = [], [], [], [], []
     for size in map(int, options.sizes.split(",")):
         with tempfile.TemporaryDirectory() as folder:
@@ -76,6 +77,11 @@ def main() -> int:
         },
         as_json=options.as_json,
     )
+
+
+def in_turn(jobs: list[list[Request]]) -> list[Request]:
+    """The first of each job, the second of each, and so on: so few lines are of every kind, too."""
+    return [request for row in zip_longest(*jobs) for request in row if request is not None]
 
 
 def measure(loaded: LoadedModel, requests: list[Request], size: int, repeats: int, folder: Path) -> tuple[dict[str, list[float]], Trace]:
