@@ -103,6 +103,11 @@ def best(
     return known[name]
 
 
+def found(device: torch.device) -> dict[str, Config]:
+    """The configurations that were measured for this device, now or before, by kernel key."""
+    return dict(_TABLE.known.get(_file(device), {}))
+
+
 def forget() -> None:
     """Drops what is known in this process; files stay."""
     _TABLE.known.clear()

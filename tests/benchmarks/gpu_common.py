@@ -18,14 +18,26 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def seconds(call: Callable[[], object], where: torch.device, repeats: int = 20) -> float:
-    """Median seconds of one call. On a GPU by events, after a warm-up, with the L2 cache overwritten before each; the call is captured in a
-    graph first, as the engine's are, so that what is timed is the device and not Python's launches.
+CALLS = 10
+"""At least so many in a captured graph: its own launch, some microseconds, then weighs little."""
+COLD_BYTES = 200 << 20
+"""What calls on different inputs must read between two on the same, so that nothing is left of it in a cache (an H100's L2 has 50 MB)."""
+
+
+def copies(nbytes: int, where: torch.device) -> int:
+    """Sets of inputs that calls which move `nbytes` each must take in turn."""
+    return 1 if where.type == "cpu" else min(-(-COLD_BYTES // max(nbytes, 1)), CALLS)
+
+
+def seconds(calls: Sequence[Callable[[], object]], where: torch.device) -> float:
+    """Median seconds of one call. On a GPU by events around a graph of the `calls` in turn (see `copies`), captured as the engine's steps
+    are: what is timed is the device, not Python's launches.
     """
-    call()
+    for call in calls:
+        call()
     if where.type == "cpu":
         times = []
-        for _ in range(min(repeats, 2)):
+        for call in (calls[0], calls[0]):
             started = time.perf_counter()
             call()
             times.append(time.perf_counter() - started)
@@ -34,9 +46,13 @@ def seconds(call: Callable[[], object], where: torch.device, repeats: int = 20) 
 
     torch.cuda.synchronize(where)
     graph = torch.cuda.CUDAGraph()
+    rounds = -(-CALLS // len(calls))
     with torch.cuda.graph(graph):
-        call()
-    return float(triton.testing.do_bench(graph.replay, warmup=20, rep=60, return_mode="median")) * 1e-3
+        for _ in range(rounds):
+            for call in calls:
+                call()
+    taken = float(triton.testing.do_bench(graph.replay, warmup=20, rep=60, return_mode="median")) * 1e-3
+    return taken / (rounds * len(calls))
 
 
 def ceilings(where: torch.device) -> dict[str, float]:
@@ -48,8 +64,8 @@ def ceilings(where: torch.device) -> dict[str, float]:
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
     a, b = (torch.randn(side, side, device=where).to(dtype) for _ in range(2))
     return {
-        "bytes_per_s": 2 * source.nbytes / seconds(lambda: target.copy_(source), where),
-        "flops_per_s": 2 * side**3 / seconds(lambda: torch.matmul(a, b), where),
+        "bytes_per_s": 2 * source.nbytes / seconds([lambda: target.copy_(source)], where),
+        "flops_per_s": 2 * side**3 / seconds([lambda: torch.matmul(a, b)], where),
     }
 
 
