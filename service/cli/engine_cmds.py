@@ -110,6 +110,10 @@ def bench(
         typer.Option("--compare", help="Repeatable: transformers, vllm, openvino, each at its best batch size."),
     ] = None,
     peer_drafts: Annotated[bool, typer.Option("--peer-drafts", help="Run the comparisons with their own speculation too.")] = False,
+    contenders: Annotated[
+        bool,
+        typer.Option("--contenders", help="Repeat only the comparisons near the fastest; try the others once, stopped at twice its time."),
+    ] = False,
     model: Model = None,
     dtype: Annotated[str, typer.Option("--dtype", help="Number format of every configuration.")] = "float32",
     batch_sizes: Annotated[str, typer.Option("--batch-sizes", help="What the comparisons try, once; the best is repeated.")] = "8,16,32,64",
@@ -143,6 +147,7 @@ def bench(
         configurations=config or ["drafter=auto"],
         compare=compare or [],
         peer_drafts=peer_drafts,
+        contenders=contenders,
         batch_sizes=batch_sizes,
         repeats=repeats,
         limit=lines,

@@ -68,6 +68,8 @@ class BenchRequest:
     peers: tuple[str, ...]
     peer_drafts: bool
     """Also with the peers' own speculation."""
+    contenders: bool
+    """Peers that are clearly slower than the fastest are tried once, and stopped at twice its time; only the others are repeated."""
     batch_sizes: tuple[int, ...]
     repeats: int
     check: bool
@@ -85,6 +87,7 @@ class BenchRequest:
         configurations: Sequence[str],
         compare: Sequence[str],
         peer_drafts: bool,
+        contenders: bool,
         batch_sizes: str,
         repeats: int,
         limit: int | None,
@@ -109,6 +112,7 @@ class BenchRequest:
             ours=tuple(_configuration(text, settings.engine) for text in configurations),
             peers=tuple(compare),
             peer_drafts=peer_drafts,
+            contenders=contenders,
             batch_sizes=_sizes(batch_sizes),
             repeats=repeats,
             check=check,

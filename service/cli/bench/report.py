@@ -32,7 +32,7 @@ def _row(run: dict[str, Any], ratio: dict[str, Any] | None) -> tuple[str, ...]:
     speed, identical = run["tokens_per_second"], run["identical_to_reference"]
     return (
         run["name"],
-        f"{speed['median']:.1f}",
+        f"stopped at {run['seconds'][0]:.0f} s" if run["stopped"] else f"{speed['median']:.1f}",
         f"{speed['min']:.1f}",
         f"{speed['max']:.1f}",
         f"{ratio['median']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}]" if ratio else "",

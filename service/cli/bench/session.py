@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -30,8 +30,28 @@ _IN_OUR_ENVIRONMENT = ("longdraft", "transformers", "bound")
 _REFERENCE_LINES = 16
 """A process of the reference: what is lost if it is interrupted."""
 
+_STOP = 2.0
+"""Times of the fastest peer after which another one's trial is stopped."""
+_NEAR = 0.85
+"""Share of the fastest peer's speed from which on a peer is repeated."""
+
 Answers = dict[str, list[Any]]
 """custom_id -> [text, generated tokens]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One run at one batch size. stopped: at `seconds`, before it was done; it has no speed then."""
+
+    seconds: float
+    output_tokens: int
+    peak_rss_bytes: int
+    identical: int | None
+    stopped: bool = False
+
+    @property
+    def speed(self) -> float:
+        return 0.0 if self.stopped else self.output_tokens / self.seconds
 
 
 @dataclass(slots=True)
@@ -46,6 +66,14 @@ class Configuration:
     kv_peak_bytes: int | None = None
     output_tokens: int = 0
     identical: list[int] = field(default_factory=list)
+    trial: Trial | None = None
+    size: int = 0
+
+    def add_trial(self, trial: Trial) -> None:
+        """Counts the run that was made to find the best size as the only one."""
+        self.output_tokens, self.peak_rss_bytes = trial.output_tokens, trial.peak_rss_bytes
+        self.seconds, self.speeds = [trial.seconds], [trial.speed]
+        self.identical = [] if trial.identical is None else [trial.identical]
 
     def add(self, outcome: dict[str, Any], reference: Answers | None) -> None:
         answers = outcome["answers"]
@@ -68,7 +96,8 @@ class Configuration:
             "output_tokens": self.output_tokens,
             "peak_rss_bytes": self.peak_rss_bytes,
             "kv_peak_bytes": self.kv_peak_bytes,
-            "identical_to_reference": [min(self.identical), len(reference)] if reference is not None else None,
+            "identical_to_reference": [min(self.identical), len(reference)] if reference is not None and self.identical else None,
+            "stopped": self.trial is not None and self.trial.stopped,
         }
 
 
@@ -81,11 +110,12 @@ def run_bench(request: BenchRequest, *, cache_dir: Path, quiet: bool) -> dict[st
     with _display(quiet) as display:
         session = _Session(request, store, display)
         reference = session.reference() if request.check else None
-        configurations = session.configurations()
+        configurations = session.configurations(reference)
+        repeated = session.contenders(configurations)
         rates = session.run(request.task("bound"), "the fastest matrix product")["bound"] if request.bound else None
         device = "cpu"
         for repeat in range(request.repeats):
-            for configuration in configurations:
+            for configuration in repeated:
                 outcome = session.run(configuration.task, f"{configuration.name} ({repeat + 1}/{request.repeats})")
                 configuration.add(outcome, reference)
                 device = outcome["device"]
@@ -104,7 +134,11 @@ def _report(
         "runs": [configuration.row(reference) for configuration in configurations],
     }
     first, *others = configurations
-    report["ratios"] = [{"of": first.name, "to": other.name, **statistics.ratio(first.speeds, other.speeds).row()} for other in others]
+    report["ratios"] = [
+        {"of": first.name, "to": other.name, **statistics.ratio(first.speeds[: len(other.speeds)], other.speeds).row()}
+        for other in others
+        if other.speeds[0]
+    ]
     if rates is not None:
         report["bound"] = bound.of_job(rates, first.output_tokens)
         for run in report["runs"]:
@@ -118,6 +152,8 @@ class _Session:
     store: Path
     display: Progress
     prompts: Prompts | None = None
+    fastest: float | None = None
+    """Seconds of the fastest peer so far."""
 
     def reference(self) -> Answers:
         """Answers of transformers' `generate`, one line at a time, float32: what every configuration should say.
@@ -136,39 +172,73 @@ class _Session:
             _write(path, kept)
         return {custom_id: kept[key] for custom_id, key in keys.items()}
 
-    def configurations(self) -> list[Configuration]:
+    def configurations(self, reference: Answers | None) -> list[Configuration]:
         found = []
         for changes in self.request.ours:
             name = ", ".join(["longdraft", *(f"{name} {value}" for name, value in changes.items())])
             found.append(Configuration(name, self.request.task("longdraft", self.request.engine_options(changes))))
         for peer in self.request.peers:
             families = [family for family in PEERS[peer].families if self.request.peer_drafts or not family.drafts]
-            found += [self._best(peer, family) for family in families]
+            plain: Configuration | None = None
+            for family in families:
+                found.append(self._best(peer, family, plain, reference))
+                plain = plain or found[-1]
         return found
 
-    def _best(self, peer: str, family: Family) -> Configuration:
-        """Tries each size once on the whole job; what was found is kept for this job, model, format and machine."""
+    def contenders(self, configurations: list[Configuration]) -> list[Configuration]:
+        """Those to be repeated: all, or ours and the peers near the fastest; the others keep their trial."""
+        if not self.request.contenders:
+            return configurations
+        fastest = max((one.trial.speed for one in configurations if one.trial is not None), default=0.0)
+        slower = [one for one in configurations if one.trial is not None and one.trial.speed < _NEAR * fastest]
+        for one in slower:
+            assert one.trial is not None
+            one.add_trial(one.trial)
+        return [one for one in configurations if one not in slower]
+
+    def _best(self, peer: str, family: Family, plain: Configuration | None, reference: Answers | None) -> Configuration:
+        """Tries each size once on the whole job; what was found is kept for this job, model, format and machine.
+
+        plain: the peer's best without its own speculation; where only contenders are repeated, the speculation is tried at that size.
+        """
         wanted = family.sizes or self.request.batch_sizes
-        sizes = sorted({min(size, len(self.request.lines)) for size in wanted})
+        if self.request.contenders and plain is not None and family.sizes is None:
+            wanted = (plain.size,)
+        sizes = sorted({min(size, len(self.request.lines)) for size in wanted}, reverse=self.request.contenders)
         made = {size: self.request.task(peer, family.options(size)) for size in sizes}
-        best = sizes[0]
-        if len(sizes) > 1:
-            key = self.request.digest(peer, family.name, self._version(peer), self.request.dtype, platform.node(), os.cpu_count())
+        best, trial = sizes[0], None
+        if len(sizes) > 1 or self.request.contenders:
+            key = self.request.digest(peer, family.name, self._version(peer), self.request.dtype, platform.node(), os.cpu_count(), "trials")
             path = self.store / f"sweep-{key}.json"
-            speeds: dict[str, float] = _read(path) or {}
+            kept: dict[str, Any] = _read(path) or {}
             for size in sizes:
-                if str(size) not in speeds:
-                    outcome = self.run(made[size], f"{peer}, trying {family.name.format(size)}")
-                    speeds[str(size)] = sum(tokens for _, tokens in outcome["answers"].values()) / outcome["seconds"]
-                    _write(path, speeds)
-            best = max(sizes, key=lambda size: speeds[str(size)])
-        return Configuration(f"{peer}, {family.name.format(best)}", made[best])
+                if str(size) not in kept:
+                    kept[str(size)] = asdict(self._try(made[size], f"{peer}, trying {family.name.format(size)}", reference))
+                    _write(path, kept)
+                tried = Trial(**kept[str(size)])
+                if not tried.stopped:
+                    self.fastest = min(self.fastest or tried.seconds, tried.seconds)
+            trials = {size: Trial(**kept[str(size)]) for size in sizes}
+            best = max(sizes, key=lambda size: trials[size].speed)
+            trial = trials[best]
+        return Configuration(f"{peer}, {family.name.format(best)}", made[best], trial=trial, size=best)
+
+    def _try(self, task: Task, label: str, reference: Answers | None) -> Trial:
+        if self.request.contenders and self.fastest is not None:
+            outcome = self.run(task, label, stop_after=_STOP * self.fastest)
+        else:
+            outcome = self.run(task, label)
+        if outcome.get("stopped"):
+            return Trial(outcome["seconds"], 0, 0, None, stopped=True)
+        made = Configuration(label, task)
+        made.add(outcome, reference)
+        return Trial(made.seconds[0], made.output_tokens, made.peak_rss_bytes, made.identical[0] if made.identical else None)
 
     def _version(self, peer: str) -> str:
         return version("transformers") if peer == "transformers" else environments.stamp(self.request.peers_folder, peer)
 
-    def run(self, task: Task, label: str) -> dict[str, Any]:
-        """One run in a process of its own. Raises Failure with its reason."""
+    def run(self, task: Task, label: str, *, stop_after: float | None = None) -> dict[str, Any]:
+        """One run in a process of its own, stopped so many seconds after everything is loaded. Raises Failure with its reason."""
         bar = self.display.add_task(label, total=len(task.lines))
         if task.kind in _IN_OUR_ENVIRONMENT:
             command, environment, data = [sys.executable, "-m", "service.cli.bench.child"], None, task.encode()
@@ -182,7 +252,7 @@ class _Session:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, start_new_session=True
         )
         try:
-            outcome = self._follow(process, task, data, bar)
+            outcome = self._follow(process, task, data, bar, stop_after)
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # with the servers that it started
@@ -195,9 +265,17 @@ class _Session:
             }
         return outcome
 
-    def _follow(self, process: subprocess.Popen[bytes], task: Task, data: bytes, bar: Any) -> dict[str, Any]:
+    def _follow(self, process: subprocess.Popen[bytes], task: Task, data: bytes, bar: Any, stop_after: float | None) -> dict[str, Any]:
         import threading
 
+        stopped = threading.Event()
+
+        def stop() -> None:
+            stopped.set()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+        timer = None if stop_after is None else threading.Timer(stop_after, stop)
         assert process.stdin is not None
         assert process.stdout is not None
         assert process.stderr is not None
@@ -212,8 +290,16 @@ class _Session:
             if "error" in event:
                 raise Failure(event["error"])
             if "seconds" in event:
+                if timer is not None:
+                    timer.cancel()
                 return event
+            if timer is not None and not timer.is_alive() and not stopped.is_set():
+                timer.start()  # the first news is that everything is loaded
             self.display.update(bar, completed=event["done"])
+        if stopped.is_set():
+            return {"stopped": True, "seconds": stop_after, "answers": {}}
+        if timer is not None:
+            timer.cancel()
         drain.join(5)
         last = noise[-1].decode("utf-8", "replace").strip() if noise else "no message"
         raise Failure(f"The run of {task.kind} ended with exit code {process.wait()}: {last}")

@@ -30,6 +30,7 @@ def run(task: Task, progress: Callable[[int], None]) -> Measured:
     measured = Measured(0.0, device=str(device))
     size = task.options["batch_size"]
     extra = {"prompt_lookup_num_tokens": lookup} if (lookup := task.options.get("prompt_lookup")) else {}
+    progress(0)
     started = time.perf_counter()
     with torch.inference_mode():
         for first in range(0, len(ordered), size):

@@ -36,7 +36,14 @@ def request(tmp_path, source="tiny", **changes):
         update={"engine": settings.engine.model_copy(update={"device": "cpu", "kv_memory": "4MiB", "threads": 1})}
     )
     values = {"dtype": "float32", "configurations": ["drafter=auto"], "compare": [], "batch_sizes": "2,4", "repeats": 2}
-    values |= {"limit": None, "check": True, "bound": False, "peer_drafts": True, "peers_folder": tmp_path / "peers"} | changes
+    values |= {
+        "limit": None,
+        "check": True,
+        "bound": False,
+        "peer_drafts": True,
+        "contenders": False,
+        "peers_folder": tmp_path / "peers",
+    } | changes
     return BenchRequest.of(
         values.pop("job", None) or job(tmp_path / "job.jsonl"), settings=settings, resolve_model=lambda _: "tiny", **values
     )
@@ -56,6 +63,16 @@ class Script:
         if key in self.wrong:
             answers["id-0"] = ["something else", 10]
         return {"seconds": 60 / self.speed[key], "answers": answers, "device": "gpu", "peak_rss_bytes": 1000 * len(self.runs)}
+
+
+SLOW_PEER = """#!/bin/sh
+exec {python} -c '
+import json, sys, time
+sys.stdin.read()
+print(json.dumps({{"done": 0}}), flush=True)
+time.sleep(60)
+'
+"""
 
 
 @pytest.fixture
@@ -90,6 +107,55 @@ def test_the_best_batch_size_is_found_once_and_runs_are_interleaved(tmp_path, sc
     again = script(Script({1: 1, 2: 30, 4: 20, 8: 5, "auto": 50, "off": 40}))
     run_bench(plan, cache_dir=tmp_path, quiet=True)
     assert again.runs == repeat * 2, "reference and sweep are kept"
+
+
+def test_only_contenders_are_repeated_and_a_slow_peer_is_stopped(tmp_path, monkeypatch):
+    runs = []
+    speeds = {"auto": 50, ("vllm", 4): 40, ("vllm", 2): 10, ("transformers", 4): 30}
+
+    def run(self, task, label, *, stop_after=None):
+        key = task.options["drafter"] if task.kind == "longdraft" else (task.kind, next(iter(task.options.values())))
+        key = "drafts" if len(task.options) == 2 else key
+        seconds = 60 / speeds.get(key, 1)
+        runs.append((key, stop_after))
+        if stop_after is not None and seconds > stop_after:
+            return {"stopped": True, "seconds": stop_after, "answers": {}}
+        answers = {line.custom_id: ["text", 10] for line in task.lines}
+        return {"seconds": seconds, "answers": answers, "device": "cpu", "peak_rss_bytes": 1}
+
+    monkeypatch.setattr(session._Session, "run", run)
+    monkeypatch.setattr(session._Session, "_version", lambda self, peer: "1")
+    plan = request(tmp_path, compare=["vllm", "transformers"], contenders=True, check=False)
+    report = run_bench(plan, cache_dir=tmp_path, quiet=True)
+    trials = [(("vllm", 4), None), (("vllm", 2), 3.0), ("drafts", 3.0), (("transformers", 4), 3.0), (("transformers", 2), 3.0)]
+    repeats = [("auto", None), (("vllm", 4), None)]
+    assert runs == [*trials, ("drafts", 3.0), *repeats * 2]
+    rows = {run["name"]: (len(run["seconds"]), run["stopped"], run["tokens_per_second"]["median"]) for run in report["runs"]}
+    assert rows == {
+        "longdraft, drafter auto": (2, False, 50.0),
+        "vllm, compiled, 4 sequences": (2, False, 40.0),
+        "vllm, n-gram 8, 4 sequences": (1, True, 0.0),
+        "transformers, static batches of 4": (1, False, 30.0),
+        "transformers, one by one, prompt lookup of 8": (1, True, 0.0),
+    }
+    assert [ratio["to"] for ratio in report["ratios"]] == ["vllm, compiled, 4 sequences", "transformers, static batches of 4"]
+    print_bench(report)
+    runs.clear()
+    run_bench(plan, cache_dir=tmp_path, quiet=True)
+    assert runs == repeats * 2, "trials are kept, also those that were stopped"
+
+
+def test_a_run_is_stopped_so_long_after_it_is_loaded(tmp_path):
+    plan = request(tmp_path, make_tiny_model(tmp_path / "model"), check=False)
+    python = tmp_path / "peers" / "vllm" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(SLOW_PEER.format(python=sys.executable))
+    python.chmod(0o755)
+    (tmp_path / "peers" / "vllm" / "installed.txt").write_text("scripted")
+    with session._display(True) as display:
+        made = session._Session(plan, tmp_path / "store", display)
+        outcome = made.run(plan.task("vllm", {"max_num_seqs": 1}), "slow", stop_after=0.2)
+    assert outcome == {"stopped": True, "seconds": 0.2, "answers": {}}
 
 
 def test_another_job_or_format_has_a_reference_and_a_sweep_of_its_own(tmp_path):

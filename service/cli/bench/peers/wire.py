@@ -39,12 +39,13 @@ Answers = dict[str, list[int]]
 
 @dataclass
 class Stopwatch:
-    """`start` when everything is loaded; `done` now and then with the number of finished prompts."""
+    """`start` when everything is loaded; `done` now and then with the number of finished prompts, at the start with none."""
 
     emit: Callable[[dict[str, Any]], None]
     started: float = field(default_factory=time.perf_counter)
 
     def start(self) -> None:
+        self.done(0)
         self.started = time.perf_counter()
 
     def done(self, count: int) -> None:
