@@ -131,7 +131,13 @@ class Engine:
         self._speculator = Speculator(
             config.max_draft_tokens, self.limits.max_sequences, cost, self.drafters, fixed_drafts=config.fixed_drafts
         )
-        self._adapting = self._adapter(loaded) if config.adapt else None
+        self._adapting: tuple[str, Adapter] | None = None
+        if config.adapt:
+            from engine.training.adapt import adapter_for
+
+            self._adapting = adapter_for(self.drafters.made(), loaded.model.frozen(), seed=config.seed or 0)
+            if self._adapting is not None:
+                self._speculator.listen(self._adapting[1].collector)
         self._recorder = Recorder.of(config, spec, self.limits, points, self.drafters)
         self._table = RowTable(self.limits.max_sequences, entropy)
         late = self._runner.latest is not None
@@ -332,19 +338,6 @@ class Engine:
         self._preemptions += preempted + plan.preempted
         _log.warning("a step of %d tokens got no memory: steps hold %d now", num_tokens, self._scheduler.max_step_tokens)
         return []
-
-    def _adapter(self, loaded: LoadedModel) -> tuple[str, Adapter] | None:
-        """For the first drafter that can learn, None where there is none."""
-        from engine.drafters.dspark import DSparkDrafter
-        from engine.training.adapt import Adapter, adaptable
-
-        for name, drafter in self.drafters.made().items():
-            if isinstance(drafter, DSparkDrafter) and drafter.folder is not None and adaptable(drafter.spec):
-                made = Adapter(drafter.spec, drafter.folder.tensors(), loaded.model.frozen(), seed=self.config.seed or 0)
-                self._speculator.listen(made.collector)
-                return name, made
-        _log.warning("adapt: no drafter in use can learn from this job's answers")
-        return None
 
     def _adapt(self) -> None:
         """Goes on with better weights of a drafter, where a round of learning from this job found some."""

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from engine.batch import FrozenParts
     from engine.checkpoints.drafters.specs import BlockSpec
-    from engine.drafters.base import Progress
+    from engine.drafters.base import Drafter, Progress
     from engine.sequence import Sequence
 
 _log = logging.getLogger(__name__)
@@ -122,6 +122,17 @@ class Collector:
             return False
         self._running[serial] = []
         return True
+
+
+def adapter_for(drafters: Mapping[str, Drafter], frozen: FrozenParts, *, seed: int = 0) -> tuple[str, Adapter] | None:
+    """The name of the first of `drafters` that can learn, and what teaches it; None where there is none. frozen: the target's."""
+    from engine.drafters.dspark import DSparkDrafter
+
+    for name, drafter in drafters.items():
+        if isinstance(drafter, DSparkDrafter) and drafter.folder is not None and adaptable(drafter.spec):
+            return name, Adapter(drafter.spec, drafter.folder.tensors(), frozen, seed=seed)
+    _log.warning("adapt: no drafter in use can learn from this job's answers")
+    return None
 
 
 def adaptable(spec: BlockSpec) -> bool:

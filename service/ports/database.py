@@ -1,4 +1,4 @@
-"""What the use cases need of the outside world. Adapters implement these.
+"""The database: stores, and the unit of work that makes one transaction of what they do.
 
 All database work goes through `Database.begin()`: one block, one transaction, committed when the block ends without an exception.
 Lock order everywhere: groups in id order, then batches in id order, then outbox rows.
@@ -11,11 +11,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import Any, BinaryIO, Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, Protocol, TypeVar
 
 from service.domain.account import ApiKey, BucketAccess, File, FilePurpose, PendingUpload, Project
 from service.domain.job import Batch
-from service.domain.line import GroupLease, LineOutcome, LineWork, PendingLine, PlannedGroup, Segment, StagedLine, StoredResult
+from service.domain.line import GroupLease, LineOutcome, PendingLine, PlannedGroup, Segment, StagedLine, StoredResult
 from service.domain.money import ChargeDetail, LedgerTransaction, PriceBook, Rates, Reservation, Reserved
 from service.domain.usage import Usage, Work
 
@@ -28,9 +28,6 @@ class Page(Generic[Item]):
 
     items: Sequence[Item]
     has_more: bool
-
-
-# --- database -----------------------------------------------------------------------------------------------------------------
 
 
 class AccountStore(Protocol):
@@ -566,180 +563,4 @@ class Database(Protocol):
         ...
 
     def ping(self) -> None: ...
-    def close(self) -> None: ...
-
-
-# --- objects ------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class BlobInfo:
-    key: str
-    bytes: int
-    sha256: str | None
-    etag: str | None = None
-    """The store's own name of this version of the object; None where it has none."""
-
-
-class BlobWriter(Protocol):
-    """A streaming put. Nothing is visible before `commit`; leaving the block without it leaves nothing behind."""
-
-    def write(self, data: bytes | memoryview) -> None: ...
-    def commit(self) -> BlobInfo:
-        """Makes the object visible, length and SHA-256 verified."""
-        ...
-
-    def __enter__(self) -> BlobWriter: ...
-    def __exit__(self, *exc: object) -> None: ...
-
-
-class BlobStore(Protocol):
-    """Objects by key (`a/b/c`: no leading slash, no key is the folder of another). Puts are atomic: readers never see half an object."""
-
-    def writer(self, key: str) -> BlobWriter: ...
-    def put(self, key: str, data: bytes) -> BlobInfo: ...
-    def open(self, key: str, *, start: int = 0, length: int | None = None) -> BinaryIO:
-        """A stream of the bytes (or a range of them). Raises BlobNotFound."""
-        ...
-
-    def head(self, key: str) -> BlobInfo | None: ...
-    def delete(self, key: str) -> None:
-        """Idempotent."""
-        ...
-
-    def list(self, prefix: str) -> Iterator[BlobInfo]:
-        """In key order. For garbage collection only: nothing is learned by listing."""
-        ...
-
-    def discard_abandoned(self, older_than: timedelta) -> int:
-        """Removes what puts that never ended left behind; returns how many."""
-        ...
-
-    def probe(self) -> Mapping[str, str]:
-        """Writes, reads back and deletes a small object; what the store is and can do. Raises Unavailable."""
-        ...
-
-
-class UserBucket(Protocol):
-    """A user's own bucket. Raises BlobDenied, BucketMissing, BlobNotFound, Unavailable."""
-
-    def head(self, key: str) -> BlobInfo | None: ...
-    def open(self, key: str, *, start: int = 0, length: int | None = None, etag: str | None = None) -> BinaryIO:
-        """A stream of one version of the object: BlobCorrupt where it is no longer (or never was) `etag`."""
-        ...
-
-    def writer(self, key: str) -> BlobWriter: ...
-    def create(self, key: str, data: bytes) -> bool:
-        """Puts a small object where there is none; False, and nothing changed, where there is one."""
-        ...
-
-    def check_writable(self, key: str) -> None:
-        """Finds out, without leaving an object, whether `writer` would be let in."""
-        ...
-
-
-class UserBuckets(Protocol):
-    """The way to users' buckets, with a project's own credentials or (None) the deployment's."""
-
-    def open(self, bucket: str, access: BucketAccess | None) -> UserBucket:
-        """Nothing is sent yet. Raises BucketRefused where this deployment does not go there, or cannot open the secret."""
-        ...
-
-    def seal(self, project_id: str, secret: str) -> bytes:
-        """The secret as it may be stored: only for this project, and only with the deployment's key."""
-        ...
-
-    def check_endpoint(self, url: str) -> None:
-        """Raises BucketRefused for an address that a project may not name."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class PresignedRequest:
-    """What a client may do once or more until the URL runs out. `headers` are part of what is signed: send them as they are."""
-
-    method: str
-    url: str
-    headers: Mapping[str, str]
-
-
-@runtime_checkable
-class Presigner(Protocol):
-    """What a store can do whose clients reach it themselves."""
-
-    def presigned_put(self, key: str, *, size: int, lifetime: timedelta) -> PresignedRequest: ...
-    def presigned_get(self, key: str, *, filename: str, lifetime: timedelta) -> PresignedRequest: ...
-
-
-# --- wake-ups and inference -----------------------------------------------------------------------------------------------------
-
-
-class TaskQueue(Protocol):
-    """Hints to workers. Losing, repeating or delaying one changes latency and nothing else."""
-
-    def wake(self, model: str) -> None:
-        """Raises Unavailable where the broker does not answer."""
-        ...
-
-    def ping(self) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class RunnerStats:
-    """Read while a run is going on, from another thread."""
-
-    tokens_per_second: float = 0.0
-    acceptance_length: float = 0.0
-    running: int = 0
-    waiting: int = 0
-    busy_ns: int = 0
-    load_ns: int = 0
-    profile_ns: int = 0
-    profile_reused: bool = False
-    """Whether the last load found this machine's profile instead of measuring it."""
-    first_token_ns: int = 0
-    """From the first step after the last load to the first token that was sampled; 0 until then."""
-    steps: int = 0
-    kv_usage: float = 0.0
-    """Share of the KV cache that running lines hold, 0 to 1."""
-    kv_bytes: int = 0
-    """The loaded model's whole KV cache."""
-    kv_peak_bytes: int = 0
-    """What running lines held of it at most."""
-    context: int = 0
-    """Tokens that the loaded model's prompt and answer may have together; 0 where nothing is loaded."""
-
-
-@runtime_checkable
-class Recalls(Protocol):
-    """A runner that finished answers of a batch help with the rest of it."""
-
-    def recall(self, answers: Iterable[str]) -> None:
-        """Texts that were delivered before, by whomever. Not while `run` is being driven."""
-        ...
-
-
-class InferenceRunner(Protocol):
-    """Answers lines. One model at a time."""
-
-    def load(self, model: str) -> None:
-        """Makes `model` the loaded one (unloading another). Raises ModelUnavailable."""
-        ...
-
-    def run(self, lines: Iterable[LineWork | None]) -> Iterator[LineOutcome]:
-        """Consumes lazily, yields as lines finish. `None` from `lines` means: nothing right now, keep stepping."""
-        ...
-
-    def abort(self, keys: Collection[tuple[str, int]]) -> None:
-        """From any thread: these lines are no longer wanted and yield nothing."""
-        ...
-
-    def stats(self) -> RunnerStats: ...
-    @property
-    def capacity(self) -> int:
-        """How many lines the engine can hold at once, roughly."""
-        ...
-
-    @property
-    def device(self) -> str: ...
     def close(self) -> None: ...
