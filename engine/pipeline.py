@@ -16,6 +16,7 @@ import torch
 
 import kernels
 from engine.batch import ForwardBatch
+from engine.transfer import Arrival
 from engine.types import COLDEST
 from kernels.reference.sampling import NO_DRAFT, Mode, SampleRows
 
@@ -107,7 +108,7 @@ class DecodePipeline:
         self._result = torch.zeros(slots, max_drafts + 3, dtype=torch.int64, device=device)
         self._capture = capture
         self._graphs: dict[int, Graph] = {}
-        self._in_flight: deque[tuple[torch.Tensor, torch.cuda.Event | None]] = deque()
+        self._in_flight: deque[Arrival] = deque()
 
     def enter(
         self, slot: int, *, last: int, length: int, left: int, blocks: list[int], seed: int | None = None, temperature: float = 0.0
@@ -158,20 +159,13 @@ class DecodePipeline:
             for tensor, value in zip(self._tensors(), before, strict=True):
                 tensor.copy_(value)  # whatever capturing ran has not happened
         graph.replay()
-        on_gpu = self._result.device.type == "cuda"
-        host = torch.empty(self._result.shape, dtype=torch.int64, pin_memory=on_gpu)
-        host.copy_(self._result, non_blocking=True)
-        event = torch.cuda.Event() if on_gpu else None
-        if event is not None:
-            event.record()
-        self._in_flight.append((host, event))
+        arrival = Arrival((tuple(self._result.shape), torch.int64), device=self._result.device)
+        arrival.send(self._result)
+        self._in_flight.append(arrival)
 
     def collect(self) -> StepResult:
         """The oldest result that was not collected yet; waits for it. Raises IndexError if nothing is in flight."""
-        host, event = self._in_flight.popleft()
-        if event is not None:
-            event.synchronize()
-        values = host.numpy()
+        (values,) = self._in_flight.popleft().read()
         return StepResult(values[:, 0].copy(), values[:, 2:].copy(), values[:, 1].astype(bool))
 
     @property

@@ -47,32 +47,37 @@ def _write(
     rest = ROTATED + tl.arange(0, REST)
     in_rest = known & (rest < DIM)[None, :]
     at = source + head[:, None] * DIM
+    # All loads before the first use of any: what a program waits for is then one of them, not their sum.
     first = tl.load(at + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     second = tl.load(at + half + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     other = tl.zeros([BLOCK_H, REST], tl.float32)
     if ROTATED < DIM:
         other = tl.load(at + rest[None, :], mask=in_rest, other=0.0).to(tl.float32)
+    slot = tl.load(slots + row)
+    if TURNS:
+        angle, turns = row * stride_angle + columns, columns < half
+        c1 = tl.load(cos + angle, mask=turns, other=0.0).to(tl.float32)[None, :]
+        c2 = tl.load(cos + angle + half, mask=turns, other=0.0).to(tl.float32)[None, :]
+        s1 = tl.load(sin + angle, mask=turns, other=0.0).to(tl.float32)[None, :]
+        s2 = tl.load(sin + angle + half, mask=turns, other=0.0).to(tl.float32)[None, :]
     # Rounded to the model's type after the norm, as the separate ops do.
     kind = q_out.dtype.element_ty
-    if Q_NORM:
-        if is_q:
-            factor = _factor(first, second, other, eps, DIM)
-            first = _weighted(first, factor, q_norm, columns, half, kind)
-            second = _weighted(second, factor, q_norm + half, columns, half, kind)
-            other = _weighted(other, factor, q_norm, rest, DIM, kind)
-    if K_NORM:
+    if Q_NORM or K_NORM:
+        weight = q_norm
         if is_k:
-            factor = _factor(first, second, other, eps, DIM)
-            first = _weighted(first, factor, k_norm, columns, half, kind)
-            second = _weighted(second, factor, k_norm + half, columns, half, kind)
-            other = _weighted(other, factor, k_norm, rest, DIM, kind)
+            weight = k_norm
+        w1 = tl.load(weight + columns, mask=columns < half, other=0.0).to(tl.float32)[None, :]
+        w2 = tl.load(weight + half + columns, mask=columns < half, other=0.0).to(tl.float32)[None, :]
+        if (is_q & Q_NORM) | (is_k & K_NORM):
+            squares = tl.sum(first * first, 1) + tl.sum(second * second, 1) + tl.sum(other * other, 1)
+            factor = tl.rsqrt(squares / DIM + eps)[:, None]
+            first = (first * factor * w1).to(kind).to(tl.float32)
+            second = (second * factor * w2).to(kind).to(tl.float32)
+            if ROTATED < DIM:
+                w3 = tl.load(weight + rest, mask=rest < DIM, other=0.0).to(tl.float32)[None, :]
+                other = (other * factor * w3).to(kind).to(tl.float32)
     if TURNS:
         if is_q | is_k:
-            angle = row * stride_angle + columns
-            c1 = tl.load(cos + angle, mask=columns < half, other=0.0).to(tl.float32)[None, :]
-            c2 = tl.load(cos + angle + half, mask=columns < half, other=0.0).to(tl.float32)[None, :]
-            s1 = tl.load(sin + angle, mask=columns < half, other=0.0).to(tl.float32)[None, :]
-            s2 = tl.load(sin + angle + half, mask=columns < half, other=0.0).to(tl.float32)[None, :]
             turned = first * c1 + second * s1
             second = second * c2 + first * s2
             first = turned
@@ -83,7 +88,6 @@ def _write(
         if ROTATED < DIM:
             tl.store(to + rest[None, :], other.to(kind), mask=in_rest)
     else:
-        slot = tl.load(slots + row)
         if slot >= 0:
             target = v_cache + slot // PAGE * stride_vb + slot % PAGE * stride_vt + head[:, None] * stride_vh
             scales = v_scale
@@ -97,16 +101,6 @@ def _write(
             tl.store(target + half + columns[None, :], _stored(second, k_cache, FP8, NATIVE), mask=inside)
             if ROTATED < DIM:
                 tl.store(target + rest[None, :], _stored(other, k_cache, FP8, NATIVE), mask=in_rest)
-
-
-@triton.jit
-def _factor(first, second, other, eps, DIM: tl.constexpr):
-    return tl.rsqrt((tl.sum(first * first, 1) + tl.sum(second * second, 1) + tl.sum(other * other, 1)) / DIM + eps)[:, None]
-
-
-@triton.jit
-def _weighted(x, factor, weight, columns, end, kind: tl.constexpr):
-    return (x * factor * tl.load(weight + columns, mask=columns < end, other=0.0).to(tl.float32)[None, :]).to(kind).to(tl.float32)
 
 
 @triton.jit
