@@ -116,7 +116,7 @@ def kept(
     if path.exists():
         with np.load(path) as stored:
             if json.loads(str(stored["about"])) == about:
-                steps.skip(label)
+                steps.skip()
                 return _unpack(dict(stored))
     with steps.one(label) as tick:
         got = measure(

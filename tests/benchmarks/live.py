@@ -89,8 +89,17 @@ def read_requests(paths: Sequence[Path], loaded: LoadedModel, *, max_tokens: int
     return list(found.values())
 
 
-def run(loaded: LoadedModel, config: EngineConfig, requests: Iterable[Request], label: str = "") -> Run:
-    """A fresh engine (its profile cached), all requests through it, with a progress bar on stderr where there is a screen."""
+def run(
+    loaded: LoadedModel,
+    config: EngineConfig,
+    requests: Iterable[Request],
+    label: str = "",
+    tick: Callable[[int, int], None] | None = None,
+) -> Run:
+    """A fresh engine (its profile cached), all requests through it, with a progress bar on stderr where there is a screen.
+
+    tick: told how many are answered, of how many, in place of a bar.
+    """
     from rich.console import Console
     from rich.progress import Progress
 
@@ -100,7 +109,7 @@ def run(loaded: LoadedModel, config: EngineConfig, requests: Iterable[Request], 
         engine.grammars.compile(grammar)  # once a worker, like loading
     results, ends = [], []
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(console=console, transient=True, disable=tick is not None or not console.is_terminal) as progress:
         bar = progress.add_task(label, total=len(asked))
         started = time.perf_counter()
         for result in engine.run(iter(asked)):
@@ -109,6 +118,8 @@ def run(loaded: LoadedModel, config: EngineConfig, requests: Iterable[Request], 
             ends.append(time.perf_counter() - started)
             results.append(result)
             progress.advance(bar)
+            if tick is not None:
+                tick(len(results), len(asked))
     block = engine.limits.block_bytes
     return Run(ends[-1], results, ends, engine.stats(), engine.limits.num_blocks * block, block)
 
@@ -132,10 +143,9 @@ class Steps:
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
 
-    def skip(self, label: str) -> None:
-        """Measured by an earlier run."""
+    def skip(self) -> None:
+        """One was measured by an earlier run."""
         self._count -= 1
-        self._console.print(f"{label}: measured before", highlight=False)
 
     @contextmanager
     def one(self, label: str) -> Iterator[Callable[[int, int], None]]:

@@ -9,6 +9,7 @@ import pytest
 
 from tests.benchmarks import (
     drafter_quality,
+    drafters,
     json_schema,
     memory_budget,
     n_answers,
@@ -139,6 +140,36 @@ def test_drafter_quality(run, model, tmp_path):
     assert run(drafter_quality, *options) == result
     again = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     assert {name for name in files if again[name] == files[name]} == {name for name in files if name.endswith(".npz")}
+
+
+def test_drafters(run, job, model, tmp_path):
+    """A trained drafter that knows nothing yet; run again, nothing is measured anew."""
+    from engine.checkpoints import load_model
+    from engine.training.export import write_folder
+    from engine.training.module import BlockModule
+    from engine.training.run import Recipe, block_spec, drafter_config
+
+    config = drafter_config(load_model(str(model)), Recipe(layers=1, block_size=4, rank=4))
+    folder = write_folder(tmp_path / "spark", config, BlockModule(block_spec(config)).tensors(), {})
+    options = [job, "--drafter", folder, "--sizes", "1,2", "--repeats", 2, "--lines", 8, "--max-tokens", 16, "--out", tmp_path / "out"]
+    result = run(drafters, *options, "--plot", tmp_path / "plot.png")
+    assert [(row["job"], row["sequences"], row["drafter"]) for row in result["rows"]] == [
+        (name, size, drafter)
+        for size in (1, 2)
+        for name in ("job", "templates")
+        for drafter in ("none", "ngram", "suffix", "suffix cold", "trained", "auto")
+    ]
+    assert all(row["same_answers"] for row in result["rows"])
+    assert {row["drafter"] for row in result["rows"] if "over_best_single" in row} == {"auto"}
+    assert all(row["acceptance_length"] == 1.0 for row in result["rows"] if row["drafter"] == "none")
+    assert [row["cap"] for row in result["caps"]] == [4, 8, 16, 32, 64]
+    assert all(sum(row["chosen"].values()) > 0 for row in result["caps"])
+    assert result["caps"][0]["chosen"]["8-15"] == 0
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+    runs = (tmp_path / "out" / "runs.jsonl").read_text()
+    assert len(runs.splitlines()) == 2 * 2 * (6 * 2 + 1) + 5
+    assert run(drafters, *options) == result
+    assert (tmp_path / "out" / "runs.jsonl").read_text() == runs
 
 
 def test_the_best_of_each_side_is_compared():
