@@ -116,7 +116,12 @@ def bench(
     ] = False,
     model: Model = None,
     dtype: Annotated[str, typer.Option("--dtype", help="Number format of every configuration.")] = "float32",
-    batch_sizes: Annotated[str, typer.Option("--batch-sizes", help="What the comparisons try, once; the best is repeated.")] = "8,16,32,64",
+    batch_sizes: Annotated[
+        str | None,
+        typer.Option(
+            "--batch-sizes", help="What the comparisons try, once (8,16,32,64); the best is repeated. With --paper: figure 8's (1,4,16,64)."
+        ),
+    ] = None,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Interleaved runs of each configuration.")] = 3,
     lines: Annotated[int | None, typer.Option("--lines", min=1, help="Only the first N lines.")] = None,
     check: Annotated[bool, typer.Option(help="Compare the answers with one-by-one generation (slow the first time, then cached).")] = True,
@@ -148,7 +153,7 @@ def bench(
         compare=compare or [],
         peer_drafts=peer_drafts,
         contenders=contenders,
-        batch_sizes=batch_sizes,
+        batch_sizes=batch_sizes or ("1,4,16,64" if paper else "8,16,32,64"),
         repeats=repeats,
         limit=lines,
         check=check,

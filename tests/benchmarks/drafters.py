@@ -78,7 +78,7 @@ def main() -> int:
     parser.add_argument("--sizes", default="1,8,64")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--lines", type=int, default=64, help="of every job; of the generated one 300 / 64 times as many")
-    parser.add_argument("--max-tokens", type=int, default=96, help="of an answer; of the generated job a quarter")
+    parser.add_argument("--max-tokens", type=int, default=96, help="of an answer; of the generated job a third")
     parser.add_argument("--out", type=Path, default=Path("build/drafters"))
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
@@ -101,7 +101,7 @@ def main() -> int:
 
 def make_setting(options: Any, loaded: LoadedModel, packed: LoadedModel) -> Setting:
     jobs = {path.stem: live.read_requests([path], loaded, max_tokens=options.max_tokens)[: options.lines] for path in options.jobs}
-    jobs[TEMPLATES] = templates(loaded, math.ceil(options.lines * 300 / 64), max(options.max_tokens // 4, 2))
+    jobs[TEMPLATES] = templates(loaded, math.ceil(options.lines * 300 / 64), max(options.max_tokens // 3, 2))
     drafters: dict[str, tuple[LoadedModel, dict[str, Any]]] = {
         PLAIN: (loaded, {"drafter": "off"}),
         "ngram": (loaded, {"drafter": "ngram"}),
@@ -121,17 +121,17 @@ def make_setting(options: Any, loaded: LoadedModel, packed: LoadedModel) -> Sett
 
 
 def templates(loaded: LoadedModel, count: int, max_tokens: int) -> list[Request]:
-    """Prompts of one pattern that differ in a name and a number: mail merge, the commonest kind of batch job."""
+    """Prompts of one pattern that differ in a name and two numbers, and whose answers therefore differ a little."""
     tokenizer, rng = Tokenizer(loaded.tokenizer), random.Random(0)
     names = ("Anna", "Bela", "Chen", "Dora", "Emil", "Fatma", "Goran", "Hana", "Ivo", "Jun", "Kofi", "Lena")
     made = []
     for number in range(count):
         text = (
-            f"Order {rng.randrange(10_000, 100_000)} of {rng.choice(names)} was delayed by bad weather. "
-            "Write a short and polite e-mail to the customer that says so, apologises, and names the shop, Mill Books."
+            f"Order {rng.randrange(10_000, 100_000)} of {rng.choice(names)}: {rng.randrange(2, 9)} books. "
+            "Write a short Python function that prints a receipt for one order."
         )
         tokens = tokenizer.encode_chat([{"role": "user", "content": text}])
-        made.append(Request(str(number), tokens, SamplingParams(max_tokens=max_tokens, temperature=0.0), template="mail"))
+        made.append(Request(str(number), tokens, SamplingParams(max_tokens=max_tokens, temperature=0.0), template="receipt"))
     return made
 
 

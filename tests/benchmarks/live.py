@@ -158,7 +158,7 @@ class Steps:
         self._done, self._seconds = self._done + 1, self._seconds + time.perf_counter() - started
         left = self._seconds / self._done * (self._count - self._done)
         about = f"{self._done} of {self._count}, about {left / 60:.1f} minutes left" if self._done < self._count else "done"
-        self._console.print(f"{label}: {time.perf_counter() - started:.1f} s ({about})", highlight=False)
+        self._console.print(f"{label}: {time.perf_counter() - started:.1f} s ({about})", highlight=False, soft_wrap=True)
 
 
 def copies(requests: Sequence[Request], count: int) -> list[Request]:

@@ -8,6 +8,7 @@ with a fixed draft length and as planned, and what a million tokens cost.
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,19 +23,34 @@ if TYPE_CHECKING:
     from service.cli.bench.plan import BenchLine, BenchRequest
 
 _PLAIN, _FIXED, _PLANNED = "plain", "fixed", "planned"
+_FEWEST, _DEEP = 4, 2
+"""Lines of a run at least, and for each sequence."""
 _COLOURS = {_PLAIN: "#b8b8b8", _FIXED: "#d98c3f", _PLANNED: "#1f6f8b"}
 
 
 @dataclass(frozen=True, slots=True)
 class PaperPlan:
-    """sizes: sequences at once. lengths: drafts a step of figure 5. block: drafts of the fixed configuration and of figures 2 and 6."""
+    """sizes: sequences at once. lengths: drafts a step of figure 5. block: drafts of the fixed configuration and of figures 2 and 6.
+
+    A run of few sequences gets few lines, from all over the job: about ten minutes on two cores for a model of 135M parameters.
+    """
 
     sizes: tuple[int, ...]
     lengths: tuple[int, ...] = (1, 2, 4, 7, 12, 16)
     block: int = 7
-    max_tokens: int = 128
+    max_tokens: int = 96
     repeats: int = 3
     dollars_per_hour: float | None = None
+
+    @property
+    def middle(self) -> int:
+        """Sequences at once where speed does not matter."""
+        return self.sizes[len(self.sizes) // 2]
+
+    def share(self, count: int, sequences: int) -> list[int]:
+        """Which of `count` lines are run at so many sequences."""
+        wanted = min(count, max(_FEWEST, _DEEP * sequences))
+        return [place * count // wanted for place in range(wanted)]
 
     def dollars(self, tokens_per_second: float) -> float | None:
         """Per million generated tokens."""
@@ -77,24 +93,28 @@ def run_paper(loaded: LoadedModel, lines: Sequence[BenchLine], plan: PaperPlan, 
     neural = [source.origin for source in find_automatic(loaded.directory, loaded.model.spec) if Path(source.origin).is_dir()]
     drafters = {name: name for name in TEXT_DRAFTERS} | {Path(origin).name: origin for origin in neural}
     best = neural[0] if neural else "suffix"
+    clock = _Clock(len(drafters) + len(plan.lengths) + 1 + len(neural) + 3 * len(plan.sizes) * plan.repeats, tell)
 
     def run(sequences: int, **settings: Any) -> _Run:
-        return _run(loaded, requests, sequences, settings)
+        return _run(loaded, [requests[place] for place in plan.share(len(requests), sequences)], sequences, settings)
 
     positions = {}
     for name, source in drafters.items():
-        tell(f"figure 2: {name}")
-        made = run(plan.sizes[-1], drafter=source, fixed_drafts=plan.block, max_draft_tokens=plan.block)
+        clock.next(f"figure 2: {name}")
+        made = run(plan.middle, drafter=source, fixed_drafts=plan.block, max_draft_tokens=plan.block)
         positions[name] = {"acceptance_length": made.acceptance_length, "by_position": made.positions}
     lengths = []
     for count in plan.lengths:
-        tell(f"figure 5: {count} drafts")
+        clock.next(f"figure 5: {count} drafts")
         made = run(plan.sizes[0], drafter=best, fixed_drafts=count, max_draft_tokens=count)
         lengths.append({"drafts": count, "acceptance_length": made.acceptance_length, "tokens_per_second": made.tokens_per_second})
-    tell("figure 5: as planned")
+    clock.next("figure 5: as planned")
     made = run(plan.sizes[0], drafter=best)
     planned = {"acceptance_length": made.acceptance_length, "tokens_per_second": made.tokens_per_second}
-    calibration = {Path(origin).name: _calibration(loaded, origin, lines, plan) for origin in neural}
+    calibration = {}
+    for origin in neural:
+        clock.next(f"figure 6: {Path(origin).name}")
+        calibration[Path(origin).name] = _calibration(loaded, origin, lines, plan)
     load = []
     kinds: dict[str, dict[str, Any]] = {
         _PLAIN: {"drafter": OFF},
@@ -105,7 +125,7 @@ def run_paper(loaded: LoadedModel, lines: Sequence[BenchLine], plan: PaperPlan, 
         speeds: dict[str, list[float]] = {kind: [] for kind in kinds}
         for repeat in range(plan.repeats):
             for kind in sorted(kinds, reverse=bool(repeat % 2)):
-                tell(f"figure 8: {size} sequences, {kind}, {repeat + 1} of {plan.repeats}")
+                clock.next(f"figure 8: {size} sequences, {kind}, {repeat + 1} of {plan.repeats}")
                 speeds[kind].append(run(size, **kinds[kind]).tokens_per_second)
         for kind, values in speeds.items():
             speed = median(values)
@@ -126,6 +146,21 @@ def run_paper(loaded: LoadedModel, lines: Sequence[BenchLine], plan: PaperPlan, 
     }
 
 
+class _Clock:
+    """Says before each of `count` measurements which it is, and how long the rest will take."""
+
+    def __init__(self, count: int, tell: Callable[[str], None]) -> None:
+        self._count, self._tell = count, tell
+        self._done = 0
+        self._started = time.monotonic()
+
+    def next(self, what: str) -> None:
+        left = (time.monotonic() - self._started) / max(self._done, 1) * (self._count - self._done)
+        self._done += 1
+        about = f", about {left / 60:.0f} minutes left" if self._done > _FEWEST else ""
+        self._tell(f"{self._done} of {self._count}{about}: {what}")
+
+
 def _requests(loaded: LoadedModel, lines: Sequence[BenchLine], max_tokens: int) -> list[Request]:
     from engine.tokenizer import Tokenizer
     from engine.types import Request, SamplingParams
@@ -142,8 +177,6 @@ def _requests(loaded: LoadedModel, lines: Sequence[BenchLine], max_tokens: int) 
 
 def _run(loaded: LoadedModel, requests: Sequence[Request], sequences: int, settings: dict[str, Any]) -> _Run:
     """One engine, all requests; its profile is kept, so that only the first measures the machine."""
-    import time
-
     from engine.checkpoints import default_cache_dir
     from engine.config import EngineConfig
     from engine.engine import Engine
