@@ -191,12 +191,13 @@ def uncalibrated(figures: dict[str, list[Any]] | None) -> list[str]:
 
 
 def curve(folder: Path) -> list[list[float]]:
-    """[step, acceptance length on held-out texts] while it was trained, from its log or its record."""
+    """[step, macro acceptance length on held-out texts] while it was trained, from its log or its record."""
     log = folder / "training" / "log.jsonl"
+    found = {float(step): length for step, length in read_folder(folder).record.get("held_out_length", {}).items()}
     if log.is_file():
         rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-        return [[row["step"], row["held_length"]] for row in rows if "held_length" in row]
-    return [[float(step), length] for step, length in read_folder(folder).record.get("held_out_length", {}).items()]
+        found = {row["step"]: row["held_length"] for row in rows if "held_length" in row}
+    return [[step, length["macro"]] for step, length in found.items()]
 
 
 def markdown(result: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from tests.benchmarks import (
+    cross_tokenizer,
     drafter_quality,
     drafters,
     json_schema,
@@ -140,6 +141,20 @@ def test_drafter_quality(run, model, tmp_path):
     assert run(drafter_quality, *options) == result
     again = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     assert {name for name in files if again[name] == files[name]} == {name for name in files if name.endswith(".npz")}
+
+
+def test_cross_tokenizer(run, job, tmp_path, monkeypatch):
+    """The drafter's tokens are numbered the other way round, so that nothing but text can pass between the two."""
+    other = make_tiny_model(tmp_path / "other")
+    path = other / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    tokenizer["model"]["vocab"] = {symbol: len(vocabulary) - 1 - number for symbol, number in vocabulary.items()}
+    path.write_text(json.dumps(tokenizer))
+    result = run(cross_tokenizer, job, "--drafter", other, "--lines", 6, "--max-tokens", 12, "--sequences", 2)
+    assert result["answers_equal"] == [6, 6]
+    assert result["accepted_drafts"][1] > 0
+    assert result["interval"][0] <= result["acceptance_length"] <= result["interval"][1]
 
 
 def test_drafters(run, job, model, tmp_path):
