@@ -85,15 +85,16 @@ def in_turn(jobs: list[list[Request]]) -> list[Request]:
 
 
 def measure(loaded: LoadedModel, requests: list[Request], size: int, repeats: int, folder: Path) -> tuple[dict[str, list[float]], Trace]:
-    """Tokens a second by configuration and repeat, and the trace of the planner's last run."""
+    """Tokens a second by configuration and repeat, and the trace of one more run of the planner: writing it takes time, too."""
     speeds: dict[str, list[float]] = {name: [] for name in LIVE}
     names = list(LIVE)
     for repeat in range(repeats):
         for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
-            trace = folder / "auto.jsonl" if name == "auto" else None
-            config = EngineConfig(max_sequences=size, trace=trace, **LIVE[name])
+            config = EngineConfig(max_sequences=size, **LIVE[name])
             speeds[name].append(live.run(loaded, config, requests, f"{size} sequences, {name}").tokens_per_second)
-    return speeds, read_trace(folder / "auto.jsonl")
+    trace = folder / "auto.jsonl"
+    live.run(loaded, EngineConfig(max_sequences=size, trace=trace, **LIVE["auto"]), requests, f"{size} sequences, trace")
+    return speeds, read_trace(trace)
 
 
 def virtual(trace: Trace) -> dict[str, float]:
