@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -79,9 +80,13 @@ def test_texts_are_the_same_without_memory_for_graphs_and_under_preemption() -> 
     assert small.stats().preemptions > 0
 
 
-def test_penalties_and_log_probabilities_are_those_of_a_cpu() -> None:
-    requests = jobs(16, frequency_penalty=1.5, logprobs=2)
-    found, expected = answers(on_gpu(drafter="off"), requests), answers(on_cpu(), requests)
+@pytest.mark.parametrize("drafter", ["off", "suffix"])
+@pytest.mark.parametrize(
+    "sampling", [{"frequency_penalty": 1.5}, {"repetition_penalty": 1.4, "logit_bias": ((5, 2.0), (9, -4.0)), "min_tokens": 1}]
+)
+def test_rules_and_log_probabilities_are_those_of_a_cpu(drafter: str, sampling: dict) -> None:
+    requests = jobs(16, logprobs=2, **sampling)
+    found, expected = answers(on_gpu(drafter=drafter), requests), answers(on_cpu(), requests)
     for name, result in expected.items():
         assert found[name].token_ids == result.token_ids
         assert [entry.logprob for entry in found[name].logprobs] == pytest.approx([entry.logprob for entry in result.logprobs], abs=1e-4)
@@ -89,7 +94,9 @@ def test_penalties_and_log_probabilities_are_those_of_a_cpu() -> None:
 
 def test_nothing_waits_for_the_device_while_a_step_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = on_gpu(drafter="off")
-    requests = jobs(40, ignore_eos=True, temperature=0.9, top_p=0.9, seed=3)
+    rules = {"frequency_penalty": 0.3, "logit_bias": ((5, 2.0),), "min_tokens": 1, "logprobs": 1}
+    requests = [*jobs(20, ignore_eos=True, temperature=0.9, top_p=0.9, seed=3), *jobs(20, ignore_eos=True, **rules)]
+    requests = [replace(request, id=str(number)) for number, request in enumerate(requests)]
     answers(engine, requests)  # graphs are captured, kernels compiled
     launch, read, events = engine._launch, engine._book, []
 
