@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ class DSparkDrafter:
     sequential head run only for the slots that are asked for. Everything stays on the device until the drafts are read back, once.
     """
 
-    def __init__(self, name: str, spec: BlockSpec, weights: Weights, host: Host, temperatures_fitted: dict[str, list[float]]) -> None:
+    def __init__(self, name: str, spec: BlockSpec, weights: Weights, host: Host, calibration: dict[str, Any]) -> None:
         self.name = name
         self.folder: DrafterFolder | None = None
         self.taps = tuple(sorted(set(spec.taps)))
@@ -45,7 +45,7 @@ class DSparkDrafter:
         self._host = host
         self._vocabulary: Vocabulary = vocabulary(weights, host.target.frozen(), scale=spec.embedding_scale, soft_cap=spec.logit_soft_cap)
         self._head = _sequential_head(spec, weights, self._vocabulary.target_ids)
-        self._bins = ConfidenceBins(spec.drafts_per_block * CHAINED, temperatures_fitted, known=spec.confidence)
+        self._bins = ConfidenceBins(spec.drafts_per_block * CHAINED, calibration, known=spec.confidence)
         self.prior = self._bins.prior
         self._backbone = BlockBackbone(spec, weights, num_blocks=host.num_blocks, block_size=host.block_size)
         self._device = weights.device
@@ -61,7 +61,7 @@ class DSparkDrafter:
         tensors = folder.tensors()
         check_tensors(tensors, *block_shapes(spec), spec.format)
         weights = Weights(tensors, target.dtype, target.device)
-        made = cls(folder.name, spec, weights, host, folder.calibration.get("temperatures", {}))
+        made = cls(folder.name, spec, weights, host, folder.calibration)
         made.folder = folder
         return made
 

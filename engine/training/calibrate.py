@@ -1,4 +1,4 @@
-"""Sequential temperature scaling (arXiv 2607.05147, section 4), and how good a calibration is. Numpy only."""
+"""Sequential temperature scaling (arXiv 2607.05147, section 4) with an offset, and how good a calibration is. Numpy only."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
 
 BINS = 15
+_FARTHEST, _HALVINGS = 12.0, 24
+"""Of the search for an offset: logits from which it begins to either side, and its steps."""
 _CANDIDATES: Floats = np.exp(np.linspace(np.log(0.2), np.log(6.0), 121))
 
 
@@ -29,23 +31,41 @@ class Quality:
 
 
 def fit(logits: Floats, stood: Floats) -> Floats:
-    """Temperatures [K] of confidence `logits` [N, K], left to right: each makes the product so far best calibrated against `stood`.
+    """[2, K], temperatures and offsets of confidence `logits` [N, K] (see `scaled`), left to right: each pair makes the product so far best
+    calibrated against `stood`. Of every temperature the offset is the one that makes the mean right, so the search is over one number.
 
     stood: [N, K], 1 where drafts 1..k all stand. Every position is known for every block: after a rejection it is 0.
     """
-    temperatures = np.ones(logits.shape[1])
+    scales = np.stack([np.ones(logits.shape[1]), np.zeros(logits.shape[1])])
     before = np.ones(len(logits))
     for position in range(logits.shape[1]):
-        errors = [expected_error(before * sigmoid(logits[:, position] / t), stood[:, position]) for t in _CANDIDATES]
-        temperatures[position] = _CANDIDATES[int(np.argmin(errors))]
-        before = before * sigmoid(logits[:, position] / temperatures[position])
-    return temperatures
+        column, wanted = logits[:, position], stood[:, position]
+        offsets = [_offset(column, before, float(wanted.mean()), t) for t in _CANDIDATES]
+        errors = [expected_error(before * sigmoid((column - o) / t), wanted) for t, o in zip(_CANDIDATES, offsets, strict=True)]
+        best = int(np.argmin(errors))
+        scales[:, position] = _CANDIDATES[best], offsets[best]
+        before = before * sigmoid((column - offsets[best]) / _CANDIDATES[best])
+    return scales
 
 
-def quality(logits: Floats, stood: Floats, temperatures: Floats | None = None) -> Quality:
-    """Of these blocks; temperatures [K], one each where None."""
-    scaled = logits if temperatures is None else logits / temperatures
-    predicted: Floats = np.asarray(np.cumprod(sigmoid(scaled), axis=1), np.float64)
+def scaled(logits: Floats, scales: Floats | None) -> Floats:
+    """[N, K] logits less their offsets, over their temperatures; as they are where `scales` is None."""
+    return logits if scales is None else (logits - scales[1]) / scales[0]
+
+
+def _offset(logits: Floats, before: Floats, wanted: float, temperature: float) -> float:
+    """By bisection: with it the product's mean is what stood. Where nothing or everything stood, the end of the range."""
+    low, high = -_FARTHEST, _FARTHEST
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2.0
+        too_sure = float((before * sigmoid((logits - middle) / temperature)).mean()) > wanted
+        low, high = (middle, high) if too_sure else (low, middle)
+    return (low + high) / 2.0
+
+
+def quality(logits: Floats, stood: Floats, scales: Floats | None = None) -> Quality:
+    """Of these blocks, scaled or as they are."""
+    predicted: Floats = np.asarray(np.cumprod(sigmoid(scaled(logits, scales)), axis=1), np.float64)
     columns = range(logits.shape[1])
     base = stood.mean(axis=0)
     return Quality(
@@ -67,9 +87,9 @@ def expected_error(predicted: Floats, stood: Floats) -> float:
     return sum(gaps) / max(len(predicted), 1)
 
 
-def reliability(logits: Floats, stood: Floats, temperatures: Floats | None = None) -> list[tuple[Floats, Floats]]:
+def reliability(logits: Floats, stood: Floats, scales: Floats | None = None) -> list[tuple[Floats, Floats]]:
     """By position: (mean predicted chance, share that stood), float64 [bins] each, of bins of equal mass."""
-    predicted = np.cumprod(sigmoid(logits if temperatures is None else logits / temperatures), axis=1)
+    predicted = np.cumprod(sigmoid(scaled(logits, scales)), axis=1)
     found = []
     for position in range(logits.shape[1]):
         parts = [part for part in np.array_split(np.argsort(predicted[:, position], kind="stable"), min(BINS, len(logits))) if len(part)]

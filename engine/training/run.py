@@ -179,7 +179,7 @@ def fit_drafter(
 def calibrate(
     loaded: LoadedModel, folder: Path, prompts: Sequence[Prompt], *, max_tokens: int, tell: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Fits one temperature a position and bucket on these prompts and writes them beside the drafter; returns what was written.
+    """Fits a temperature and an offset a position and bucket on these prompts and writes them beside the drafter; returns what was written.
 
     Drafts of a second, chained block have temperatures of their own: what it is anchored at is a draft itself.
 
@@ -190,6 +190,7 @@ def calibrate(
     if not spec.confidence:
         raise DrafterError(f"{folder} has no confidence head: there is nothing to calibrate")
     temperatures: dict[str, list[float]] = {}
+    offsets: dict[str, list[float]] = {}
     quality_of: dict[str, dict[str, Any]] = {}
     for temperature in FITTED_AT:
         width = spec.drafts_per_block * CHAINED
@@ -200,10 +201,10 @@ def calibrate(
         bucket = str(int(bucket_of(np.array([temperature]))[0]))
         scales = fit(got.logits, got.stood)
         before, after = quality(got.logits, got.stood), quality(got.logits, got.stood, scales)
-        temperatures[bucket] = [round(float(value), 4) for value in scales]
+        temperatures[bucket], offsets[bucket] = ([round(float(value), 4) for value in row] for row in scales)
         quality_of[bucket] = {"blocks": len(got.logits), "ece_before": float(before.ece.mean()), "ece_after": float(after.ece.mean())}
         tell(f"calibration at temperature {temperature}: error {before.ece.mean():.4f} before, {after.ece.mean():.4f} after")
-    calibration = {"temperatures": temperatures, "fitted": quality_of}
+    calibration = {"temperatures": temperatures, "offsets": offsets, "fitted": quality_of}
     set_calibration(found, calibration)
     note_prompts(folder, calibrated=[prompt.text for prompt in prompts])
     return calibration
@@ -258,10 +259,10 @@ def evaluate(
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """One drafter's figures. scales: temperatures of its confidence, by position, as they were fitted; empty where they were not."""
+    """One drafter's figures. fit: temperatures and offsets of its confidence, by position, as they were fitted; empty where not."""
 
     got: Measured
-    scales: list[float]
+    fit: tuple[list[float], list[float]]
 
     def row(self) -> dict[str, float | None]:
         """Acceptance length (bonus token included) by domain and `macro`; the calibration error, mean over positions, None without one."""
@@ -275,11 +276,16 @@ class Judged:
         """Before and after temperature scaling."""
         if not len(self.got.logits):
             return None
-        return quality(self.got.logits, self.got.stood), quality(self.got.logits, self.got.stood, self.temperatures())
+        return quality(self.got.logits, self.got.stood), quality(self.got.logits, self.got.stood, self.scales())
 
-    def temperatures(self) -> np.ndarray:
-        scales = np.ones(self.got.logits.shape[1])
-        scales[: len(self.scales)] = self.scales[: len(scales)]
+    def scales(self) -> np.ndarray:
+        """[2, K] as `calibrate.fit` gives them; positions past the fitted ones are like the last, as they are when drafting."""
+        width = self.got.logits.shape[1]
+        scales = np.stack([np.ones(width), np.zeros(width)])
+        for row, values in zip(scales, self.fit, strict=True):
+            if values:
+                row[: len(values)] = values[:width]
+                row[len(values) :] = values[-1]
         return scales
 
     def details(self) -> dict[str, Any]:
@@ -314,7 +320,7 @@ def plot_reliability(judged: Mapping[str, Judged], path: Path) -> None:
     figure = Figure(figsize=(2.4 * width, 2.6 * max(len(shown), 1)), layout="constrained")
     grid = figure.subplots(max(len(shown), 1), width, squeeze=False, sharex=True, sharey=True)
     for row, (name, one) in enumerate(shown.items()):
-        for label, scales in (("before", None), ("after", one.temperatures())):
+        for label, scales in (("before", None), ("after", one.scales())):
             for position, (predicted, stood) in enumerate(reliability(one.got.logits, one.got.stood, scales)):
                 axes = grid[row, position]
                 axes.plot([0, 1], [0, 1], color="0.8", linewidth=1)
@@ -331,11 +337,12 @@ def _rounded(value: float) -> float | None:
     return None if np.isnan(value) else round(float(value), 5)
 
 
-def fitted(drafter: str, temperature: float) -> list[float]:
-    """Temperatures of a drafter's confidence at a temperature of sampling, by position; empty where none were fitted."""
+def fitted(drafter: str, temperature: float) -> tuple[list[float], list[float]]:
+    """Temperatures and offsets of a drafter's confidence at a temperature of sampling, by position; empty where none were fitted."""
     path = _folder(drafter)
+    calibration = {} if path is None else read_folder(path).calibration
     bucket = str(int(bucket_of(np.array([temperature]))[0]))
-    return [] if path is None else list(read_folder(path).calibration.get("temperatures", {}).get(bucket, []))
+    return list(calibration.get("temperatures", {}).get(bucket, [])), list(calibration.get("offsets", {}).get(bucket, []))
 
 
 def _folder(drafter: str) -> Path | None:

@@ -82,13 +82,16 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("build/drafters"))
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
-    TEXT_DRAFTERS["cold"] = ColdSuffix
     loaded = live.load(options)
     options.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as place:
-        packed = loaded if options.drafter is None else live.with_drafters(loaded, [options.drafter], Path(place))
-        setting = make_setting(options, loaded, packed)
-        runs, caps = measure(setting, options.out / "runs.jsonl")
+    TEXT_DRAFTERS["cold"] = ColdSuffix
+    try:
+        with tempfile.TemporaryDirectory() as place:
+            packed = loaded if options.drafter is None else live.with_drafters(loaded, [options.drafter], Path(place))
+            setting = make_setting(options, loaded, packed)
+            runs, caps = measure(setting, options.out / "runs.jsonl")
+    finally:
+        del TEXT_DRAFTERS["cold"]
     result = judge(setting, runs) | {"caps": caps}
     (options.out / "drafters.json").write_text(json.dumps(result, indent=1) + "\n")
     if options.plot is not None:

@@ -1,6 +1,7 @@
 """From a draft's confidence to a calibration bin: position, temperature bucket, and level of the tempered confidence.
 
 Sequential temperature scaling (arXiv 2607.05147, section 4): position k of bucket b has one temperature T[b][k], c = sigmoid(logit / T).
+Beside it stands an offset O[b][k] of the logit: a temperature cannot lower the mean of a head that is too sure of texts it never saw.
 It holds only for the draft sampling that it was fitted on, hence the buckets; the counts per bin go on learning from every outcome.
 """
 
@@ -26,15 +27,21 @@ _UNKNOWN_RATE = 0.6
 
 
 class ConfidenceBins:
-    """`positions` draft positions are told apart, later ones share the last. temperatures: float64 [BUCKETS, positions]."""
+    """`positions` draft positions are told apart, later ones share the last. temperatures, offsets: float64 [BUCKETS, positions].
+
+    fitted: a drafter's calibration: `temperatures` and `offsets`, each a list of positions by bucket.
+    """
 
     def __init__(self, positions: int, fitted: dict[str, Any] | None = None, *, known: bool = True) -> None:
         self.positions = positions
         self.temperatures: Floats = np.ones((BUCKETS, positions))
-        for bucket, values in (fitted or {}).items():
-            count = min(len(values), positions)
-            self.temperatures[int(bucket), :count] = values[:count]
-            self.temperatures[int(bucket), count:] = values[-1] if values else 1.0
+        self.offsets: Floats = np.zeros((BUCKETS, positions))
+        for name, table in (("temperatures", self.temperatures), ("offsets", self.offsets)):
+            for bucket, values in (fitted or {}).get(name, {}).items():
+                if values:
+                    count = min(len(values), positions)
+                    table[int(bucket), :count] = values[:count]
+                    table[int(bucket), count:] = values[-1]
         middle = (np.arange(LEVELS) + 0.5) / LEVELS if known else np.full(LEVELS, _UNKNOWN_RATE)
         self.prior: Floats = np.tile(middle, BUCKETS * positions)
 
@@ -42,7 +49,7 @@ class ConfidenceBins:
         """int64 [S, D], -1 from each row's length on. logits: float64 [S, D]; temperatures: float64 [S], the requests' own."""
         place = np.minimum(np.arange(logits.shape[1]), self.positions - 1)
         bucket = bucket_of(temperatures)[:, None]
-        confidence = sigmoid(logits / self.temperatures[bucket, place])
+        confidence = sigmoid((logits - self.offsets[bucket, place]) / self.temperatures[bucket, place])
         level = np.minimum((confidence * LEVELS).astype(np.int64), LEVELS - 1)
         found = (bucket * self.positions + place) * LEVELS + level
         return np.where(np.arange(logits.shape[1]) < lengths[:, None], found, -1)

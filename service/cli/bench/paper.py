@@ -221,7 +221,7 @@ def _calibration(loaded: LoadedModel, drafter: str, lines: Sequence[BenchLine], 
             [[round(float(value), 4) for value in axis] for axis in pair]
             for pair in reliability(judged.got.logits, judged.got.stood, scales)
         ]
-        for name, scales in (("before", None), ("after", judged.temperatures()))
+        for name, scales in (("before", None), ("after", judged.scales()))
     }
     return {**judged.details()["calibration"], **points}
 
