@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 _PLAIN, _FIXED, _PLANNED = "plain", "fixed", "planned"
 _FEWEST, _DEEP = 4, 2
 """Lines of a run at least, and for each sequence."""
+_LABELS = {_PLAIN: -3, _FIXED: -14, _PLANNED: 8}
+"""Where a price stands beside its point, so that those of one size do not cover each other."""
 _COLOURS = {_PLAIN: "#b8b8b8", _FIXED: "#d98c3f", _PLANNED: "#1f6f8b"}
 
 
@@ -282,9 +284,17 @@ def _load_panel(axes: Any, rows: list[dict[str, Any]]) -> None:
             if row["dollars_per_million_tokens"] is not None:
                 text = f"${row['dollars_per_million_tokens']:.2f}/M"
                 axes.annotate(
-                    text, (row["sequences"], row["tokens_per_second"]), (0, 5), textcoords="offset points", fontsize=7, color=colour
+                    text,
+                    (row["sequences"], row["tokens_per_second"]),
+                    (7, _LABELS[kind]),
+                    textcoords="offset points",
+                    fontsize=7,
+                    color=colour,
                 )
     axes.set_xscale("log", base=2)
+    sizes = sorted({row["sequences"] for row in rows})
+    axes.set_xticks(sizes, list(map(str, sizes)))
+    axes.margins(x=0.12)
     axes.set(title="Figure 8: tokens a second by sequences at once", xlabel="sequences", ylim=(0, None))
 
 
