@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from kernels.reference.sequential_head import DraftBlock, SequentialHead, check_block
+from kernels.triton import tuning
 from kernels.triton.target import needs_wide_dot, processors
 from kernels.triton.vocabulary import exponential
 
@@ -205,6 +206,8 @@ def sequential_head(
     column = torch.empty(size, parts, dtype=torch.int32, device=device)
     state = torch.zeros(2, size, max(rank, 1), dtype=torch.float32, device=device)
     features = torch.empty(size, max(rank, 1), dtype=logits.dtype if head.w2 is None else head.w2.dtype, device=device)
+    stages = (3, 2, 4) if block_s <= 32 else (2, 3)
+    configs = [{"num_warps": warps, "num_stages": depth} for warps in (4, 8) for depth in (*stages, 1)]
     ids = anchors if head.token_ids is None else head.token_ids
     for step in range(length + 1):
         _embed[(size,)](
@@ -217,14 +220,17 @@ def sequential_head(
         )  # fmt: skip
         if step == length:
             break
-        _score[(groups, parts)](
-            logits, features, logits if head.w2 is None else head.w2, lse if temperatures is None else temperatures,
-            anchors if keys is None else keys, ids, kept, best, column, peak, mass, size, vocab, step, length, logits.stride(0),
-            logits.stride(1), rank, BIASED=head.w2 is not None, SAMPLED=temperatures is not None,
-            MAPPED=head.token_ids is not None, KEPT=keep_weights, WIDE=needs_wide_dot(features.dtype), BLOCK_S=block_s,
-            BLOCK_V=block_v, BLOCK_R=block_r, num_warps=4,
-            num_stages=3 if block_s <= 32 else 2,
-        )  # fmt: skip
+
+        def launch(config: tuning.Config, step: int = step) -> None:
+            _score[(groups, parts)](
+                logits, features, logits if head.w2 is None else head.w2, lse if temperatures is None else temperatures,
+                anchors if keys is None else keys, ids, kept, best, column, peak, mass, size, vocab, step, length, logits.stride(0),
+                logits.stride(1), rank, BIASED=head.w2 is not None, SAMPLED=temperatures is not None,
+                MAPPED=head.token_ids is not None, KEPT=keep_weights, WIDE=needs_wide_dot(features.dtype), BLOCK_S=block_s,
+                BLOCK_V=block_v, BLOCK_R=block_r, num_warps=config["num_warps"], num_stages=config["num_stages"],
+            )  # fmt: skip
+
+        tuning.run("sequential_head", f"{block_s}/{block_v}/{block_r}/{str(features.dtype)[6:]}", device, configs, launch)
     return result
 
 
