@@ -333,23 +333,28 @@ def plot(folder: Path) -> Path | None:
     except ImportError:
         return None
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
     held = [(row["step"], row["held_length"]) for row in rows if "held_length" in row]
-    steps = [row["step"] for row in rows]
+    figure = Figure(figsize=(14 if held else 9, 4), layout="constrained")
+    of_loss, of_slots, *of_held = figure.subplots(1, 3 if held else 2)
+    width = max(len(rows) // 50, 1)
+    steps = _smoothed([row["step"] for row in rows], width)
     for name in ("loss", "ce", "tv", "confidence"):
-        left.plot(steps, [row[name] for row in rows], label=name, linewidth=1)
+        of_loss.plot(steps, _smoothed([row[name] for row in rows], width), label=name, linewidth=1)
+    of_loss.set(title="loss", yscale="log")
     for slot in range(len(rows[0]["acceptance"])):
-        right.plot(steps, [row["acceptance"][slot] for row in rows], label=f"slot {slot + 1}", linewidth=1)
-    left.set(xlabel="step", title="loss")
-    if held:
-        beside = right.twinx()
+        chances = [row["acceptance"][slot] for row in rows]
+        of_slots.plot(steps, _smoothed(chances, width), label=f"slot {slot + 1}", linewidth=1)
+    of_slots.set(title="chance of acceptance, given the slots before", ylim=(0, 1))
+    for axes in of_held:
         for name in held[-1][1]:
-            style = {"color": "black", "linewidth": 2.0} if name == "macro" else {"linestyle": "--", "linewidth": 1.0}
-            beside.plot([step for step, _ in held], [lengths[name] for _, lengths in held], label=f"held out, {name} (right axis)", **style)
-        beside.legend(fontsize="small", loc="lower right")
-    right.set(xlabel="step", title="chance of acceptance, given the slots before", ylim=(0, 1))
-    for axes in (left, right):
+            lengths = [lengths[name] for _, lengths in held]
+            axes.plot([step for step, _ in held], lengths, marker="o", label=name, linewidth=2.5 if name == "macro" else 1)
+        axes.set(title="tokens a step on held-out prompts, temperature 0")
+    for axes in (of_loss, of_slots):
+        axes.set_title(f"{axes.get_title()} (means of {width} steps)", fontsize="medium")
+    for axes in (of_loss, of_slots, *of_held):
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     path = folder / "loss.png"
     figure.savefig(path, dpi=120)
@@ -362,6 +367,11 @@ def _walk(runs: list[int]) -> float:
     while place < len(runs):
         place, steps = place + 1 + runs[place], steps + 1
     return place / steps
+
+
+def _smoothed(values: list[float], width: int) -> list[float]:
+    """Means of `width` values in a row, a last shorter group included."""
+    return [sum(part) / len(part) for start in range(0, len(values), width) if (part := values[start : start + width])]
 
 
 def _bfloat16_is_fast(device: torch.device) -> bool:
