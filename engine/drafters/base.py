@@ -115,6 +115,14 @@ class Exchangeable(Protocol):
         ...
 
 
+@runtime_checkable
+class Blocks(Protocol):
+    """A drafter whose drafts come a block a pass; more are blocks chained, each as dear as the first."""
+
+    @property
+    def drafts_per_pass(self) -> int: ...
+
+
 class Listener(Protocol):
     """Sees what drafters see, and drafts nothing."""
 

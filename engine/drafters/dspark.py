@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+import kernels
 from engine.checkpoints.drafters.check import block_shapes, check_target, check_tensors
 from engine.checkpoints.drafters.errors import DrafterError
 from engine.checkpoints.drafters.formats import block_spec
 from engine.drafters.parts.block import BlockBackbone, Carried
 from engine.drafters.parts.confidence import CHAINED, ConfidenceBins
 from engine.drafters.parts.draws import Draws
-from engine.drafters.parts.frozen import vocabulary
+from engine.drafters.parts.frozen import large, vocabulary
 from engine.drafters.parts.layers import Weights
 from engine.drafters.parts.spread import Drafted
 from kernels.reference.sequential_head import SequentialHead
@@ -68,6 +69,10 @@ class DSparkDrafter:
     @property
     def spec(self) -> BlockSpec:
         return self._spec
+
+    @property
+    def drafts_per_pass(self) -> int:
+        return self._spec.drafts_per_block
 
     def exchange(self, tensors: dict[str, torch.Tensor]) -> None:
         """Drafts with other weights from now on. Raises DrafterError where they are not of this drafter's shapes."""
@@ -156,7 +161,7 @@ class DSparkDrafter:
 
 
 def _sequential_head(spec: BlockSpec, weights: Weights, token_ids: torch.Tensor | None) -> SequentialHead:
-    confidence = {}
+    confidence: dict[str, Any] = {}
     if spec.confidence:
         confidence = {
             "confidence_weight": weights.take("confidence_head.proj.weight"),
@@ -164,13 +169,15 @@ def _sequential_head(spec: BlockSpec, weights: Weights, token_ids: torch.Tensor 
         }
     if spec.markov_rank == 0:
         return SequentialHead("none", token_ids=token_ids, **confidence)
+    w2 = weights.take("markov_head.markov_w2.weight")
     mixing = {"vanilla": None, "gated": "markov_head.gate_proj", "rnn": "markov_head.joint_proj"}[spec.markov_type]
     return SequentialHead(
         spec.markov_type,
         weights.take("markov_head.markov_w1.weight"),
-        weights.take("markov_head.markov_w2.weight"),
+        w2,
         None if mixing is None else weights.take(f"{mixing}.weight"),
         None if mixing is None else weights.take(f"{mixing}.bias"),
         token_ids=token_ids,
+        packed_w2=kernels.pack_linear(w2, int8=True) if large(w2) else None,
         **confidence,
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engine.drafters.base import DraftBatch, Drafts, Exchangeable, Progress, Remembers
+from engine.drafters.base import Blocks, DraftBatch, Drafts, Exchangeable, Progress, Remembers
 from engine.drafters.builtin import PORTFOLIO, TEXT, TEXT_DRAFTERS
 from engine.speculation.calibration import Calibration, Discount
 from engine.speculation.cost_model import CostModel, Load
@@ -34,6 +34,8 @@ _LOOK_EVERY = 32
 """Steps after which drafters are asked even where no draft can pay, so that the calibration goes on learning."""
 _FEW = 4
 """Drafts of each request at which the price of one is taken."""
+_CHAIN = 0.3
+"""Chance that a whole block stands from which on another one is drafted behind it: that takes as long again."""
 _FIRST_DEPTH = 8
 """Draft tokens a request at first; then a little more than what was lately verified."""
 
@@ -87,6 +89,7 @@ class Speculator:
         """Of drafters that requests name: the choice there is between them and no drafts. A policy that always drafts needs none."""
         self._selective = fixed_drafts is None
         self._depths: dict[str, float] = {}
+        self._ends: dict[str, float] = {}
         self._drafters: dict[str, Drafter] = {}
         self._calibrations: dict[str, Calibration] = {FORCED: Calibration(PRIOR, max_sequences)}
         self._discounts: dict[str, Discount] = {FORCED: Discount()}
@@ -145,7 +148,7 @@ class Speculator:
     def remove(self, name: str) -> None:
         """Takes a drafter out of the portfolio and unloads it; a request that asked for it by name gets it again."""
         self._portfolio.remove(name)
-        for known in (self._drafters, self._calibrations, self._discounts, self._depths, self._alone):
+        for known in (self._drafters, self._calibrations, self._discounts, self._depths, self._ends, self._alone):
             known.pop(name, None)
 
     def finish(self, name: str, sequence: Sequence, *, complete: bool) -> None:
@@ -297,6 +300,8 @@ class Speculator:
         wanted = limits[rows]
         if drafter.taps:
             wanted = np.minimum(wanted, self._depth(name))
+        if self._selective and isinstance(drafter, Blocks) and self._ends.get(name, 0.0) < _CHAIN:
+            wanted = np.minimum(wanted, drafter.drafts_per_pass)
         drafts = drafter.propose(DraftBatch([sequences[row] for row in rows], wanted, step))
         elapsed = time.perf_counter_ns() - started
         for choice in (self._portfolio, *self._alone.values()):
@@ -313,6 +318,7 @@ class Speculator:
         proposal.bins[rows, :width] = drafts.bins
         proposal.drafted[rows] = drafts.lengths
         proposal.survival[rows, :width] = self._survival(name, rows, drafts, sequences)
+        self._learn_ends(name, drafts.lengths, proposal.survival[rows])
         if drafts.probabilities is not None:
             proposal.probabilities.append((rows, drafts.probabilities))
         proposal.groups.append((name, rows))
@@ -359,6 +365,13 @@ class Speculator:
 
     def _depth(self, name: str) -> int:
         return int(np.ceil(self._depths.get(name, _FIRST_DEPTH)))
+
+    def _learn_ends(self, name: str, lengths: Ints, survival: Floats) -> None:
+        """How likely a whole block of a drafter is to stand, lately."""
+        drafter = self._drafters[name]
+        if isinstance(drafter, Blocks) and (whole := lengths >= drafter.drafts_per_pass).any():
+            found = float(survival[whole, drafter.drafts_per_pass - 1].mean())
+            self._ends[name] = _DEPTH_MEMORY * self._ends.get(name, found) + (1.0 - _DEPTH_MEMORY) * found
 
     def _learn_depth(self, name: str, chosen: Ints) -> None:
         """Draft no deeper than what is likely to be verified: one more than the deepest of lately."""

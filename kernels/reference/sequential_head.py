@@ -17,6 +17,7 @@ from typing import Literal
 
 import torch
 
+from kernels.reference.linear import PackedLinear, linear
 from kernels.reference.noise import exponential
 
 Kind = Literal["none", "vanilla", "gated", "rnn"]
@@ -28,7 +29,7 @@ class SequentialHead:
 
     mix_weight, mix_bias: gated [r, H + r], [r]; rnn [3r, 2r + H], [3r] (rows: gate, candidate, output); None for vanilla.
     confidence_weight: [H + r], or [H] where the confidence head does not see the embedding; confidence_bias: [1].
-    token_ids: int64 [V_d], the token of each column; None: column = token.
+    token_ids: int64 [V_d], the token of each column; None: column = token. packed_w2: w2 in a CPU's layout, used in its place there.
     Raises ValueError for shapes that do not fit each other.
     """
 
@@ -40,6 +41,7 @@ class SequentialHead:
     confidence_weight: torch.Tensor | None = None
     confidence_bias: torch.Tensor | None = None
     token_ids: torch.Tensor | None = None
+    packed_w2: PackedLinear | None = None
 
     def __post_init__(self) -> None:
         if (self.kind == "none") != (self.w1 is None) or (self.w1 is None) != (self.w2 is None):
@@ -162,7 +164,8 @@ def _step(
         gate = torch.sigmoid(gate)
         state = gate * state + (1.0 - gate) * torch.tanh(candidate)
         embedding = torch.tanh(out)
-    return embedding @ head.w2.t(), state, confidence
+    bias = embedding @ head.w2.t() if head.packed_w2 is None else linear(embedding, head.packed_w2)
+    return bias, state, confidence
 
 
 def _confidence(head: SequentialHead, hidden: torch.Tensor | None, embedding: torch.Tensor | None) -> torch.Tensor | None:

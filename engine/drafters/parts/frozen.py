@@ -20,6 +20,9 @@ _SAMPLE = 256
 _ALIKE = 0.5
 """Mean cosine of stored and actual embeddings: a fine-tuned target stays above 0.99, another model is at 0."""
 
+_LARGE = 8 << 20
+"""Bytes of a matrix over the vocabulary beyond which a CPU reads it from memory at every use."""
+
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
@@ -40,12 +43,14 @@ def vocabulary(weights: Weights, frozen: FrozenParts, *, scale: float = 1.0, sof
         embedding = embedding if _same(stored, embedding) else stored
     elif embedding.shape[1] != (width := weights.take("norm.weight").shape[0]):
         raise DrafterError(f"it has no embed_tokens.weight, and the target's embedding is {embedding.shape[1]} wide where it needs {width}")
-    head = frozen.head
-    if "lm_head.weight" in weights:
-        packed = kernels.pack_linear(weights.take("lm_head.weight"))
+    own = weights.take("lm_head.weight") if "lm_head.weight" in weights else None
+    if own is None and large(frozen.embedding):
+        own = frozen.head(torch.eye(frozen.embedding.shape[1], dtype=frozen.embedding.dtype)).T.contiguous()
+    # What drafts are drawn from need not be the head to the last bit: verification is told what it was. A quarter of the bytes is read.
+    packed = None if own is None else kernels.pack_linear(own, int8=large(own))
 
-        def head(hidden: torch.Tensor) -> torch.Tensor:
-            return kernels.linear(hidden, packed).float()
+    def head(hidden: torch.Tensor) -> torch.Tensor:
+        return frozen.head(hidden) if packed is None else kernels.linear(hidden, packed).float()
 
     def capped(hidden: torch.Tensor) -> torch.Tensor:
         logits = head(hidden)
@@ -64,6 +69,11 @@ def vocabulary(weights: Weights, frozen: FrozenParts, *, scale: float = 1.0, sof
                 f"d2t leads to token {int(target_ids.max())}, outside of the target's {len(embedding)}; d2t holds id - draft id"
             )
     return Vocabulary(embed, capped, target_ids)
+
+
+def large(matrix: torch.Tensor) -> bool:
+    """Whether a float32 matrix on a CPU is read from memory whenever it is used: drafters then keep theirs in eight bits."""
+    return matrix.device.type == "cpu" and matrix.dtype == torch.float32 and matrix.nbytes > _LARGE
 
 
 def _check_origin(stored: torch.Tensor, embedding: torch.Tensor) -> None:

@@ -13,10 +13,14 @@ import torch
 from engine.batch import TargetModel
 from engine.config import EngineConfig
 from engine.drafters import registry
+from engine.drafters.base import DraftBatch, Drafts
+from engine.drafters.dspark import DSparkDrafter
+from engine.drafters.parts import frozen
 from engine.drafters.sources import Source
 from engine.engine import Engine
 from engine.kv_blocks import BlockPool
 from engine.speculation import portfolio as portfolio_module
+from engine.speculation import speculator as speculator_module
 from engine.speculation.cost_model import CostModel
 from engine.speculation.portfolio import PRICES, Portfolio, earned
 from engine.speculation.speculator import Speculator
@@ -88,6 +92,38 @@ def test_greedy_text_is_plain_decodings(target: TargetModel, folders: Path, draf
         assert engine.drafters.members == ("suffix", "dspark", "eagle3")
         assert engine.drafters.resolve("auto") == "portfolio"
         assert engine.drafters.resolve("eagle3") == "eagle3"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_drafters_in_eight_bits_leave_the_text_alone(
+    target: TargetModel, folders: Path, monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
+    made = jobs(7, temperature=temperature, seed=5)
+    plain, _ = run(target, made, "off")
+    monkeypatch.setattr(frozen, "_LARGE", 0)
+    text, engine = run(target, made, str(folders / "dspark"), fixed_drafts=4)
+    assert text == plain
+    assert engine.stats().verified > 0
+
+
+def test_another_block_is_drafted_only_where_a_whole_one_is_likely_to_stand(
+    target: TargetModel, folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    propose = DSparkDrafter.propose
+
+    def counted(self: DSparkDrafter, batch: DraftBatch) -> Drafts:
+        asked.append(int(batch.limits.max()))
+        return propose(self, batch)
+
+    monkeypatch.setattr(DSparkDrafter, "propose", counted)
+    deepest = []
+    for chance in (1.1, 0.0):
+        monkeypatch.setattr(speculator_module, "_CHAIN", chance)
+        asked.clear()
+        run(target, jobs(3, max_tokens=20), str(folders / "dspark"), max_draft_tokens=12, max_sequences=1)
+        deepest.append(max(asked))
+    assert deepest[0] <= 5 < deepest[1]
 
 
 @pytest.mark.parametrize("drafter", ["dspark", "auto"])
@@ -169,8 +205,6 @@ class Hopeful(Guesser):
     shift = 0
 
     def propose(self, batch: Any) -> Any:
-        from engine.drafters.base import DraftBatch
-
         return super().propose(DraftBatch(batch.sequences, batch.limits, batch.step * 2 + self.shift))
 
 

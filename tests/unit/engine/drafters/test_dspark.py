@@ -13,6 +13,7 @@ from engine.batch import TargetModel
 from engine.checkpoints.drafters import DrafterError, read_folder
 from engine.drafters.base import DraftBatch, Drafts
 from engine.drafters.dspark import DSparkDrafter
+from engine.drafters.parts import frozen
 from engine.drafters.parts.confidence import sigmoid
 from engine.types import SamplingParams
 from tests.unit.engine.drafters.layouts import (
@@ -119,6 +120,21 @@ def test_speculators_layout_drafts_over_its_own_vocabulary(
         tokens, _, _ = expected(hf, text, full, config, [1, 3], [None, None], first, head, target.frozen().embedding)
         assert drafts.token_ids[row].tolist() == tokens
         assert set(tokens) <= set(ids.tolist())
+
+
+def test_a_large_head_is_kept_in_eight_bits_and_tells_what_it_drew_from(
+    tmp_path: Path, target: TargetModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write(tmp_path / "d", *deepspec(target))
+    scene, drafter = load(folder, target, temperature=0.7)
+    exact, _ = propose(scene, drafter, [1, 1, 1])
+    monkeypatch.setattr(frozen, "_LARGE", 0)
+    scene, drafter = load(folder, target, temperature=0.7)
+    rough, _ = propose(scene, drafter, [1, 1, 1])
+    assert exact.probabilities is not None
+    assert rough.probabilities is not None
+    apart = (rough.probabilities - exact.probabilities).abs()
+    assert 0.0 < float(apart.max()) < 0.02
 
 
 def test_sampled_drafts_come_with_the_distribution_they_were_drawn_from(tmp_path: Path, hf: Any, target: TargetModel) -> None:
