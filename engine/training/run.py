@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 _WATCHED_EACH = 8
 """Prompts of each domain whose acceptance length is followed while training; none of them is trained on or judged by."""
+_CALIBRATED_EACH = 60
+"""Prompts of each domain that fit the confidence: how sure a drafter may be differs by domain, and most prompts may be of one."""
 FITTED_AT = (0.0, 1.0)
 """Temperatures whose buckets are calibrated; the others begin uncalibrated and learn from every outcome."""
 
@@ -95,7 +97,7 @@ def train(
     write_record(out, record)
     note_trained(out, parts, data, benchmarks)
     if parts.calibrate:
-        calibrate(loaded, out, parts.calibrate, max_tokens=recipe.max_tokens, tell=tell)
+        calibrate(loaded, out, balanced(parts.calibrate, _CALIBRATED_EACH), max_tokens=recipe.max_tokens, tell=tell)
     return record
 
 
