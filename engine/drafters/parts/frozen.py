@@ -52,6 +52,9 @@ def vocabulary(weights: Weights, frozen: FrozenParts, *, scale: float = 1.0, sof
     def head(hidden: torch.Tensor) -> torch.Tensor:
         return frozen.head(hidden) if packed is None else kernels.linear(hidden, packed).float()
 
+    if own is not None:
+        head(own.new_zeros(1, own.shape[1]))  # compiles now what is compiled at first use, rather than in a request's time
+
     def capped(hidden: torch.Tensor) -> torch.Tensor:
         logits = head(hidden)
         return logits if soft_cap is None else torch.tanh(logits / soft_cap) * soft_cap
