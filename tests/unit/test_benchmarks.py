@@ -188,8 +188,8 @@ def test_drafters(run, job, model, tmp_path):
 
 
 def test_the_best_of_each_side_is_compared():
-    def row(kind, name, speed, of_bound):
-        same = {"peak_rss_bytes": 1, "identical_to_reference": [4, 4], "of_bound": of_bound}
+    def row(kind, name, speed, of_bound, stopped=False):
+        same = {"peak_rss_bytes": 1, "identical_to_reference": [4, 4], "of_bound": of_bound, "stopped": stopped}
         return {"kind": kind, "name": name, "tokens_per_second": {"median": speed}, **same}
 
     runs = [
@@ -197,6 +197,7 @@ def test_the_best_of_each_side_is_compared():
         row("longdraft", "b", 120.0, 0.92),
         row("vllm", "c", 90.0, 0.4),
         row("openvino", "d", 110.0, 0.8),
+        row("transformers", "e", 500.0, 0.9, stopped=True),
     ]
     judged = offline_engines.judge("mixed", offline_engines.COMPARISONS["mixed"], {"runs": runs, "bound": {"tokens_per_second": 130.0}})
     assert (judged["ours"]["name"], judged["best_peer"]["name"], judged["ratio"], judged["pass"]) == ("b", "d", 1.091, True)
