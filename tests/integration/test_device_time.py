@@ -55,7 +55,8 @@ def test_attributed_idle_load_and_profile_make_up_the_wall_time(jobs: Jobs, runn
     assert line.load_ns > 0
     assert line.idle_ns >= 200_000_000
     whole = line.attributed_ns + line.load_ns + line.profile_ns + line.idle_ns
-    assert abs(line.wall_ns - whole) <= 0.005 * line.wall_ns
+    # A busy machine may take the processor away for a moment between two of the readings.
+    assert abs(line.wall_ns - whole) <= 0.005 * line.wall_ns + 20_000_000
     assert line.lost_ns == 0
     assert line.cost is not None
     assert line.cost * 3600 * 10**9 == 36 * 10**14 * line.wall_ns
