@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+import torch
+
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    import torch
 
     from engine.kv_pool import KVPool
 
@@ -85,6 +85,11 @@ class FrozenParts:
     embedding: torch.Tensor
     norm: Callable[[torch.Tensor], torch.Tensor]
     head: Callable[[torch.Tensor], torch.Tensor]
+
+    def head_weight(self) -> torch.Tensor:
+        """The head's rows, [vocab, hidden], read back through it: a packed product keeps them in a layout of its own."""
+        width = self.embedding.shape[1]
+        return self.head(torch.eye(width, dtype=self.embedding.dtype, device=self.embedding.device)).T.contiguous()
 
 
 class TargetModel(Protocol):

@@ -10,6 +10,7 @@ length, allowed tokens. The first two stand in transformers' order.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -133,18 +134,19 @@ class Governed(Protocol):
 Rules = TypeVar("Rules", bound=Governed)
 
 
-class RuleBook(Generic[Rules]):
+class RuleBook(ABC, Generic[Rules]):
     """The rules of all requests in the engine that have any. Costs nothing in a step without them."""
 
     def __init__(self) -> None:
         self._of: dict[int, Rules] = {}
 
+    @abstractmethod
     def _make(self, sampling: SamplingParams, prompt: Ints, end_tokens: tuple[int, ...], constraint: Constraint | None) -> Rules:
-        raise NotImplementedError
+        """The rules of one request."""
 
+    @abstractmethod
     def apply(self, logits: torch.Tensor, work: Work) -> RowRules | None:
         """Sees to it that the step's `logits` [R, vocab] are judged by the rules: changes them in place, or says what is to be done."""
-        raise NotImplementedError
 
     def enter(self, sequence: Sequence, end_tokens: tuple[int, ...], constraint: Constraint | None = None) -> None:
         """Takes down what a sequence asks for. end_tokens: what ends its answer."""

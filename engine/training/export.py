@@ -83,8 +83,7 @@ def export(folder: DrafterFolder, frozen: FrozenParts, out: Path) -> Path:
     if "embed_tokens.weight" not in tensors:
         tensors["embed_tokens.weight"] = frozen.embedding
     if "lm_head.weight" not in tensors:
-        identity = torch.eye(spec.layers.hidden_size, dtype=frozen.embedding.dtype, device=frozen.embedding.device)
-        tensors["lm_head.weight"] = frozen.head(identity).T
+        tensors["lm_head.weight"] = frozen.head_weight()
     check_tensors(tensors, *block_shapes(spec), spec.format)
     return write_folder(out, config, tensors, folder.record, folder.calibration or None)
 

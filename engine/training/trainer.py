@@ -111,9 +111,7 @@ class Trainer:
         # A step's matrices are small: two cores do more with a text each than with both at one product.
         self._workers = workers or (torch.get_num_threads() if self._device.type == "cpu" else 1)
         self._embedding = frozen.embedding.to(self._dtype)
-        # The packed product of inference has no gradient; its rows are read back through it.
-        identity = torch.eye(spec.layers.hidden_size, dtype=frozen.embedding.dtype, device=self._device)
-        self._head = frozen.head(identity).T.contiguous().to(self._dtype)
+        self._head = frozen.head_weight().to(self._dtype)
         self._names = store.names()
         if not self._names:
             raise ValueError(f"there are no hidden states to train on in {folder}")

@@ -45,7 +45,7 @@ def vocabulary(weights: Weights, frozen: FrozenParts, *, scale: float = 1.0, sof
         raise DrafterError(f"it has no embed_tokens.weight, and the target's embedding is {embedding.shape[1]} wide where it needs {width}")
     own = weights.take("lm_head.weight") if "lm_head.weight" in weights else None
     if own is None and large(frozen.embedding):
-        own = frozen.head(torch.eye(frozen.embedding.shape[1], dtype=frozen.embedding.dtype)).T.contiguous()
+        own = frozen.head_weight()
     # What drafts are drawn from need not be the head to the last bit: verification is told what it was. A quarter of the bytes is read.
     packed = None if own is None else kernels.pack_linear(own, int8=large(own))
 
