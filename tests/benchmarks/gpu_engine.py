@@ -164,7 +164,7 @@ def decode(
     model: TargetModel, drafter: TargetModel | None, batch: int, context: int, steps: int, tau: float | None, lengths: tuple[int, ...]
 ) -> Iterator[Row]:
     """Steps of `batch` sequences at `context` tokens, results read one step late; a row for each number of drafts in `lengths`."""
-    each = (steps + 4) * (DRAFTS + 1) * len(lengths)
+    each = (steps + 9) * (DRAFTS + 1) * len(lengths)
     width = -(-(context + each) // BLOCK) + 1
     kv = pool(model.spec, batch * width + 1)
     place = model.spec.device
@@ -178,7 +178,7 @@ def decode(
     for length in lengths:
         for slot in range(batch):
             blocks = list(range(1 + slot * width, 1 + (slot + 1) * width))
-            pipeline.enter(slot, last=3 + slot, length=context, left=(steps + 3) * (DRAFTS + 1), blocks=blocks)
+            pipeline.enter(slot, last=3 + slot, length=context, left=(steps + 8) * (DRAFTS + 1), blocks=blocks)
         for _ in range(2):
             pipeline.launch(length)
         pipeline.collect()
@@ -188,6 +188,7 @@ def decode(
             made += int(pipeline.collect().counts.sum())
         pipeline.collect()
         taken = time.perf_counter() - started
+        busy = kernel_seconds(pipeline, length, place)
         yield {
             "run": "decode plain" if tau is None else f"decode replayed, acceptance length {tau:g}",
             "sequences": batch,
@@ -196,7 +197,23 @@ def decode(
             "tokens/s": made / taken,
             "ms/step": 1e3 * taken / steps,
             "tokens/step": made / steps / batch,
+            "outside kernels": None if busy is None else 1.0 - busy * steps / taken,
         }
+
+
+def kernel_seconds(pipeline: DecodePipeline, drafts: int, place: torch.device) -> float | None:
+    """Of a step: what its kernels take, added up, by the device's own clock; None without a GPU. The longest go to stderr."""
+    if place.type != "cuda":
+        return None
+    steps = 3
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(steps):
+            pipeline.launch(drafts)
+            pipeline.collect()
+    kernels_run = [(event.self_device_time_total / steps, event.count // steps, event.key) for event in profile.key_averages()]
+    for micros, count, name in sorted(kernels_run, reverse=True)[:12]:
+        sys.stderr.write(f"{micros:10.0f} us a step, {count:4d} times  {name[:110]}\n")
+    return sum(micros for micros, _, _ in kernels_run) * 1e-6
 
 
 def decode_rows(model: TargetModel, drafter: TargetModel | None, plan: Plan) -> Iterator[Row]:
