@@ -25,7 +25,7 @@ from engine.training.states import States
 from engine.training.trainer import TrainConfig, Trainer
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from engine.batch import FrozenParts
     from engine.checkpoints.drafters.specs import BlockSpec
@@ -62,8 +62,8 @@ class KeptTexts:
     def names(self) -> list[str]:
         return sorted(self._texts)
 
-    def load(self, name: str) -> States:
-        return self._texts[name]
+    def load_all(self, names: Iterable[str]) -> list[States]:
+        return [self._texts[name] for name in names]
 
 
 class Collector:

@@ -1,4 +1,4 @@
-"""The trainable DSpark drafter: the same equations as `engine.drafters.dspark`, over many anchors of one text at once, with gradients."""
+"""The trainable DSpark drafter: the same equations as `engine.drafters.dspark`, over many anchors of several texts, with gradients."""
 
 from __future__ import annotations
 
@@ -32,31 +32,33 @@ class BlockModule(nn.Module):
         self._rope = read_rope(spec.layers, device or torch.device("cpu"))
 
     def forward(self, taps: torch.Tensor, embedded: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
-        """Normalised hidden states [A, G, hidden], float32, of blocks at `anchors` [A] over a text whose taps are [T, n * hidden].
+        """Normalised hidden states [B, A, G, hidden], float32, of blocks at `anchors` [B, A] over texts whose taps are [B, T, n * hidden].
 
-        embedded: [A, G, hidden], each anchor's embedding and the mask's. A block sees the features before its anchor, and itself.
+        embedded: [B, A, G, hidden], each anchor's embedding and the mask's. A block sees its text's features before its anchor, and
+        itself; what a text shorter than T is filled up with is seen by none.
         """
         spec = self.spec.layers
-        count, slots, _ = embedded.shape
-        length = len(taps)
+        texts, count, slots, _ = embedded.shape
+        index = torch.arange(taps.shape[1], device=taps.device)
         context = self._norm("hidden_norm.weight", functional.linear(taps, self._w("fc.weight")))
-        positions = (anchors[:, None] + torch.arange(slots, device=anchors.device)).reshape(-1)
-        at_context = self._rope.angles(torch.arange(length, device=taps.device), torch.float32)
-        at_block = self._rope.angles(positions, torch.float32)
-        unseen = torch.arange(length, device=taps.device) >= anchors.repeat_interleave(slots)[:, None]
-        hidden = embedded.reshape(count * slots, -1)
-        for index in range(spec.num_layers):
-            prefix = f"layers.{index}."
+        positions = (anchors[..., None] + torch.arange(slots, device=anchors.device)).reshape(-1)
+        at_context = self._rope.angles(index, torch.float32)
+        cos, sin = self._rope.angles(positions, torch.float32)
+        at_block = cos.view(texts, count * slots, -1), sin.view(texts, count * slots, -1)
+        unseen = index >= anchors.repeat_interleave(slots, 1)[..., None]
+        hidden = embedded.reshape(texts, count * slots, -1)
+        for layer in range(spec.num_layers):
+            prefix = f"layers.{layer}."
             x = self._norm(f"{prefix}input_layernorm.weight", hidden)
             q = self._heads(prefix, "q", x, at_block)
             of_context = self._heads(prefix, "k", context, at_context), self._heads(prefix, "v", context, None)
             of_block = self._heads(prefix, "k", x, at_block), self._heads(prefix, "v", x, None)
             out = _attend(q, of_context, of_block, unseen, slots)
-            hidden = hidden + functional.linear(out.flatten(1), self._w(f"{prefix}self_attn.o_proj.weight"))
+            hidden = hidden + functional.linear(out.flatten(2), self._w(f"{prefix}self_attn.o_proj.weight"))
             x = self._norm(f"{prefix}post_attention_layernorm.weight", hidden)
             gate, up = (functional.linear(x, self._w(f"{prefix}mlp.{name}_proj.weight")) for name in ("gate", "up"))
             hidden = hidden + functional.linear(functional.silu(gate) * up, self._w(f"{prefix}mlp.down_proj.weight"))
-        return self._norm("norm.weight", hidden).view(count, slots, -1)
+        return self._norm("norm.weight", hidden).view(texts, count, slots, -1)
 
     def sequential(
         self, logits: torch.Tensor, hidden: torch.Tensor, previous: torch.Tensor, columns: torch.Tensor | None = None
@@ -126,11 +128,11 @@ class BlockModule(nn.Module):
         return torch.stack(found, 1)
 
     def _heads(self, prefix: str, name: str, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
-        rows = functional.linear(x, self._w(f"{prefix}self_attn.{name}_proj.weight")).view(len(x), -1, self.spec.layers.head_dim)
+        rows = functional.linear(x, self._w(f"{prefix}self_attn.{name}_proj.weight")).unflatten(-1, (-1, self.spec.layers.head_dim))
         if angles is None:
             return rows
         rows = self._norm(f"{prefix}self_attn.{name}_norm.weight", rows)
-        cos, sin = (angle.unsqueeze(1) for angle in angles)
+        cos, sin = (angle.unsqueeze(-2) for angle in angles)
         return rows * cos + rows.roll(rows.shape[-1] // 2, -1) * sin
 
     def _norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
@@ -148,22 +150,22 @@ def _attend(
     unseen: torch.Tensor,
     slots: int,
 ) -> torch.Tensor:
-    """[A * G, heads, dim]: every row over the context it sees and its own block. Keys and values are [T or A * G, kv heads, dim].
+    """[B, A * G, heads, dim]: every row over the context it sees and its own block. Keys and values are [B, T or A * G, kv heads, dim].
 
-    unseen: bool [A * G, T]. Blocks do not see each other, so their scores are only computed within each.
+    unseen: bool [B, A * G, T]. Blocks do not see each other, so their scores are only computed within each.
     """
-    rows, heads, width = q.shape
-    kv_heads = block[0].shape[1]
-    grouped = q.view(rows, kv_heads, heads // kv_heads, width).permute(1, 2, 0, 3)  # [kv, repeat, rows, dim]
-    keys, values = (tensor.permute(1, 0, 2).unsqueeze(1) for tensor in context)  # [kv, 1, T, dim]
-    own_keys, own_values = (tensor.view(-1, slots, kv_heads, width).permute(2, 0, 1, 3).unsqueeze(1) for tensor in block)
-    by_block = grouped.unflatten(2, (-1, slots))  # [kv, repeat, A, G, dim]
-    far = (grouped @ keys.transpose(-1, -2)).masked_fill(unseen, float("-inf"))
-    near = (by_block @ own_keys.transpose(-1, -2)).flatten(2, 3)
+    texts, rows, heads, width = q.shape
+    kv_heads = block[0].shape[2]
+    grouped = q.view(texts, rows, kv_heads, heads // kv_heads, width).permute(0, 2, 3, 1, 4)  # [B, kv, repeat, rows, dim]
+    keys, values = (tensor.transpose(1, 2).unsqueeze(2) for tensor in context)  # [B, kv, 1, T, dim]
+    own_keys, own_values = (tensor.view(texts, -1, slots, kv_heads, width).permute(0, 3, 1, 2, 4).unsqueeze(2) for tensor in block)
+    by_block = grouped.unflatten(3, (-1, slots))  # [B, kv, repeat, A, G, dim]
+    far = (grouped @ keys.transpose(-1, -2)).masked_fill(unseen[:, None, None], float("-inf"))
+    near = (by_block @ own_keys.transpose(-1, -2)).flatten(3, 4)
     weights = torch.softmax(torch.cat((far, near), -1) * width**-0.5, -1, dtype=torch.float32)
     of_far, of_near = weights.split((far.shape[-1], slots), -1)
-    out = of_far @ values.to(of_far.dtype) + (of_near.unflatten(2, (-1, slots)) @ own_values.to(of_near.dtype)).flatten(2, 3)
-    return out.permute(2, 0, 1, 3).reshape(rows, heads, width)
+    out = of_far @ values.to(of_far.dtype) + (of_near.unflatten(3, (-1, slots)) @ own_values.to(of_near.dtype)).flatten(3, 4)
+    return out.permute(0, 3, 1, 2, 4).reshape(texts, rows, heads, width)
 
 
 def _key(name: str) -> str:

@@ -24,7 +24,7 @@ from engine.training.evaluate import measure
 from engine.training.export import new_config, set_calibration, write_folder, write_record
 from engine.training.prompts import balanced, split
 from engine.training.provenance import note_prompts
-from engine.training.states import StateStore
+from engine.training.states import LiveStates, StateStore
 from engine.training.trainer import TrainConfig, Trainer, plot
 
 if TYPE_CHECKING:
@@ -35,7 +35,10 @@ if TYPE_CHECKING:
     from engine.training.evaluate import Measured
     from engine.training.prompts import Prompt, Split
     from engine.training.provenance import Provenance
+    from engine.training.trainer import Texts
 
+_ANSWERS = {"states": "answers.jsonl", "held": "held.jsonl"}
+"""Where the texts lie whose hidden states a folder of that name holds."""
 _WATCHED_EACH = 8
 """Prompts of each domain whose acceptance length is followed while training; none of them is trained on or judged by."""
 _CALIBRATED_EACH = 60
@@ -120,9 +123,9 @@ def check_answers(parts: Split, data: Path) -> None:
 
 
 def note_trained(folder: Path, parts: Split, data: Path, benchmarks: Iterable[str]) -> Provenance:
-    """Records beside a drafter what it was trained on (the prompts whose hidden states lie in `data`) and followed by, and what had to
-    stay out."""
-    used = {path.stem.split("-")[1] for name in ("states", "held") for path in (data / name).glob("*.safetensors")}
+    """Records beside a drafter what it was trained on (the prompts whose answers or hidden states lie in `data`) and followed by, and what
+    had to stay out."""
+    used = {name.split("-")[1] for kind in ("states", "held") for name in _texts_of(data, kind)}
     return note_prompts(
         folder,
         trained=[prompt.text for prompt in parts.train if hash_of(prompt.text) in used],
@@ -132,11 +135,27 @@ def note_trained(folder: Path, parts: Split, data: Path, benchmarks: Iterable[st
 
 
 def store_states(loaded: LoadedModel, data: Path, recipe: Recipe, tell: Callable[[str], None]) -> None:
-    """Hidden states of every answer that lacks them."""
+    """Hidden states of every answer that lacks them; none on an accelerator, which makes them anew sooner than a disk gives them."""
+    if loaded.model.spec.device.type != "cpu":
+        return
     taps = block_spec(drafter_config(loaded, recipe)).taps
-    for texts, states in (("answers.jsonl", "states"), ("held.jsonl", "held")):
+    for kind, texts in _ANSWERS.items():
         if (data / texts).exists():
-            StateStore(data / states, recipe.disk_bytes).write(read(data / texts), loaded.model, taps, tell)
+            StateStore(data / kind, recipe.disk_bytes).write(read(data / texts), loaded.model, taps, tell)
+
+
+def _states(loaded: LoadedModel, data: Path, kind: str, taps: tuple[int, ...], max_length: int, disk_bytes: int) -> Texts:
+    if loaded.model.spec.device.type == "cpu":
+        return StateStore(data / kind, disk_bytes)
+    path = data / _ANSWERS[kind]
+    return LiveStates(read(path) if path.exists() else (), loaded.model, taps, max_length)
+
+
+def _texts_of(data: Path, kind: str) -> set[str]:
+    """Names of the texts whose states are stored, or where none are, of all answers."""
+    stored = {path.stem for path in (data / kind).glob("*.safetensors")}
+    path = data / _ANSWERS[kind]
+    return stored or ({text.id for text in read(path)} if path.exists() else set())
 
 
 def fit_drafter(
@@ -156,11 +175,12 @@ def fit_drafter(
     work = out / "training"
     work.mkdir(parents=True, exist_ok=True)
     shape = drafter_config(loaded, recipe)
-    store, held = StateStore(data / "states", recipe.disk_bytes), StateStore(data / "held", recipe.disk_bytes)
+    spec = block_spec(shape)
+    store, held = (_states(loaded, data, kind, spec.taps, config.max_length, recipe.disk_bytes) for kind in ("states", "held"))
     target = read_tensors(loaded.directory)
     watched = held if held.names() else None
     domain_of = {name: (domains or {}).get(name.split("-")[1], "other") for name in (*store.names(), *held.names())}
-    trainer = Trainer(block_spec(shape), loaded.model.frozen(), store, work, config, watched, target, domain_of=domain_of)
+    trainer = Trainer(spec, loaded.model.frozen(), store, work, config, watched, target, domain_of=domain_of)
     trainer.train(tell)
     plot(work)
     record = {

@@ -1,6 +1,7 @@
-"""Hidden states of the target over finished texts, on disk in half precision: written once, bounded, read in random order.
+"""Hidden states of the target over finished texts, in half precision: on disk, written once, bounded and read in random order; or, where
+the target is quicker than a disk, made anew for every step.
 
-Only hidden states are stored, never logits: the output head runs where they are needed.
+Only hidden states are kept, never logits: the output head runs where they are needed.
 """
 
 from __future__ import annotations
@@ -53,6 +54,9 @@ class StateStore:
     def names(self) -> list[str]:
         return sorted(path.stem for path in self._folder.glob("*.safetensors"))
 
+    def load_all(self, names: Sequence[str]) -> list[States]:
+        return [self.load(name) for name in names]
+
     def load(self, name: str) -> States:
         tensors = load_file(self._folder / f"{name}.safetensors")
         return States(tensors["tokens"].long(), int(tensors["prompt_length"][0]), tensors["taps"], tensors["final"])
@@ -68,7 +72,7 @@ class StateStore:
                 tell(f"hidden states: {used >> 20} MiB reached the bound of {self._max_bytes >> 20} MiB; training uses what is there")
                 return False
             for text, (of_taps, final) in zip(group, forward_states(model, [text.tokens for text in group], taps), strict=True):
-                used += self._save(text, of_taps, final)
+                used += self._save(text, of_taps.cpu(), final.cpu())
             told, count = count // 50, count + len(group)
             if count // 50 > told:
                 tell(f"hidden states: {count} texts, {used >> 20} MiB")
@@ -87,6 +91,26 @@ class StateStore:
         return path.stat().st_size
 
 
+class LiveStates:
+    """Texts whose states the target makes whenever they are asked for, on its own device."""
+
+    def __init__(self, texts: Iterable[Text], model: TargetModel, taps: tuple[int, ...], max_length: int) -> None:
+        """max_length: a longer text is cut off there."""
+        self._texts = {text.id: (text.tokens[:max_length], text.prompt_length) for text in texts}
+        self._model, self._taps = model, taps
+
+    def names(self) -> list[str]:
+        return sorted(self._texts)
+
+    def load_all(self, names: Sequence[str]) -> list[States]:
+        texts = [self._texts[name] for name in names]
+        made = forward_states(self._model, [tokens for tokens, _ in texts], self._taps)
+        return [
+            States(torch.tensor(tokens), prompt_length, taps, final)
+            for (tokens, prompt_length), (taps, final) in zip(texts, made, strict=True)
+        ]
+
+
 def _groups(texts: Iterable[Text], tokens: int) -> Iterator[list[Text]]:
     """Texts in order, each group of at least one and otherwise of `tokens` tokens at most."""
     group: list[Text] = []
@@ -103,7 +127,7 @@ def _groups(texts: Iterable[Text], tokens: int) -> Iterator[list[Text]]:
 
 @torch.inference_mode()
 def forward_states(model: TargetModel, texts: Sequence[tuple[int, ...]], taps: tuple[int, ...]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(taps [T, n * hidden], final [T, hidden]) of each text in half precision on the CPU, by the target as it runs here."""
+    """(taps [T, n * hidden], final [T, hidden]) of each text in half precision, by the target as it runs here and where it runs."""
     spec = model.spec
     lengths = [len(text) for text in texts]
     counts = [-(-length // _BLOCK) for length in lengths]
@@ -133,6 +157,6 @@ def forward_states(model: TargetModel, texts: Sequence[tuple[int, ...]], taps: t
         taps=(*sorted(set(taps)), NORMALISED),
     )
     out = model.forward(batch, kv)
-    joined = torch.cat([out.taps[tap] for tap in taps], dim=-1).half().cpu()
-    final = out.taps[NORMALISED].half().cpu()
+    joined = torch.cat([out.taps[tap] for tap in taps], dim=-1).half()
+    final = out.taps[NORMALISED].half()
     return [(joined[end - length : end], final[end - length : end]) for length, end in zip(lengths, ends.tolist(), strict=True)]

@@ -8,16 +8,18 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 from engine.training.losses import Losses, block_losses
 from engine.training.module import BlockModule
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from engine.batch import FrozenParts
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from engine.training.states import States
 
 
+_LOGGED_TOGETHER = 16
+"""Steps whose figures are read at once: to read one is to wait for the device."""
 _WALKED = 128
 """Blocks at a time of a held-out text; each takes a row of the whole vocabulary a slot."""
 
@@ -56,7 +60,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, slots=True)
 class _Blocks:
-    """Of one text: logits and wanted (the target's) [A, G, vocab], confidence [A, G], targets int64 and valid bool [A, G]."""
+    """logits and wanted (the target's) [N, G, vocab], confidence [N, G], targets int64 and valid bool [N, G]; N anchors a text."""
 
     logits: torch.Tensor
     confidence: torch.Tensor | None
@@ -76,11 +80,11 @@ class _Columns:
 
 
 class Texts(Protocol):
-    """Where hidden states come from: a `StateStore`, or memory."""
+    """Where hidden states come from: a `StateStore`, memory, or the target itself."""
 
     def names(self) -> list[str]: ...
 
-    def load(self, name: str) -> States: ...
+    def load_all(self, names: Sequence[str]) -> list[States]: ...
 
 
 class Trainer:
@@ -109,7 +113,9 @@ class Trainer:
         self._device = frozen.embedding.device
         self._dtype = torch.bfloat16 if _bfloat16_is_fast(self._device) else torch.float32
         # A step's matrices are small: two cores do more with a text each than with both at one product.
-        self._workers = workers or (torch.get_num_threads() if self._device.type == "cpu" else 1)
+        on_cpu = self._device.type == "cpu"
+        self._workers = workers or (torch.get_num_threads() if on_cpu else 1)
+        self._together = 1 if on_cpu else config.texts
         self._embedding = frozen.embedding.to(self._dtype)
         self._head = frozen.head_weight().to(self._dtype)
         self._names = store.names()
@@ -126,6 +132,7 @@ class Trainer:
         self._frequent = self._most_frequent() if 0 < config.vocabulary < len(self._head) else None
         self.step = 0
         self._spent = 0.0
+        self._unlogged: list[tuple[int, Losses, float]] = []
         self._state = folder / "state.pt"
         if self._state.exists():
             self._resume()
@@ -153,17 +160,25 @@ class Trainer:
                 self.step += 1
                 seconds = time.perf_counter() - started
                 self._spent += seconds
-                entry = self._entry(losses) | {"seconds": round(seconds, 3)}
+                self._unlogged.append((self.step, losses, seconds))
                 saved = self.step % self._config.checkpoint_every == 0 or self._progress() >= 1.0
-                if saved and self._held is not None:
-                    entry |= {"held_length": {name: round(length, 4) for name, length in self.held_length().items()}}
-                with (self._folder / "log.jsonl").open("a", encoding="utf-8") as log:
-                    log.write(json.dumps(entry) + "\n")
+                if saved or len(self._unlogged) >= _LOGGED_TOGETHER:
+                    entry = self._log(held=saved)
                 if saved:
                     self._save()
                     held = f", held-out length {entry['held_length']['macro']}" if "held_length" in entry else ""
                     done = f"step {self.step} of {self._config.steps}, {entry['seconds']} s"
                     tell(f"{done}: loss {entry['loss']}, length {entry['length']}{held}")
+
+    def _log(self, *, held: bool) -> dict[str, Any]:
+        """Writes what is not in the log yet; returns the last entry, which with `held` has the held-out lengths."""
+        entries = [self._entry(step, losses) | {"seconds": round(seconds, 3)} for step, losses, seconds in self._unlogged]
+        self._unlogged.clear()
+        if held and self._held is not None:
+            entries[-1]["held_length"] = {name: round(length, 4) for name, length in self.held_length().items()}
+        with (self._folder / "log.jsonl").open("a", encoding="utf-8") as log:
+            log.writelines(json.dumps(entry) + "\n" for entry in entries)
+        return entries[-1]
 
     def held_length(self) -> dict[str, float]:
         """Mean of `held_lengths` by domain, and `macro`, the mean of the domains."""
@@ -184,7 +199,7 @@ class Trainer:
         assert self._held is not None
         found = []
         for name in self._held.names():
-            states = self._held.load(name)
+            (states,) = self._held.load_all([name])
             room, length = self._room(states), 1.0
             if room:
                 runs = [self._runs(states, part) for part in torch.arange(room).split(_WALKED)]
@@ -194,7 +209,7 @@ class Trainer:
 
     def _runs(self, states: States, picked: torch.Tensor) -> torch.Tensor:
         """int64 [A]: how many drafts in a row are the text's own, of blocks at `picked`."""
-        made = self._forward(states, picked, None)
+        made = self._forward([(states, picked)], None)
         same = (made.logits.argmax(-1) == made.targets) & made.valid
         return torch.cumprod(same.long(), 1).sum(1)
 
@@ -202,7 +217,8 @@ class Trainer:
         """int64, ascending: three quarters of `config.vocabulary` tokens."""
         counts = torch.zeros(len(self._head), dtype=torch.int64)
         for name in self._names:
-            counts += torch.bincount(self._store.load(name).tokens, minlength=len(counts))
+            (states,) = self._store.load_all([name])
+            counts += torch.bincount(states.tokens, minlength=len(counts))
         return counts.topk(self._config.vocabulary * 3 // 4).indices.sort().values.to(self._device)
 
     def _columns(self, texts: list[States], generator: torch.Generator) -> _Columns | None:
@@ -227,7 +243,7 @@ class Trainer:
     def _read(self, step: int) -> tuple[list[States], torch.Generator]:
         generator = torch.Generator().manual_seed(self._config.seed * 1_000_003 + step)
         chosen = torch.multinomial(self._chances, self._config.texts, replacement=True, generator=generator).tolist()
-        return [self._store.load(self._names[index]) for index in chosen], generator
+        return self._store.load_all([self._names[index] for index in chosen]), generator
 
     def _one_step(self, texts: list[States], generator: torch.Generator) -> Losses:
         for group in self._optimizer.param_groups:
@@ -244,10 +260,11 @@ class Trainer:
         def work(part: list[tuple[States, torch.Tensor]]) -> tuple[list[torch.Tensor | None], list[Losses]]:
             total: list[torch.Tensor | None] = [None] * len(self._parameters)
             losses = []
-            for states, anchors in part:
-                made = self._forward(states, anchors, columns)
+            for first in range(0, len(part), self._together):
+                group = part[first : first + self._together]
+                made = self._forward(group, columns)
                 found = block_losses(made.logits, made.confidence, made.wanted, made.targets, made.valid, self._config.decay)
-                gradients = torch.autograd.grad(found.total / len(texts), self._parameters, allow_unused=True)
+                gradients = torch.autograd.grad(found.total * (len(group) / len(texts)), self._parameters, allow_unused=True)
                 total = [new if old is None else old if new is None else old.add_(new) for old, new in zip(total, gradients, strict=True)]
                 losses.append(found)
             return total, losses
@@ -264,33 +281,53 @@ class Trainer:
         """How many anchors a text offers: its answer's tokens but the last."""
         return max(min(len(states.tokens), self._config.max_length) - 1 - max(states.prompt_length - 1, 0), 0)
 
-    def _forward(self, states: States, picked: torch.Tensor, columns: _Columns | None) -> _Blocks:
-        """Blocks of one text at `picked` of the anchors it offers, int64 [A]; logits of `columns` alone, or of the whole vocabulary."""
-        spec, device = self._spec, self._device
-        states = states.to(device, self._dtype)
-        length = min(len(states.tokens), self._config.max_length)
-        first = max(states.prompt_length - 1, 0)
-        anchors = (first + picked).to(device)
-        slots = torch.arange(spec.block_size, device=device)
-        place = anchors[:, None] + slots
-        inputs = torch.where(slots == 0, states.tokens[anchors][:, None], spec.mask_token_id)
-        with torch.autocast(device.type, torch.bfloat16, enabled=self._dtype != torch.float32, cache_enabled=False):
-            hidden = self.module(states.taps[:length], self._embedding[inputs].float(), anchors)
-            if not spec.predicts_next:
-                hidden, place = hidden[:, 1:], place[:, :-1]
-            valid = place + 1 < length
-            held = place.clamp(max=length - 2)
-            head, offset = (self._head, None) if columns is None else (columns.head, columns.offset)
-            # The target's distribution is one a position, however many blocks have a slot there.
-            wanted = functional.linear(states.final[first:length], head, offset)[held - first]
-            base = functional.linear(hidden, head, offset)
-            logits, confidence = self.module.sequential(base, hidden, states.tokens[held], None if columns is None else columns.tokens)
-        targets = states.tokens[held + 1]
-        return _Blocks(logits, confidence, wanted, targets if columns is None else columns.place[targets], valid)
+    def _forward(self, jobs: Sequence[tuple[States, torch.Tensor]], columns: _Columns | None) -> _Blocks:
+        """Blocks at the picked ones, int64 [A], of each text's anchors; logits of `columns` alone, or of the whole vocabulary.
 
-    def _entry(self, losses: Losses) -> dict[str, Any]:
+        Texts with fewer anchors than others get invalid ones.
+        """
+        spec, device = self._spec, self._device
+        lengths = [min(len(states.tokens), self._config.max_length) for states, _ in jobs]
+        firsts = [max(states.prompt_length - 1, 0) for states, _ in jobs]
+        texts = [states.to(device, self._dtype) for states, _ in jobs]
+        tokens, taps = (
+            pad_sequence([getattr(states, name)[:length] for states, length in zip(texts, lengths, strict=True)], batch_first=True)
+            for name in ("tokens", "taps")
+        )
+        chosen = pad_sequence([picked for _, picked in jobs], batch_first=True, padding_value=-1)
+        length, first, offset = (
+            torch.tensor(values).to(device)[:, None, None]
+            for values in (
+                lengths,
+                firsts,
+                list(accumulate((end - start for start, end in zip(firsts, lengths, strict=True)), initial=0))[:-1],
+            )
+        )
+        chosen = chosen.to(device)
+        anchors = chosen.clamp(min=0) + first[..., 0]
+        slots = torch.arange(spec.block_size, device=device)
+        place = anchors[..., None] + slots
+        inputs = torch.where(slots == 0, tokens.gather(1, anchors)[..., None], spec.mask_token_id)
+        real = (chosen >= 0)[..., None]
+        with torch.autocast(device.type, torch.bfloat16, enabled=self._dtype != torch.float32, cache_enabled=False):
+            hidden = self.module(taps, self._embedding[inputs].float(), anchors)
+            if not spec.predicts_next:
+                hidden, place = hidden[:, :, 1:], place[..., :-1]
+            valid = (place + 1 < length) & real
+            held = torch.minimum(place, length - 2)
+            head, bias = (self._head, None) if columns is None else (columns.head, columns.offset)
+            # The target's distribution is one a position, however many blocks have a slot there.
+            final = torch.cat([states.final[start:end] for states, start, end in zip(texts, firsts, lengths, strict=True)])
+            wanted = functional.linear(final, head, bias)[(held - first + offset).flatten(0, 1)]
+            hidden, held_tokens = hidden.flatten(0, 1), tokens.gather(1, held.flatten(1)).view(-1, held.shape[-1])
+            base = functional.linear(hidden, head, bias)
+            logits, confidence = self.module.sequential(base, hidden, held_tokens, None if columns is None else columns.tokens)
+        targets = tokens.gather(1, held.flatten(1) + 1).view_as(held_tokens)
+        return _Blocks(logits, confidence, wanted, targets if columns is None else columns.place[targets], valid.flatten(0, 1))
+
+    def _entry(self, step: int, losses: Losses) -> dict[str, Any]:
         values = {"loss": losses.total, "ce": losses.ce, "tv": losses.tv, "confidence": losses.confidence, "length": losses.length}
-        entry: dict[str, Any] = {"step": self.step} | {name: round(float(value), 5) for name, value in values.items()}
+        entry: dict[str, Any] = {"step": step} | {name: round(float(value), 5) for name, value in values.items()}
         return entry | {"acceptance": [round(value, 4) for value in losses.acceptance.tolist()]}
 
     def _progress(self) -> float:

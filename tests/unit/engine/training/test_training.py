@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,14 @@ from engine.checkpoints import LoadedModel, load_model
 from engine.checkpoints.drafters import DrafterError, read_folder
 from engine.checkpoints.drafters.formats import block_spec
 from engine.drafters.parts.confidence import sigmoid
+from engine.training.answers import read
 from engine.training.calibrate import area, expected_error, fit, quality
 from engine.training.export import export, pack
 from engine.training.losses import Divergences, block_losses
 from engine.training.module import BlockModule
 from engine.training.prompts import Prompt, part_of, read_prompts, split
 from engine.training.run import Recipe, drafter_config, evaluate, plot_reliability, train
-from engine.training.states import StateStore, forward_states
+from engine.training.states import LiveStates, StateStore, forward_states
 from engine.training.trainer import TrainConfig, Trainer, _walk
 from service.cli.main import app
 from tests.tiny_model import make_tiny_model
@@ -73,14 +75,16 @@ def test_the_trainable_module_computes_the_papers_equations(loaded: LoadedModel,
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
-    taps = forward_states(loaded.model, [tuple(range(1, 30))], spec.taps)[0][0].float()
-    embedded = torch.randn(3, 4, 32)
-    anchors = torch.tensor([4, 11, 28])
-    hidden = module(taps, embedded, anchors)
+    texts = [tuple(range(1, 30)), tuple(range(40, 55))]
+    taps = [taps.float() for taps, _ in forward_states(loaded.model, texts, spec.taps)]
+    embedded = torch.randn(2, 3, 4, 32)
+    anchors = torch.tensor([[4, 11, 28], [1, 9, 14]])
+    hidden = module(torch.nn.utils.rnn.pad_sequence(taps, batch_first=True, padding_value=7.0), embedded, anchors)
     t = module.tensors()
-    for row, anchor in enumerate(anchors.tolist()):
-        plain = block_hidden(t, [taps[:anchor]], embedded[row], [None, None], (4, 2))
-        assert hidden[row].detach().numpy() == pytest.approx(plain.numpy(), abs=2e-4)
+    for text, rows in enumerate(anchors.tolist()):
+        for row, anchor in enumerate(rows):
+            plain = block_hidden(t, [taps[text][:anchor]], embedded[text, row], [None, None], (4, 2))
+            assert hidden[text, row].detach().numpy() == pytest.approx(plain.numpy(), abs=2e-4)
 
 
 def test_losses_are_the_papers() -> None:
@@ -251,6 +255,38 @@ def test_states_stop_at_their_bound_and_are_written_once(loaded: LoadedModel, tm
     assert len(bounded.names()) == 3
     assert not bounded.write(texts, loaded.model, (1, 2), lambda _: None)
     assert len(bounded.names()) == 3
+
+
+def test_states_made_on_the_way_are_those_on_disk_and_texts_together_train_as_they_do_alone(
+    loaded: LoadedModel, trained: Path, tmp_path: Path
+) -> None:
+    spec = block_spec(read_folder(trained).config)
+    store = StateStore(trained / "training" / "states", 1 << 30)
+    live = LiveStates(read(trained / "training" / "answers.jsonl"), loaded.model, spec.taps, CONFIG.max_length)
+    assert live.names() == store.names()
+    for kept, made in zip(store.load_all(store.names()), live.load_all(live.names()), strict=True):
+        assert torch.equal(kept.tokens, made.tokens)
+        assert kept.prompt_length == made.prompt_length
+        torch.testing.assert_close(made.taps, kept.taps, atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(made.final, kept.final, atol=2e-3, rtol=2e-3)
+    found = []
+    for together in (1, 4):
+        config = replace(CONFIG, texts=4, steps=1, anchors=200)
+        (tmp_path / str(together)).mkdir()
+        trainer = Trainer(spec, loaded.model.frozen(), store, tmp_path / str(together), config, workers=1)
+        trainer._together = together
+        texts = store.load_all(store.names()[:4])
+        jobs = [(states, torch.arange(trainer._room(states) - 3 * index)) for index, states in enumerate(texts)]
+        blocks = [trainer._forward(jobs[first : first + together], None) for first in range(0, 4, together)]
+        kept = [block.valid for block in blocks]
+        found.append(
+            [
+                torch.cat([getattr(block, name)[valid] for block, valid in zip(blocks, kept, strict=True)])
+                for name in ("logits", "confidence", "wanted", "targets")
+            ]
+        )
+    for alone, in_company in zip(*found, strict=True):
+        torch.testing.assert_close(alone, in_company, atol=1e-3, rtol=1e-3)
 
 
 def test_sequential_temperature_scaling_repairs_overconfidence() -> None:
