@@ -94,7 +94,7 @@ def _walk(
     return acc, peak, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences", "num_rows", "stride_table", "window", "splits"])
 def _attention(
     q, k_cache, v_cache, out, part, part_lse, k_scale, v_scale, tables, tile_unit, tile_row, row_end, key_begin, key_end,
     table_row, offset, num_sequences, num_rows, stride_q, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
@@ -194,7 +194,7 @@ def _attention(
         tl.store(out + o_at[:, None] + dims[None, :], acc.to(out.dtype.element_ty), mask=real[:, None] & real_dims[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lines", "parts"])
 def _merge(part, part_lse, out, lines, parts, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr):
     line = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, BLOCK_P)

@@ -10,7 +10,7 @@ MAX_CANDIDATES = 1 << 13
 """Requests x drafts of a step; the ranking is quadratic."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["requests", "drafts"])
 def _allocate(survival, capacity, lengths, requests, drafts, BLOCK: tl.constexpr, STEP: tl.constexpr):
     """A program a request: each of its drafts is taken if fewer than `capacity` candidates go before it."""
     request = tl.program_id(0)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _BLOCK_K = FP8_STEP
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _product(
     x, weight, scale, bias, residual, out, rows, columns, depth, stride_x, stride_w, stride_s, stride_r, block_rows, block_depth,
     BIASED: tl.constexpr, ADDS: tl.constexpr, NATIVE: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,

@@ -19,7 +19,7 @@ MAX_COLUMNS = 1 << 16
 """A row is held in one program's registers."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _rms_norm(
     x, residual, weight, out, total, stride_x, stride_residual, rows, columns, eps, ADDS: tl.constexpr, EVEN: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,

@@ -266,7 +266,7 @@ def _verify(
     tl.store(stands + row, stood.to(tl.int8))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["top"])
 def _log_probs(logits, rows, wanted, chosen, top_ids, top_values, vocab, stride, top, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     row_at = logits + tl.load(rows + row) * stride
@@ -301,7 +301,7 @@ def _log_probs(logits, rows, wanted, chosen, top_ids, top_values, vocab, stride,
         tl.store(top_values + row * top + place, last_value - lse)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "stride_counts"])
 def _accept(stands, tokens, finite, row_start, made, counts, lines, drafts, size, stride_counts, TALLY: tl.constexpr, BLOCK: tl.constexpr):
     sequence = tl.program_id(0)
     first = tl.load(row_start + sequence)

@@ -26,7 +26,7 @@ _MOST_SEQUENCES = 64
 _KINDS = {"none": 0, "vanilla": 1, "gated": 2, "rnn": 3}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["step", "length", "parts"])
 def _embed(
     anchors, tokens, lse, best_value, best_column, part_peak, part_mass, token_ids, w1, mix, mixed_hidden, confidence_weight,
     confidence_hidden, confidence, state, features, step, length, parts, stride_mix, rank,
@@ -108,7 +108,7 @@ def _tanh(x):
     return 2.0 * tl.sigmoid(2.0 * x) - 1.0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences", "step", "length"])
 def _score(
     logits, features, w2, temperatures, keys, token_ids, weights_out, best_value, best_column, part_peak, part_mass,
     num_sequences, vocab, step, length, stride_s, stride_k, rank,

@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import json
-from functools import cache
+import os
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import torch
 import triton
+
+from kernels.triton.ahead import compile_in_parallel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
 Config = dict[str, int]
+
+_COMPILING = 120.0
+"""Seconds after which candidates that still compile beside are compiled by who measures them."""
 
 
 class _Table:
@@ -29,6 +35,9 @@ class _Table:
         self.fitting: dict[tuple[str, str], Config] = {}
         """What untuned kernels run where their first candidate does not fit the device, by device file and kernel key."""
         self.folder: Path | None = None
+        self.compiled = False
+        """Whether candidates lie in Triton's cache already."""
+        self.every = False
 
 
 _TABLE = _Table()
@@ -46,20 +55,37 @@ def load(folder: Path, device: torch.device) -> int:
 
 
 @contextlib.contextmanager
-def tuning(folder: Path) -> Iterator[None]:
-    """Measures candidates of shapes that are new, and keeps the fastest in `folder` (made if need be)."""
+def tuning(folder: Path, *, compiled: bool = False) -> Iterator[None]:
+    """Measures candidates of shapes that are new, and keeps the fastest in `folder` (made if need be).
+
+    compiled: they lie in Triton's cache; otherwise those of a kernel are compiled in parallel before the first is measured.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    before, _TABLE.folder = _TABLE.folder, folder
+    before = _TABLE.folder, _TABLE.compiled
+    _TABLE.folder, _TABLE.compiled = folder, compiled
     try:
         yield
     finally:
-        _TABLE.folder = before
+        _TABLE.folder, _TABLE.compiled = before
+
+
+@contextlib.contextmanager
+def every_candidate() -> Iterator[None]:
+    """Within it, `run` launches all candidates: for launches that compile (see `kernels.triton.ahead`)."""
+    before, _TABLE.every = _TABLE.every, True
+    try:
+        yield
+    finally:
+        _TABLE.every = before
 
 
 def run(kernel: str, key: str, device: torch.device, candidates: list[Config], launch: Callable[[Config], None]) -> None:
     """Launches `kernel` with the configuration for shapes that `key` names. One that asks more of the device than it has is passed over;
     raises triton's OutOfResources where all do.
     """
+    if _TABLE.every:
+        _each(launch, candidates)
+        return
     name = (_file(device), f"{kernel}/{key}")
     chosen = best(kernel, key, device, candidates, launch)
     chosen = _TABLE.fitting.get(name, chosen) if chosen == candidates[0] else chosen
@@ -94,6 +120,8 @@ def best(
         return found
     if _TABLE.folder is None or (device.type != "cuda" and measure is None):
         return candidates[0]
+    if device.type == "cuda" and not _TABLE.compiled and len(candidates) > 1:
+        compile_in_parallel(partial(_each, launch, candidates), device, _COMPILING, min(len(candidates), os.cpu_count() or 1))
     times = [_seconds(launch, config, measure) for config in candidates]
     known[name] = candidates[times.index(min(times))]
     path = _TABLE.folder / _file(device)
@@ -114,6 +142,11 @@ def forget() -> None:
     _TABLE.fitting.clear()
 
 
+def _each(launch: Callable[[Config], None], candidates: list[Config]) -> None:
+    for config in candidates:
+        launch(config)
+
+
 def _seconds(launch: Callable[[Config], None], config: Config, measure: Callable[[Callable[[], None]], float] | None) -> float:
     try:
         return (measure or _device_time)(lambda: launch(config))
@@ -122,7 +155,7 @@ def _seconds(launch: Callable[[Config], None], config: Config, measure: Callable
 
 
 def _device_time(call: Callable[[], None]) -> float:
-    return float(triton.testing.do_bench(call, warmup=10, rep=40, return_mode="median"))
+    return float(triton.testing.do_bench(call, warmup=5, rep=20, return_mode="median"))
 
 
 @cache

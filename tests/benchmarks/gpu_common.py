@@ -26,7 +26,7 @@ COLD_BYTES = 200 << 20
 
 def copies(nbytes: int, where: torch.device) -> int:
     """Sets of inputs that calls which move `nbytes` each must take in turn."""
-    return 1 if where.type == "cpu" else min(-(-COLD_BYTES // max(nbytes, 1)), CALLS)
+    return 1 if where.type != "cuda" else min(-(-COLD_BYTES // max(nbytes, 1)), CALLS)
 
 
 def seconds(calls: Sequence[Callable[[], object]], where: torch.device) -> float:
@@ -51,7 +51,7 @@ def seconds(calls: Sequence[Callable[[], object]], where: torch.device) -> float
         for _ in range(rounds):
             for call in calls:
                 call()
-    taken = float(triton.testing.do_bench(graph.replay, warmup=20, rep=60, return_mode="median")) * 1e-3
+    taken = float(triton.testing.do_bench(graph.replay, warmup=5, rep=40, return_mode="median")) * 1e-3
     return taken / (rounds * len(calls))
 
 
@@ -78,13 +78,21 @@ def describe(where: torch.device) -> dict[str, str]:
     return {"device": name, **versions, "python": platform.python_version()}
 
 
+def save(title: str, where: torch.device, rows: Sequence[dict[str, Any]], extra: dict[str, Any], out: Path | None) -> dict[str, Any]:
+    """The record of a run, or of as much of one as there is; written to `out`, which is at no time half a record."""
+    record = {"benchmark": title, **describe(where), **extra, "rows": list(rows)}
+    if out is not None:
+        scratch = out.with_name(f"{out.name}.new")
+        scratch.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        scratch.replace(out)
+    return record
+
+
 def report(
     title: str, where: torch.device, rows: Sequence[dict[str, Any]], extra: dict[str, Any], *, as_json: bool, out: Path | None
 ) -> None:
     """A table of `rows` on stdout, or one JSON object; `out` gets the JSON in any case."""
-    record = {"benchmark": title, **describe(where), **extra, "rows": list(rows)}
-    if out is not None:
-        out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    record = save(title, where, rows, extra, out)
     if as_json:
         sys.stdout.write(json.dumps(record) + "\n")
         return

@@ -10,25 +10,23 @@ import contextlib
 import json
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 from triton.runtime.errors import OutOfResources
-from triton.runtime.jit import KernelInterface
 
 from kernels.reference.fp8_linear import Fp8Linear
 from kernels.reference.sampling import Allowed, Biases, DraftWeights, Penalties, SampleRows, Tally, Verdict
 from kernels.reference.sequential_head import SequentialHead
 from kernels.triton import draft_budget, fp8_linear, gated_activation, kv_write, rms_norm, sampling, sequential_head
+from kernels.triton.ahead import Absent, compiling
 from kernels.triton.attention import attention
 from kernels.triton.attention_plan import plan_attention
+from kernels.triton.target import Traits
 
 TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
 SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}
@@ -41,52 +39,19 @@ HEADS, KV_HEADS, DIM, PAGE = 32, 8, 128, 16
 HIDDEN, INNER, VOCAB, RANK = 4096, 12288, 151_936, 256
 
 
-class _AbsentDevice:
-    """As much of a Triton driver as compiling asks for."""
-
-    def __init__(self, target: GPUTarget) -> None:
-        self._target = target
-
-    def get_current_target(self) -> GPUTarget:
-        return self._target
-
-    def get_current_device(self) -> str:
-        return str(self._target.arch)
-
-    def get_current_stream(self, device: object) -> int:
-        return 0
-
-    def is_active(self) -> bool:
-        return True
-
-
 @contextlib.contextmanager
 def compiling_for(target: str) -> Iterator[dict[str, int]]:
     """Within it, launches compile for `target` (see TARGETS). Gives the bytes of machine code by kernel; errors are the compiler's own."""
     assert not triton.knobs.runtime.interpret, "the interpreter is on: nothing would be compiled"
     found: dict[str, int] = {}
 
-    def launch(self: Any, grid: object) -> Callable[..., None]:
-        def compile_it(*args: Any, **kwargs: Any) -> None:
-            kernel = self.run(*args, grid=grid, warmup=True, **kwargs)
-            if kernel.metadata.shared > SHARED_MEMORY[target]:
-                raise OutOfResources(kernel.metadata.shared, SHARED_MEMORY[target], "shared memory")
-            found[self.__name__] = len(kernel.asm["hsaco" if TARGETS[target].backend == "hip" else "cubin"])
+    def compiled(kernel: Any, made: Any) -> None:
+        if made.metadata.shared > SHARED_MEMORY[target]:
+            raise OutOfResources(made.metadata.shared, SHARED_MEMORY[target], "shared memory")
+        found[kernel.__name__] = len(made.asm["hsaco" if TARGETS[target].backend == "hip" else "cubin"])
 
-        return compile_it
-
-    before = driver._active
-    driver.set_active(_AbsentDevice(TARGETS[target]))
-    places = ("kernels.triton.attention", "kernels.triton.kv_write", "kernels.triton.fp8_linear")
-    try:
-        with contextlib.ExitStack() as stack, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Triton announces its next defaults
-            stack.enter_context(mock.patch.object(KernelInterface, "__getitem__", launch))
-            for place in places:
-                stack.enter_context(mock.patch(f"{place}.converts_fp8", return_value=target == "sm_90"))
-            yield found
-    finally:
-        driver._active = before
+    with compiling(Absent(TARGETS[target], Traits(132, converts_fp8=target == "sm_90")), compiled):
+        yield found
 
 
 def programs() -> dict[str, Callable[[], object]]:
