@@ -1,10 +1,14 @@
 """Tokens a second of the engine on a GPU: `python -m tests.benchmarks.gpu_engine [--tiny] [--json] [--out FILE] [--models NAMES]`.
 
-- `job`: requests through `Engine.run`, prefill and all, and the same job through transformers' continuous batching.
 - `decode plain`: steps with state on the device at a fixed context, the batch swept; the best of them is what speculation must beat.
 - `decode replayed`: the same with a DSpark-shaped drafter (5 layers, a block of 7, the whole output head, a Markov head of rank 256), whose
   every operation runs. Weights are random, so what would be accepted says nothing: ACCEPTANCE IS REPLAYED, each draft standing by an
   independent coin whose bias gives the stated acceptance length if all 7 are verified. How many are verified a slot is swept as well.
+- `decode planned`: a cost model is fitted to these step times, the engine's planner chooses with it how many drafts to verify (0 included),
+  and what was measured for that choice is set against the best plain throughput: what never drafting would have given.
+- `job`: requests through `Engine.run`, prefill and all, and the same job through transformers' continuous batching.
+
+Rows are written (stderr, and the file named by `--out`) as they are measured, those with goals first.
 
 Models: Qwen3-8B's shapes with random weights, and the packaged SmolLM2-135M. Without a GPU a toy runs through the same code (`--tiny`, then
 the default): that shows that the command works, and nothing about speed.
@@ -13,14 +17,17 @@ the default): that shows that the command works, and nothing about speed.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import faulthandler
 import json
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import kernels
@@ -28,35 +35,62 @@ from engine.batch import ForwardBatch, ModelSpec, TargetModel
 from engine.checkpoints.loader import build_lean
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.graphs import CudaCapture, DirectCapture
+from engine.graphs import CudaCapture, DirectCapture, GraphRunner
 from engine.kv_pool import KVPool
 from engine.models.families import max_positions
 from engine.pipeline import DecodePipeline, DeviceState
+from engine.speculation.cost_model import CostModel, Load
+from engine.speculation.planner import Offer, StepCost, search
+from engine.transfer import Arrival
 from engine.types import Request, SamplingParams
 from kernels.reference.sequential_head import SequentialHead
-from tests.benchmarks.gpu_common import device, report
+from tests.benchmarks.gpu_common import describe, device, report
+from tests.benchmarks.gpu_peer import Job, Peer, Ran, note
 
 DRAFTS, DRAFT_LAYERS, RANK, BLOCK = 7, 5, 256, 16
+SLACK = 8
+"""Steps of a slot beside those that are timed."""
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run. Batches of decode steps by context; the job's requests, prompt and answer tokens; acceptance lengths."""
+    """What is run. Batches of decode steps by context; steps timed of each; acceptance lengths, and the drafts a slot that are verified;
+    the job; the seconds that its peer may take.
+    """
 
     batches: dict[int, tuple[int, ...]]
     steps: int
-    requests: int
-    prompt: int
-    answer: int
     taus: dict[float, tuple[int, ...]]
-    """Drafts a slot that are verified, by acceptance length."""
+    job: Job
+    peer_seconds: float
 
     @classmethod
     def of(cls, *, tiny: bool) -> Plan:
         if tiny:
-            return cls({24: (1, 2)}, 3, 3, 12, 4, {4.0: (7, 2)})
-        return cls({8192: (1, 4, 16, 32), 1024: (1, 8, 32, 128, 256)}, 30, 256, 512, 128, {4.0: (7, 3), 2.0: (3, 1)})
+            return cls({24: (1, 2)}, 3, {4.0: (7, 2)}, Job(3, 12, 4, (3,), 64), 100.0)
+        batches = {8192: (1, 4, 16, 32, 64), 1024: (1, 16, 64, 256)}
+        return cls(batches, 24, {4.0: (7, 3), 2.0: (3, 1)}, Job(256, 512, 128, (64, 32, 256), 8192), 75.0)
+
+
+class Deadline:
+    """`seconds` from now."""
+
+    def __init__(self, seconds: float) -> None:
+        self._started, self._seconds = time.monotonic(), seconds
+
+    @property
+    def passed(self) -> float:
+        return time.monotonic() - self._started
+
+    @property
+    def left(self) -> float:
+        return self._seconds - self.passed
+
+    def check(self, needed: float = 0.0) -> None:
+        """Raises TimeoutError where `needed` seconds are not left."""
+        if self.left < needed:
+            raise TimeoutError(f"{self._seconds:g} s are over; --models and --within say what runs and how long")
 
 
 @dataclass(frozen=True)
@@ -94,6 +128,17 @@ def smollm2_config() -> Any:
     )  # fmt: skip
 
 
+def config_of(name: str, *, tiny: bool) -> Any:
+    """Raises ValueError for a name that is no model of this benchmark."""
+    if tiny:
+        return qwen3_config(tiny=True)
+    if name == "qwen3-8b":
+        return qwen3_config(tiny=False)
+    if name == "smollm2-135m":
+        return smollm2_config()
+    raise ValueError(f"{name!r} is not a model of this benchmark: qwen3-8b, smollm2-135m")
+
+
 def random_model(config: Any, place: torch.device) -> TargetModel:
     """The lean decoder with random weights in the checkpoint's shapes."""
     from transformers import AutoModelForCausalLM
@@ -123,13 +168,16 @@ def pool(spec: ModelSpec, blocks: int) -> KVPool:
 
 
 class BlockDrafter:
-    """Everything that drafting a block of 7 costs: backbone over its own cache, output head, sequential head."""
+    """Everything that drafting a block of 7 costs: backbone over its own cache, output head, sequential head.
+
+    `coin`: float32 [1], the chance of each draft to stand, as it is replayed; it may be changed between steps.
+    """
 
     def __init__(self, model: TargetModel, kv: KVPool, slots: int, bias: float = 0.5) -> None:
-        """bias: the chance of each draft to stand, as it is replayed."""
         self._model, self._kv, self._slots = model, kv, slots
         spec = model.spec
-        self._survival = (bias ** torch.arange(1.0, DRAFTS + 1, device=spec.device)).expand(slots, DRAFTS)
+        self.coin = torch.full((1,), bias, device=spec.device)
+        self._powers = torch.arange(1.0, DRAFTS + 1, device=spec.device)
         rank = RANK if spec.vocab_size > 1000 else 8
         w1, w2 = (torch.randn(spec.vocab_size, rank, device=spec.device, dtype=spec.dtype) * 0.02 for _ in range(2))
         self._head = SequentialHead("vanilla", w1, w2)
@@ -148,7 +196,12 @@ class BlockDrafter:
         )  # fmt: skip
         base = self._model.forward(batch, self._kv).logits.view(slots, DRAFTS, -1)
         drafts = kernels.sequential_head(base, None, state.last, self._head).tokens
-        return drafts, self._survival
+        return drafts, (self.coin**self._powers).expand(slots, DRAFTS)
+
+    def stands(self, stands: torch.Tensor, state: DeviceState) -> torch.Tensor:
+        """The replayed verdict."""
+        del state
+        return torch.rand(stands.shape, device=stands.device) < self.coin
 
 
 def bias_for(tau: float) -> float:
@@ -160,146 +213,338 @@ def bias_for(tau: float) -> float:
     return low
 
 
-def decode(
-    model: TargetModel, drafter: TargetModel | None, batch: int, context: int, steps: int, tau: float | None, lengths: tuple[int, ...]
-) -> Iterator[Row]:
-    """Steps of `batch` sequences at `context` tokens, results read one step late; a row for each number of drafts in `lengths`."""
-    each = (steps + 9) * (DRAFTS + 1) * len(lengths)
-    width = -(-(context + each) // BLOCK) + 1
-    kv = pool(model.spec, batch * width + 1)
-    place = model.spec.device
-    coin = 0.0 if tau is None else bias_for(tau)
-    pipeline = DecodePipeline(
-        model, kv, slots=batch, width=width, capture=CudaCapture(place) if place.type == "cuda" else DirectCapture(),
-        max_drafts=DRAFTS if drafter is not None else 0,
-        drafter=None if drafter is None else BlockDrafter(drafter, pool(drafter.spec, batch * width + 1), batch, coin),
-        accept=None if tau is None else lambda stands, state: torch.rand(stands.shape, device=stands.device) < coin,
-    )  # fmt: skip
-    for length in lengths:
+@dataclass
+class Slots:
+    """Steps of one batch at one context; they begin at that context whenever they are run."""
+
+    model: TargetModel
+    batch: int
+    context: int
+    pipeline: DecodePipeline
+    drafter: BlockDrafter | None
+    begin: list[torch.Tensor] = field(default_factory=list)
+    seconds: dict[int, float] = field(default_factory=dict)
+    """Of a step, by drafts a slot."""
+
+    @classmethod
+    def of(cls, model: TargetModel, drafter: TargetModel | None, caches: list[KVPool], batch: int, context: int, steps: int) -> Slots:
+        """caches: of the model and the drafter, with blocks for `batch` sequences."""
+        width, place = blocks_of(context, steps), model.spec.device
+        drafts = None if drafter is None else BlockDrafter(drafter, caches[1], batch)
+        pipeline = DecodePipeline(
+            model, caches[0], slots=batch, width=width, capture=CudaCapture(place) if place.type == "cuda" else DirectCapture(),
+            max_drafts=0 if drafts is None else DRAFTS, drafter=drafts, accept=None if drafts is None else drafts.stands,
+        )  # fmt: skip
         for slot in range(batch):
             blocks = list(range(1 + slot * width, 1 + (slot + 1) * width))
-            pipeline.enter(slot, last=3 + slot, length=context, left=(steps + 8) * (DRAFTS + 1), blocks=blocks)
+            pipeline.enter(slot, last=3 + slot, length=context, left=(steps + SLACK) * (DRAFTS + 1), blocks=blocks)
+        made = cls(model, batch, context, pipeline, drafts)
+        made.begin = [tensor.clone() for tensor in made.state]
+        return made
+
+    @property
+    def state(self) -> list[torch.Tensor]:
+        state = self.pipeline.state
+        return [state.last, state.length, state.left, state.made]
+
+    def again(self) -> None:
+        for tensor, value in zip(self.state, self.begin, strict=True):
+            tensor.copy_(value)
+
+    def measure(self, drafts: int, steps: int, tau: float | None) -> Row:
+        """Results are read one step late, as the engine does."""
+        if tau is not None:
+            assert self.drafter is not None
+            self.drafter.coin.fill_(bias_for(tau))
+        self.again()
         for _ in range(2):
-            pipeline.launch(length)
-        pipeline.collect()
+            self.pipeline.launch(drafts)
+        self.pipeline.collect()
         started, made = time.perf_counter(), 0
         for _ in range(steps):
-            pipeline.launch(length)
-            made += int(pipeline.collect().counts.sum())
-        pipeline.collect()
+            self.pipeline.launch(drafts)
+            made += int(self.pipeline.collect().counts.sum())
         taken = time.perf_counter() - started
-        busy = kernel_seconds(pipeline, length, place)
-        yield {
+        self.pipeline.collect()
+        self.seconds[drafts] = taken / steps
+        return {
             "run": "decode plain" if tau is None else f"decode replayed, acceptance length {tau:g}",
-            "sequences": batch,
-            "drafts": length,
-            "context": context,
+            "sequences": self.batch,
+            "context": self.context,
+            "drafts": drafts,
             "tokens/s": made / taken,
             "ms/step": 1e3 * taken / steps,
-            "tokens/step": made / steps / batch,
-            "outside kernels": None if busy is None else 1.0 - busy * steps / taken,
+            "tokens/step": made / steps / self.batch,
         }
 
+    def outside_kernels(self, drafts: int) -> Row:
+        """How much of a step is in no kernel: added up by the device's own clock, against the step's time without a profiler. The longest
+        kernels go to stderr.
+        """
+        self.again()
+        steps = 3
+        self.pipeline.launch(drafts)
+        self.pipeline.collect()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(steps):
+                self.pipeline.launch(drafts)
+                self.pipeline.collect()
+        ran = [(event.self_device_time_total / steps, event.count // steps, event.key) for event in profile.key_averages()]
+        for micros, count, name in sorted(ran, reverse=True)[:12]:
+            sys.stderr.write(f"{micros:10.0f} us a step, {count:4d} times  {name[:110]}\n")
+        busy = sum(micros for micros, _, _ in ran) * 1e-6
+        whole = self.seconds[drafts]
+        return {
+            "run": "step outside kernels", "sequences": self.batch, "context": self.context, "drafts": drafts, "ms/step": 1e3 * whole,
+            "outside kernels": 1.0 - busy / whole,
+        }  # fmt: skip
 
-def kernel_seconds(pipeline: DecodePipeline, drafts: int, place: torch.device) -> float | None:
-    """Of a step: what its kernels take, added up, by the device's own clock; None without a GPU. The longest go to stderr."""
-    if place.type != "cuda":
-        return None
-    steps = 3
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(steps):
-            pipeline.launch(drafts)
-            pipeline.collect()
-    kernels_run = [(event.self_device_time_total / steps, event.count // steps, event.key) for event in profile.key_averages()]
-    for micros, count, name in sorted(kernels_run, reverse=True)[:12]:
-        sys.stderr.write(f"{micros:10.0f} us a step, {count:4d} times  {name[:110]}\n")
-    return sum(micros for micros, _, _ in kernels_run) * 1e-6
+    def planned(self, tau: float) -> int:
+        """Drafts a slot that the engine's planner would verify on such a step, from a cost model fitted to what was measured here."""
+        points = []
+        for drafts, seconds in self.seconds.items():
+            each = drafts + 1
+            pairs = self.batch * (each * self.context + each * (each + 1) // 2)
+            points.append((Load(self.batch * each, self.batch * each, self.batch * (self.context + each), pairs), seconds))
+        model = CostModel(self.batch * (DRAFTS + 1))
+        model.profile(points)
+        cost = StepCost.of(model, decoding=self.batch, prefill=0, kv_tokens=self.batch * (self.context + 1), drafts=self.batch * DRAFTS)
+        survival = np.tile(bias_for(tau) ** np.arange(1.0, DRAFTS + 1), (self.batch, 1))
+        return round(int(search(Offer(survival), cost).sum()) / self.batch)
 
 
-def decode_rows(model: TargetModel, drafter: TargetModel | None, plan: Plan) -> Iterator[Row]:
-    """Sizes that the memory does not hold are rows that say so."""
-    for context, batches in plan.batches.items():
-        best = 0.0
-        for tau, lengths in ((None, (0,)), *(plan.taus.items() if drafter is not None else ())):
-            for batch in batches:
-                name = "decode plain" if tau is None else f"decode replayed, acceptance length {tau:g}"
-                try:
-                    for row in decode(model, None if tau is None else drafter, batch, context, plan.steps, tau, lengths):
-                        best = max(best, row["tokens/s"]) if tau is None else best
-                        yield row if tau is None else {**row, "to best plain": row["tokens/s"] / best}
-                except torch.OutOfMemoryError:
-                    yield {"run": name, "sequences": batch, "context": context, "note": "does not fit"}
+def blocks_of(context: int, steps: int) -> int:
+    return -(-(context + (steps + SLACK + 1) * (DRAFTS + 1)) // BLOCK)
 
 
-def job_rows(model: TargetModel, hf: Any, plan: Plan) -> Iterator[Row]:
-    """The engine, and transformers' continuous batching on the same weights' shapes and the same prompts."""
-    vocab = model.spec.vocab_size
-    prompts = torch.randint(3, vocab, (plan.requests, plan.prompt), generator=torch.Generator().manual_seed(1)).tolist()
-    sampling = SamplingParams(plan.answer, temperature=0.0, ignore_eos=True)
-    engine = Engine(Loaded(model, NoText()), EngineConfig(kv_bytes=4 << 20 if vocab < 1000 else 20 << 30, drafter="off"))  # type: ignore[arg-type]
-    for measured in (False, True):  # the first run captures and compiles
+def caches_for(models: list[TargetModel], batches: tuple[int, ...], context: int, steps: int) -> tuple[list[KVPool], list[int], list[int]]:
+    """A cache for each model with room for the largest batch that the memory holds; the batches that fit, and those that do not."""
+    per_sequence = blocks_of(context, steps)
+    place = models[0].spec.device
+    fits = list(batches)
+    if place.type == "cuda":
+        token = sum(2 * m.spec.num_layers * m.spec.num_kv_heads * m.spec.head_dim * m.spec.dtype.itemsize for m in models)
+        free = torch.cuda.mem_get_info(place)[0]
+        # Beside the caches: logits of every row of the largest step, in several copies, and the graphs' own memory.
+        spare = 4 * max(batches) * (DRAFTS + 1) * models[0].spec.vocab_size * 4 + (4 << 30)
+        fits = [batch for batch in batches if batch * per_sequence * BLOCK * token + spare < free]
+    caches = [pool(model.spec, max(fits) * per_sequence + 1) for model in models] if fits else []
+    return caches, fits, [batch for batch in batches if batch not in fits]
+
+
+def decode_rows(model: TargetModel, drafter: TargetModel | None, context: int, plan: Plan, until: Deadline) -> Iterator[Row]:
+    """Plain steps first, so that the best of them is known. Sizes that the memory does not hold are rows that say so."""
+    models = [model] if drafter is None else [model, drafter]
+    caches, fits, too_large = caches_for(models, plan.batches[context], context, plan.steps)
+    for batch in too_large:
+        yield {"run": "decode plain", "sequences": batch, "context": context, "note": "does not fit"}
+    made = [Slots.of(model, drafter, caches, batch, context, plan.steps) for batch in fits]
+    best = 0.0
+    for slots in reversed(made):  # the largest first: it is the likeliest best
+        until.check()
+        row = slots.measure(0, plan.steps, None)
+        best = max(best, row["tokens/s"])
+        yield row
+    if drafter is None or not made:
+        return
+    rates: dict[tuple[float, int, int], float] = {
+        (tau, slots.batch, 0): slots.batch / slots.seconds[0] for tau in plan.taus for slots in made
+    }
+    for tau, lengths in plan.taus.items():
+        for slots in reversed(made):
+            for length in lengths:
+                until.check()
+                row = slots.measure(length, plan.steps, tau)
+                rates[tau, slots.batch, length] = row["tokens/s"]
+                yield {**row, "to best plain": row["tokens/s"] / best}
+    if model.spec.device.type == "cuda":
+        for slots, length in ((made[-1], 0), (made[0], 0), (made[-1], DRAFTS)):
+            until.check()
+            yield slots.outside_kernels(length)
+    yield from planned_rows(made, plan, rates, until)
+
+
+def planned_rows(made: list[Slots], plan: Plan, rates: dict[tuple[float, int, int], float], until: Deadline) -> Iterator[Row]:
+    """The planner's choices. A number of drafts that was not measured yet for this acceptance length is measured now."""
+    plain = max(rate for (_, _, length), rate in rates.items() if length == 0)
+    for tau in plan.taus:
+        planned = []
+        for slots in made:
+            length = slots.planned(tau)
+            if (tau, slots.batch, length) not in rates:
+                until.check()
+                rates[tau, slots.batch, length] = slots.measure(length, plan.steps, tau)["tokens/s"]
+            rate = rates[tau, slots.batch, length]
+            planned.append(rate)
+            yield {
+                "run": f"decode planned, acceptance length {tau:g}", "sequences": slots.batch, "context": slots.context, "drafts": length,
+                "tokens/s": rate, "to best plain": rate / plain, "to plain": rate / rates[tau, slots.batch, 0],
+            }  # fmt: skip
+        yield {
+            "run": f"decode planned, acceptance length {tau:g}, best", "context": made[0].context, "tokens/s": max(planned),
+            "to best plain": max(planned) / plain,
+        }  # fmt: skip
+
+
+class Watch:
+    """Where the time of a run goes: by step on the device's clock, and on the host's how long it waited for results and captured graphs."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.steps: list[tuple[int, int, float]] = []
+        """(rows that decode, tokens of prompts, seconds) of each."""
+        self.waited = self.captured = 0.0
+        self.graphs = self.eager = 0
+        self._engine = engine
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        engine, read, runner = self._engine, Arrival.read, self._engine._runner
+        measure = engine._measure
+
+        def measured(work: Any, outcome: Any, generated: int) -> None:
+            self.steps.append((work.num_decoding, work.step.num_tokens - work.num_decoding, outcome.nanoseconds * 1e-9))
+            measure(work, outcome, generated)
+
+        def timed_read(arrival: Arrival) -> Any:
+            started = time.perf_counter()
+            found = read(arrival)
+            self.waited += time.perf_counter() - started
+            return found
+
+        engine._measure = measured  # type: ignore[method-assign]
+        Arrival.read = timed_read  # type: ignore[method-assign]
+        if isinstance(runner, GraphRunner):
+            runner._capture = self._timed(runner._capture)
+            eager = runner.eager_steps
+        try:
+            yield
+        finally:
+            engine._measure = measure  # type: ignore[method-assign]
+            Arrival.read = read  # type: ignore[method-assign]
+            if isinstance(runner, GraphRunner):
+                runner._capture = runner._capture.capture  # type: ignore[attr-defined]
+                self.eager = runner.eager_steps - eager
+
+    def _timed(self, capture: Any) -> Any:
+        watch = self
+
+        class Timed:
+            def __init__(self) -> None:
+                self.capture = capture
+
+            @property
+            def used_bytes(self) -> int:
+                return int(capture.used_bytes)
+
+            def __call__(self, call: Callable[[], Any]) -> Any:
+                started = time.perf_counter()
+                graph = capture(call)
+                watch.captured += time.perf_counter() - started
+                watch.graphs += 1
+                return graph
+
+        return Timed()
+
+    def row(self, taken: float) -> Row:
+        """What is left of the whole, after the device's time, was spent with the device idle."""
+        prefill = [step for step in self.steps if step[1]]
+        decode = [step for step in self.steps if not step[1]]
+        busy = sum(seconds for _, _, seconds in self.steps)
+        prompt_seconds, decode_seconds = (sum(step[2] for step in steps) for steps in (prefill, decode))
+        return {
+            "seconds": taken, "steps with prompts": len(prefill), "prompt tokens": sum(step[1] for step in prefill),
+            "seconds with prompts": prompt_seconds, "decode steps": len(decode),
+            "mean rows": sum(step[0] for step in decode) / max(len(decode), 1), "ms/step": 1e3 * decode_seconds / max(len(decode), 1),
+            "device idle": taken - busy, "host waited": self.waited, "graphs captured": self.graphs, "seconds capturing": self.captured,
+            "eager steps": self.eager,
+        }  # fmt: skip
+
+
+def job_rows(model: TargetModel, plan: Plan, until: Deadline) -> Iterator[Row]:
+    """The job through the engine, warm: what is captured and compiled is so in a run before the measured one."""
+    job, spec = plan.job, model.spec
+    prompts = torch.randint(3, spec.vocab_size, (job.requests, job.prompt), generator=torch.Generator().manual_seed(1)).tolist()
+    sampling = SamplingParams(job.answer, temperature=0.0, ignore_eos=True)
+    token = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * spec.dtype.itemsize
+    kv_bytes = job.requests * (job.prompt + job.answer + 2 * BLOCK) * token * 5 // 4
+    engine = Engine(Loaded(model, NoText()), EngineConfig(kv_bytes=kv_bytes, drafter="off"))  # type: ignore[arg-type]
+    for run in ("first run", "job, engine"):
+        watch = Watch(engine)
         requests = [Request(str(number), tuple(prompt), sampling) for number, prompt in enumerate(prompts)]
-        started = time.perf_counter()
-        made = sum(len(result.token_ids) for result in engine.run(requests))
+        started, made = time.perf_counter(), 0
+        with watch():
+            for result in engine.run(requests):
+                made += len(result.token_ids)
+                until.check()
         taken = time.perf_counter() - started
-        if measured:
-            yield {"run": "job, engine", "sequences": plan.requests, "context": plan.prompt + plan.answer, "tokens/s": made / taken}
-    ours = made / taken
-    del engine
-    row: Row = {"run": "job, transformers continuous batching", "sequences": plan.requests, "context": plan.prompt + plan.answer}
+        sizes = {"sequences": job.requests, "context": job.prompt + job.answer}
+        if run == "job, engine":
+            yield {"run": run, **sizes, "tokens/s": made / taken}
+        yield {"run": f"{run}: where its time goes", **sizes, "tokens/s": made / taken, **watch.row(taken)}
+
+
+def peer_rows(peer: Peer, plan: Plan, ours: float, until: Deadline) -> Iterator[Row]:
+    """The same job through transformers' continuous batching, the best setting last."""
+    row: Row = {"sequences": plan.job.requests, "context": plan.job.prompt + plan.job.answer}
+    name = "job, transformers continuous batching"
+    ran: list[Ran] = peer.run(min(plan.peer_seconds, until.left))
+    if not ran:
+        yield {"run": name, **row, "note": "nothing finished in its time"}
+        return
+    for one in sorted(ran, key=lambda one: one.rate):
+        yield {"run": name, **row, "tokens/s": one.rate, "engine to peer": ours / one.rate, "note": note(one, plan.job)}
+
+
+def load(name: str, place: torch.device, *, tiny: bool) -> tuple[str, TargetModel, TargetModel | None]:
+    """(what it is, model, drafter). The packaged model has none; where it cannot be fetched it has random weights, and its name says so."""
+    if name == "smollm2-135m" and not tiny:
+        from engine.checkpoints import DEFAULT_MODEL, load_model
+
+        try:
+            return DEFAULT_MODEL, load_model(DEFAULT_MODEL, device=str(place)).model, None
+        except (OSError, ValueError, RuntimeError) as error:
+            sys.stderr.write(f"{DEFAULT_MODEL} cannot be fetched ({error}); random weights in its shapes\n")
+            return "smollm2-135m shapes", random_model(config_of(name, tiny=tiny), place), None
+    drafter = random_model(qwen3_config(tiny=tiny, layers=1 if tiny else DRAFT_LAYERS), place)
+    return ("toy shapes" if tiny else name), random_model(config_of(name, tiny=tiny), place), drafter
+
+
+def model_rows(name: str, plan: Plan, place: torch.device, parts: set[str], until: Deadline, *, tiny: bool) -> Iterator[Row]:
+    """parts: of "decode", "job" and "peer"."""
+    peer = Peer(name, plan.job, tiny=tiny) if "peer" in parts else None
     try:
-        from transformers import GenerationConfig
-
-        wanted = GenerationConfig(max_new_tokens=plan.answer, do_sample=False, eos_token_id=-1, pad_token_id=0)
-        hf.generate_batch(prompts[:2], generation_config=wanted)
-        started = time.perf_counter()
-        made = sum(len(output.generated_tokens) for output in hf.generate_batch(prompts, generation_config=wanted).values())
-        rate = made / (time.perf_counter() - started)
-        yield {**row, "tokens/s": rate, "to best plain": None, "note": f"engine / transformers = {ours / rate:.2f}"}
-    except Exception as error:  # noqa: BLE001 - a peer that cannot run here is a row, not a failure
-        yield {**row, "note": f"did not run: {type(error).__name__}: {str(error)[:80]}"}
-
-
-def smollm2(place: torch.device, dtype: torch.dtype) -> tuple[TargetModel, Any, str]:
-    """The packaged model, or where it cannot be fetched random weights in its shapes, which the name then says."""
-    from transformers import AutoModelForCausalLM
-
-    from engine.checkpoints import DEFAULT_MODEL, fetch, load_model
-
-    try:
-        directory = fetch(DEFAULT_MODEL).directory
-    except (OSError, ValueError, RuntimeError) as error:
-        sys.stderr.write(f"{DEFAULT_MODEL} cannot be fetched ({error}); random weights in its shapes\n")
-        with torch.device(place):
-            hf = AutoModelForCausalLM.from_config(smollm2_config(), dtype=dtype).eval()
-        return random_model(smollm2_config(), place), hf, "smollm2-135m shapes"
-    hf = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).to(place).eval()
-    return load_model(DEFAULT_MODEL, device=str(place)).model, hf, DEFAULT_MODEL
+        called, model, drafter = load(name, place, tiny=tiny)
+        if "decode" in parts:
+            for context in plan.batches:
+                for row in decode_rows(model, drafter, context, plan, until):
+                    yield {"model": called, **row}
+                empty(place)
+        del drafter
+        empty(place)
+        ours = 0.0
+        if "job" in parts:
+            until.check()
+            for row in job_rows(model, plan, until):
+                ours = row["tokens/s"]
+                yield {"model": called, **row}
+        del model
+        empty(place)
+        if peer is not None:
+            until.check()
+            for row in peer_rows(peer, plan, ours, until):
+                yield {"model": called, **row}
+    finally:
+        if peer is not None:
+            peer.stop()
 
 
-def all_rows(names: list[str], plan: Plan, place: torch.device, *, tiny: bool) -> Iterator[Row]:
-    from transformers import AutoModelForCausalLM
+def empty(place: torch.device) -> None:
+    """What is not used any more goes back to the device, where another process may need it."""
+    import gc
 
-    dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
-    for name in names:
-        if name == "smollm2-135m":
-            model, hf, name = smollm2(place, dtype)
-            drafter = None
-        else:
-            config = qwen3_config(tiny=tiny)
-            model, drafter = random_model(config, place), random_model(qwen3_config(tiny=tiny, layers=1 if tiny else DRAFT_LAYERS), place)
-            with torch.device(place):
-                hf = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-        for row in job_rows(model, hf, plan):
-            yield {"model": name, **row}
-        hf = None  # its weights make room for caches
-        if place.type == "cuda":
-            torch.cuda.empty_cache()
-        for row in decode_rows(model, drafter, plan):
-            yield {"model": name, **row}
-        del model, drafter
-        if place.type == "cuda":
-            torch.cuda.empty_cache()
+    gc.collect()
+    if place.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def main() -> None:
@@ -307,26 +552,39 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="toy shapes; always so without a GPU")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--out", type=Path, help="file for the JSON, besides what is printed")
-    parser.add_argument("--within", type=float, default=450.0, help="seconds after which no further row is begun")
+    parser.add_argument("--within", type=float, default=450.0, help="seconds after which nothing further is begun")
     parser.add_argument("--models", help="comma-separated: qwen3-8b, smollm2-135m")
+    parser.add_argument("--parts", default="decode,job,peer", help="comma-separated: which of the three")
     options = parser.parse_args()
+    until = Deadline(options.within)
+    faulthandler.dump_traceback_later(options.within + 20, exit=True)  # where it hangs; the rows so far are in the file
     place = device()
     tiny = options.tiny or place.type == "cpu"
     torch.manual_seed(0)
-    names = options.models.split(",") if options.models else ["qwen3-toy"] if tiny else ["qwen3-8b", "smollm2-135m"]
-    started = time.monotonic()
+    names = options.models.split(",") if options.models else ["qwen3-8b"] if tiny else ["qwen3-8b", "smollm2-135m"]
     rows: list[Row] = []
-    for row in all_rows(names, Plan.of(tiny=tiny), place, tiny=tiny):
-        rows.append(row)
-        sys.stderr.write(f"{time.monotonic() - started:6.1f} s  {row}\n")
-        if options.out is not None:  # whatever stops the run, what was measured is kept
-            options.out.write_text(json.dumps({"benchmark": "gpu_engine", "unfinished": True, "rows": rows}) + "\n", encoding="utf-8")
-        if time.monotonic() - started > options.within:
-            rows.append({"model": "all", "run": f"stopped: {options.within} s are over; --models and --within say what runs and how long"})
-            break
-    extra = {"acceptance": "replayed from independent coins where a row says so", "seconds": round(time.monotonic() - started, 1)}
+    extra: dict[str, Any] = {"acceptance": "replayed from independent coins where a row says so"}
     if tiny:
         extra["sizes"] = "toy: rates mean nothing"
+
+    def add(row: Row) -> None:
+        rows.append(row)
+        sys.stderr.write(f"{until.passed:6.1f} s  {row}\n")
+        if options.out is not None:  # whatever stops the run, what was measured is kept
+            unfinished = {"benchmark": "gpu_engine", **describe(place), **extra, "unfinished": True, "rows": rows}
+            options.out.write_text(json.dumps(unfinished) + "\n", encoding="utf-8")
+
+    for name in names:
+        try:
+            for row in model_rows(name, Plan.of(tiny=tiny), place, set(options.parts.split(",")), until, tiny=tiny):
+                add(row)
+        except TimeoutError as error:
+            add({"model": name, "run": f"stopped: {error}"})
+        except torch.OutOfMemoryError as error:
+            add({"model": name, "run": f"stopped: {str(error)[:200]}"})
+            empty(place)
+    extra["seconds"] = round(until.passed, 1)
+    faulthandler.cancel_dump_traceback_later()
     report("gpu_engine", place, rows, extra, as_json=options.json, out=options.out)
 
 
