@@ -65,6 +65,9 @@ class KeptTexts:
     def load_all(self, names: Iterable[str]) -> list[States]:
         return [self._texts[name] for name in names]
 
+    def tokens(self, name: str) -> torch.Tensor:
+        return self._texts[name].tokens
+
 
 class Collector:
     """Keeps the hidden states of some running requests, and of those that finished whole. Driven by the engine's thread."""

@@ -7,10 +7,11 @@ Only hidden states are kept, never logits: the output head runs where they are n
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from engine.batch import NORMALISED, ForwardBatch
@@ -57,6 +58,10 @@ class StateStore:
     def load_all(self, names: Sequence[str]) -> list[States]:
         return [self.load(name) for name in names]
 
+    def tokens(self, name: str) -> torch.Tensor:
+        with safe_open(self._folder / f"{name}.safetensors", "pt") as file:
+            return cast("torch.Tensor", file.get_tensor("tokens")).long()
+
     def load(self, name: str) -> States:
         tensors = load_file(self._folder / f"{name}.safetensors")
         return States(tensors["tokens"].long(), int(tensors["prompt_length"][0]), tensors["taps"], tensors["final"])
@@ -101,6 +106,9 @@ class LiveStates:
 
     def names(self) -> list[str]:
         return sorted(self._texts)
+
+    def tokens(self, name: str) -> torch.Tensor:
+        return torch.tensor(self._texts[name][0])
 
     def load_all(self, names: Sequence[str]) -> list[States]:
         texts = [self._texts[name] for name in names]

@@ -86,6 +86,8 @@ class Texts(Protocol):
 
     def load_all(self, names: Sequence[str]) -> list[States]: ...
 
+    def tokens(self, name: str) -> torch.Tensor: ...
+
 
 class Trainer:
     """folder: gets `state.pt`, `log.jsonl` and `loss.png`. All randomness is a function of (seed, step): a resumed run is the same.
@@ -214,31 +216,32 @@ class Trainer:
         return torch.cumprod(same.long(), 1).sum(1)
 
     def _most_frequent(self) -> torch.Tensor:
-        """int64, ascending: three quarters of `config.vocabulary` tokens."""
+        """bool [vocab], on the CPU: three quarters of `config.vocabulary` tokens."""
         counts = torch.zeros(len(self._head), dtype=torch.int64)
         for name in self._names:
-            (states,) = self._store.load_all([name])
-            counts += torch.bincount(states.tokens, minlength=len(counts))
-        return counts.topk(self._config.vocabulary * 3 // 4).indices.sort().values.to(self._device)
+            counts += torch.bincount(self._store.tokens(name), minlength=len(counts))
+        frequent = torch.zeros(len(counts), dtype=torch.bool)
+        frequent[counts.topk(self._config.vocabulary * 3 // 4).indices] = True
+        return frequent
 
     def _columns(self, texts: list[States], generator: torch.Generator) -> _Columns | None:
-        """The part of the vocabulary that a step compares; None for all of it."""
+        """The part of the vocabulary that a step compares; None for all of it. Found on the CPU, so that no device is waited for."""
         if self._frequent is None or self._progress() >= self._config.full_from:
             return None
         size = len(self._head)
-        certain = torch.zeros(size, dtype=torch.bool, device=self._device)
-        certain[self._frequent] = True
+        certain = self._frequent.clone()
         for states in texts:
-            certain[states.tokens.to(self._device)] = True
+            certain[states.tokens] = True
         others = (~certain).nonzero().squeeze(1)
-        drawn = others[torch.randperm(len(others), generator=generator)[: self._config.vocabulary // 4].to(self._device)]
+        drawn = others[torch.randperm(len(others), generator=generator)[: self._config.vocabulary // 4]]
         kept = certain.nonzero().squeeze(1)
         tokens = torch.cat((kept, drawn))
-        place = torch.zeros(size, dtype=torch.int64, device=self._device)
-        place[tokens] = torch.arange(len(tokens), device=self._device)
-        offset = torch.zeros(len(tokens), device=self._device)
+        place = torch.zeros(size, dtype=torch.int64)
+        place[tokens] = torch.arange(len(tokens))
+        offset = torch.zeros(len(tokens))
         offset[len(kept) :] = math.log(len(others) / max(len(drawn), 1))
-        return _Columns(tokens, place, offset.to(self._dtype), self._head[tokens])
+        tokens = tokens.to(self._device)
+        return _Columns(tokens, place.to(self._device), offset.to(self._device, self._dtype), self._head[tokens])
 
     def _read(self, step: int) -> tuple[list[States], torch.Generator]:
         generator = torch.Generator().manual_seed(self._config.seed * 1_000_003 + step)
