@@ -6,6 +6,7 @@ new tiers once the memory for graphs is used up, run eagerly. The same code runs
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -40,7 +41,10 @@ class Graph(Protocol):
 
 
 class Capture(Protocol):
-    """Turns a call without arguments into a `Graph`; `used_bytes` of memory so far."""
+    """Turns a call without arguments into a `Graph`; `used_bytes` of memory so far.
+
+    A graph knows tensors by address alone: those that the call reads and did not make, its owner must keep.
+    """
 
     used_bytes: int
 
@@ -66,25 +70,43 @@ class _Direct:
 
 
 class CudaCapture:
-    """CUDA (or HIP) graphs that share one memory pool."""
+    """CUDA (or HIP) graphs that share one memory pool.
+
+    Not through `torch.cuda.graph`, which gives everything that torch's allocators keep, pinned memory as well, back to the system before
+    each capture: in the middle of a run, every step after it would have to ask for it again.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
         self.used_bytes = 0
 
     def __call__(self, call: Callable[[], ForwardOutput]) -> Graph:
-        # Once outside: kernels are compiled, tuned and loaded there, none of which a capture allows.
-        stream = torch.cuda.Stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
-            call()
-        torch.cuda.current_stream(self._device).wait_stream(stream)
-        torch.cuda.synchronize(self._device)
-        before = torch.cuda.memory_reserved(self._device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            output = call()
+        try:
+            return self._capture(call)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()  # what is kept cannot be given back while a capture is under way
+            return self._capture(call)
+
+    def _capture(self, call: Callable[[], ForwardOutput]) -> Graph:
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            call()  # once outside: kernels are compiled, tuned and loaded there, none of which a capture allows
+            torch.cuda.synchronize(self._device)
+            before = torch.cuda.memory_reserved(self._device)
+            graph = torch.cuda.CUDAGraph()
+            # Other threads (one that trains a drafter, say) may go on allocating.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                output = call()
+            except BaseException:
+                with suppress(RuntimeError):  # that the capture is broken
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        current.wait_stream(self._stream)
         self.used_bytes += max(torch.cuda.memory_reserved(self._device) - before, 0)
         return _Captured(graph, output)
 

@@ -108,6 +108,7 @@ class DecodePipeline:
         self._result = torch.zeros(slots, max_drafts + 3, dtype=torch.int64, device=device)
         self._capture = capture
         self._graphs: dict[int, Graph] = {}
+        self._capacities: dict[int, torch.Tensor] = {}
         self._in_flight: deque[Arrival] = deque()
 
     def enter(
@@ -154,7 +155,7 @@ class DecodePipeline:
         graph = self._graphs.get(drafts)
         if graph is None:
             before = [tensor.clone() for tensor in self._tensors()]
-            capacity = torch.full((1,), self._slots * drafts, dtype=torch.int64, device=self._result.device)
+            capacity = self._capacities[drafts] = torch.full((1,), self._slots * drafts, dtype=torch.int64, device=self._result.device)
             graph = self._graphs[drafts] = self._capture(lambda: self._step(drafts, capacity))
             for tensor, value in zip(self._tensors(), before, strict=True):
                 tensor.copy_(value)  # whatever capturing ran has not happened

@@ -22,6 +22,7 @@ import faulthandler
 import json
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -294,10 +295,8 @@ class Slots:
             sys.stderr.write(f"{micros:10.0f} us a step, {count:4d} times  {name[:110]}\n")
         busy = sum(micros for micros, _, _ in ran) * 1e-6
         whole = self.seconds[drafts]
-        return {
-            "run": "step outside kernels", "sequences": self.batch, "context": self.context, "drafts": drafts, "ms/step": 1e3 * whole,
-            "outside kernels": 1.0 - busy / whole,
-        }  # fmt: skip
+        row = {"run": "step outside kernels", "sequences": self.batch, "context": self.context, "drafts": drafts, "ms/step": 1e3 * whole}
+        return {**row, "outside kernels": 1.0 - busy / whole} if busy else {**row, "note": "the profiler saw no kernel"}
 
     def planned(self, tau: float) -> int:
         """Drafts a slot that the engine's planner would verify on such a step, from a cost model fitted to what was measured here."""
@@ -485,6 +484,7 @@ def job_rows(model: TargetModel, plan: Plan, until: Deadline) -> Iterator[Row]:
 
 def peer_rows(peer: Peer, plan: Plan, ours: float, until: Deadline) -> Iterator[Row]:
     """The same job through transformers' continuous batching, the best setting last."""
+    until.check()
     row: Row = {"sequences": plan.job.requests, "context": plan.job.prompt + plan.job.answer}
     name = "job, transformers continuous batching"
     ran: list[Ran] = peer.run(min(plan.peer_seconds, until.left))
@@ -514,28 +514,35 @@ def model_rows(name: str, plan: Plan, place: torch.device, parts: set[str], unti
     peer = Peer(name, plan.job, tiny=tiny) if "peer" in parts else None
     try:
         called, model, drafter = load(name, place, tiny=tiny)
-        if "decode" in parts:
-            for context in plan.batches:
-                for row in decode_rows(model, drafter, context, plan, until):
-                    yield {"model": called, **row}
-                empty(place)
+        for context in plan.batches if "decode" in parts else ():
+            for row in whatever_happens(f"decode at {context}", decode_rows(model, drafter, context, plan, until)):
+                yield {"model": called, **row}
+            empty(place)
         del drafter
         empty(place)
         ours = 0.0
-        if "job" in parts:
-            until.check()
-            for row in job_rows(model, plan, until):
-                ours = row["tokens/s"]
-                yield {"model": called, **row}
+        for row in whatever_happens("job", job_rows(model, plan, until)) if "job" in parts else ():
+            ours = row.get("tokens/s", ours)
+            yield {"model": called, **row}
         del model
         empty(place)
         if peer is not None:
-            until.check()
-            for row in peer_rows(peer, plan, ours, until):
+            for row in whatever_happens("peer", peer_rows(peer, plan, ours, until)):
                 yield {"model": called, **row}
     finally:
         if peer is not None:
             peer.stop()
+
+
+def whatever_happens(part: str, rows: Iterator[Row]) -> Iterator[Row]:
+    """A part that fails is a row, and the next one is run; only time stops everything."""
+    try:
+        yield from rows
+    except TimeoutError:
+        raise
+    except Exception as error:  # noqa: BLE001
+        sys.stderr.write(traceback.format_exc())
+        yield {"run": f"{part} failed", "note": f"{type(error).__name__}: {str(error)[:200]}"}
 
 
 def empty(place: torch.device) -> None:
@@ -554,6 +561,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="file for the JSON, besides what is printed")
     parser.add_argument("--within", type=float, default=450.0, help="seconds after which nothing further is begun")
     parser.add_argument("--models", help="comma-separated: qwen3-8b, smollm2-135m")
+    parser.add_argument("--configurations", type=Path, help="folder of launch configurations that `tests.benchmarks.kernels --tune` found")
     parser.add_argument("--parts", default="decode,job,peer", help="comma-separated: which of the three")
     options = parser.parse_args()
     until = Deadline(options.within)
@@ -561,9 +569,13 @@ def main() -> None:
     place = device()
     tiny = options.tiny or place.type == "cpu"
     torch.manual_seed(0)
+    extra: dict[str, Any] = {"acceptance": "replayed from independent coins where a row says so"}
+    if options.configurations is not None and place.type == "cuda":
+        from kernels.triton import tuning
+
+        extra["tuned launch configurations"] = tuning.load(options.configurations, place)
     names = options.models.split(",") if options.models else ["qwen3-8b"] if tiny else ["qwen3-8b", "smollm2-135m"]
     rows: list[Row] = []
-    extra: dict[str, Any] = {"acceptance": "replayed from independent coins where a row says so"}
     if tiny:
         extra["sizes"] = "toy: rates mean nothing"
 
@@ -580,9 +592,6 @@ def main() -> None:
                 add(row)
         except TimeoutError as error:
             add({"model": name, "run": f"stopped: {error}"})
-        except torch.OutOfMemoryError as error:
-            add({"model": name, "run": f"stopped: {str(error)[:200]}"})
-            empty(place)
     extra["seconds"] = round(until.passed, 1)
     faulthandler.cancel_dump_traceback_later()
     report("gpu_engine", place, rows, extra, as_json=options.json, out=options.out)
