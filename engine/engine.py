@@ -294,6 +294,9 @@ class Engine:
             return results
         for sequence in plan.admitted:
             self._enter(sequence)
+        running = self._scheduler.running
+        crowd = min(len(running) + len(self._scheduler.waiting), self.limits.max_sequences)
+        self._speculator.foresee(crowd, sum(sequence.num_tokens for sequence in running) / max(len(running), 1))
         proposal = Proposal.empty(len(plan.decoding))
         try:
             if self._flight is None:
@@ -404,16 +407,14 @@ class Engine:
         wanted = None if kept is None else kept.wanted
         pending = self._judge(logits, rows, step.row_counts, work.slots, self._steps, work.row_probabilities(logits), rules, wanted)
         timing.stop()
-        taps = output.taps
         promised = self._runner.latest is not None and not (work.proposal.groups or work.proposal.drafted.any())
-        if promised and taps:
+        if promised:
             # Every row is of confirmed text, and the next step overwrites what is tapped.
-            self._speculator.observe(Progress(work.chunks, step.query_start, work.counts, step.positions, step.slots, taps))
-            taps = {}
+            self._speculator.observe(Progress(work.chunks, step.query_start, work.counts, step.positions, step.slots, output.taps))
         lives = [self._live[chunk.sequence.serial] for chunk in work.chunks]
         for live in lives:
             live.in_flight += 1
-        return Flight(work, lives, pending, timing, taps, kept, promised)
+        return Flight(work, lives, pending, timing, {} if promised else output.taps, kept, promised)
 
     def _land(self) -> list[Result]:
         """Reads the step that is in flight, if any."""
@@ -429,7 +430,7 @@ class Engine:
         decoding = [chunk.sequence for chunk in chunks[: work.num_decoding]]
         self._speculator.learn_cost(work.load, outcome.nanoseconds * 1e-9)
         self._speculator.settle(work.proposal, decoding, accepted[: work.num_decoding], outcome.following[: work.num_decoding])
-        if outcome.taps:
+        if not flight.promised:
             self._speculator.observe(Progress(chunks, step.query_start, work.counts + accepted, step.positions, step.slots, outcome.taps))
         charge(work, outcome)
         self._logprobs.book(work, outcome)

@@ -123,6 +123,19 @@ class Blocks(Protocol):
     def drafts_per_pass(self) -> int: ...
 
 
+@runtime_checkable
+class Rests(Protocol):
+    """A drafter of hidden states that need not see all of them: it drafts from the positions that it saw, and masks the others out."""
+
+    def miss(self, progress: Progress) -> None:
+        """These positions are computed now, and it does not get to see them. `progress` has no taps that it could rely on."""
+        ...
+
+    def follows(self, sequences: list[Sequence]) -> NDArray[np.bool_]:
+        """bool [S]: whether it saw as much of each sequence's end as it needs to be worth asking."""
+        ...
+
+
 class Listener(Protocol):
     """Sees what drafters see, and drafts nothing."""
 

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 
     Ints = NDArray[np.int64]
 
+_RECENT = 16
+"""Positions before a sequence's end that must have been seen. On SmolLM2-135M blocks of 5 bring 1.03 tokens from 16 positions alone, 1.13
+from 32 and 1.25 from all; 0.65 from 2."""
+
 
 class DSparkDrafter:
     """Drafts blocks of `spec.block_size` slots; longer drafts chain blocks, each anchored at the last draft before it.
@@ -117,6 +121,21 @@ class DSparkDrafter:
         at = torch.from_numpy(rows).to(self._device)
         taps = [progress.taps[tap].index_select(0, at) for tap in self._spec.taps]
         self._backbone.write(taps, progress.positions[rows], progress.slots[rows])
+
+    def miss(self, progress: Progress) -> None:
+        """See `Rests`. Their slots may have held what was seen of another text."""
+        self._backbone.overwrite(progress.slots[progress.rows()])
+
+    def follows(self, sequences: list[Sequence]) -> NDArray[np.bool_]:
+        """See `Rests`."""
+        size = self._host.block_size
+        slots = np.zeros((len(sequences), _RECENT), np.int64)
+        for row, sequence in enumerate(sequences):
+            place = np.maximum(np.arange(sequence.num_computed - _RECENT, sequence.num_computed), 0)
+            first = int(place[0]) // size
+            blocks = np.array(sequence.blocks[first : int(place[-1]) // size + 1], np.int64)
+            slots[row] = blocks[place // size - first] * size + place % size
+        return np.asarray(self._backbone.knows(slots).all(axis=1))
 
     def finish(self, sequence: Sequence, *, complete: bool) -> None:
         """Nothing to forget: the context lies in the target's blocks."""

@@ -33,8 +33,10 @@ _FIRST_PROBE = 32
 """Steps without use after which a drafter is tried for one request; tried in vain, after twice as many, and so on."""
 _PATIENCE = 512
 """Steps without a single paying use after which a drafter is let go. Steps so full that hardly any draft could pay do not count."""
-_FULL = 0.5
+FULL = 0.5
 """The price of a draft in such steps."""
+_AHEAD = 24
+"""Steps before a trial in which a drafter must attend to the texts, to have something to draft from."""
 _USUAL = 3.0
 """A pass that took this many times what it was expected to says no more than that."""
 _MAX_TEMPLATES = 4096
@@ -86,6 +88,7 @@ class _Record:
 class _Member:
     """overall: over all requests. templates: by name. slots: by the request's slot. seconds: [fixed, per request] of a draft pass, of which
     the first does not count: it compiles and allocates. tags: the templates it was made for; none: for all. idle: steps since it paid.
+    unwanted: steps since it would have been chosen, had it known the texts.
     """
 
     slots: list[_Record]
@@ -97,6 +100,7 @@ class _Member:
     moment: Floats = field(default_factory=lambda: np.zeros(2))
     passes: int = 0
     idle: int = 0
+    unwanted: int = 0
     next_probe: int = _FIRST_PROBE
 
     def suits(self, template: str | None) -> bool:
@@ -132,32 +136,51 @@ class Portfolio:
         for member in self._members.values():
             member.slots[slot] = _Record()
 
-    def choose(self, slots: Ints, templates: list[str | None], lookup: Floats, tokens_per_second: float, price: float) -> list[str | None]:
+    def attends(self, name: str) -> bool:
+        """Whether `name` should follow the texts: it would have been chosen lately, or is to be tried soon."""
+        member = self._members.get(name)
+        return member is not None and (member.unwanted < _FIRST_PROBE or member.idle >= member.next_probe - _AHEAD)
+
+    def choose(
+        self,
+        slots: Ints,
+        templates: list[str | None],
+        lookup: Floats,
+        tokens_per_second: float,
+        price: float,
+        follows: Mapping[str, NDArray[np.bool_]] | None = None,
+    ) -> list[str | None]:
         """Per request the neural drafter that is to draft for it, None for the lookup.
 
         lookup: float64 [S], tokens that the lookup's drafts bring (see `net`). tokens_per_second: of the step without neural drafts.
-        price: of a draft's verification, in tokens.
+        price: of a draft's verification, in tokens. follows: bool [S] by drafter, for whom it can draft; one that is not named can for all.
         """
         chosen: list[str | None] = [None] * len(slots)
         if not self._members:
             return chosen
         names = list(self._members)
         gains = np.stack([self._gains(self._members[name], slots, templates, lookup, tokens_per_second, price) for name in names])
-        best = _assign(gains, np.array([self._members[name].seconds[0] for name in names]) * tokens_per_second)
+        fixed = np.array([self._members[name].seconds[0] for name in names]) * tokens_per_second
+        everyone = np.ones(len(slots), bool)
+        able = np.stack([(follows or {}).get(name, everyone) for name in names])
+        wanted = _assign(gains, fixed)
+        best = wanted if able.all() else _assign(np.where(able, gains, -np.inf), fixed)
         for index, name in enumerate(names):
             rows = np.flatnonzero(best == index)
             member = self._members[name]
+            member.unwanted = 0 if (wanted == index).any() else member.unwanted + 1
             for row in rows:
                 chosen[row] = name
             for slot in slots[best != index].tolist():
                 member.slots[slot].fade(_FADE)  # what a request held against it is forgotten, or it could never be corrected
             if len(rows):
                 member.idle, member.next_probe = 0, _FIRST_PROBE
-            elif price < _FULL:
+            elif price < FULL:
                 member.idle += 1
-                if member.idle == member.next_probe:
+                places = np.flatnonzero(able[index])
+                if member.idle >= member.next_probe and len(places):
                     member.next_probe *= 2
-                    chosen[member.idle % len(slots)] = name
+                    chosen[places[member.idle % len(places)]] = name
         return chosen
 
     def learn(self, name: str, slots: Ints, templates: list[str | None], brought: Floats) -> None:
@@ -199,7 +222,7 @@ class Portfolio:
         if member := self._members.get(name):
             for record in (member.overall, *member.templates.values(), *member.slots):
                 record.fade(_KEPT)
-            member.idle, member.next_probe = 0, _FIRST_PROBE
+            member.idle, member.unwanted, member.next_probe = 0, 0, _FIRST_PROBE
 
     def _gains(
         self, member: _Member, slots: Ints, templates: list[str | None], lookup: Floats, tokens_per_second: float, price: float

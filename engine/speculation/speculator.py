@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engine.drafters.base import Blocks, DraftBatch, Drafts, Exchangeable, Progress, Remembers
+from engine.drafters.base import Blocks, DraftBatch, Drafts, Exchangeable, Progress, Remembers, Rests
 from engine.drafters.builtin import PORTFOLIO, TEXT, TEXT_DRAFTERS
 from engine.speculation.calibration import Calibration, Discount
 from engine.speculation.cost_model import CostModel, Load
 from engine.speculation.forced import FORCED, PRIOR, ForcedDrafts, without
 from engine.speculation.planner import FixedLength, Planner, StepCost
-from engine.speculation.portfolio import Portfolio, earned, net
+from engine.speculation.portfolio import FULL, Portfolio, earned, net
 
 if TYPE_CHECKING:
     import torch
@@ -94,17 +94,30 @@ class Speculator:
         self._calibrations: dict[str, Calibration] = {FORCED: Calibration(PRIOR, max_sequences)}
         self._discounts: dict[str, Discount] = {FORCED: Discount()}
         self._listener: Listener | None = None
+        self._crowded = False
 
     @property
     def taps(self) -> tuple[int, ...]:
-        """Hidden-state indices that the drafters in use want."""
-        wanted = {tap for drafter in self._drafters.values() for tap in drafter.taps}
+        """Hidden-state indices that the drafters in use want in the next step."""
+        wanted = {tap for name, drafter in self._drafters.items() if not self._rests(name) for tap in drafter.taps}
         return tuple(sorted(wanted if self._listener is None else wanted.union(self._listener.taps)))
 
     @property
     def cost(self) -> CostModel:
         """What it knows of this machine."""
         return self._cost
+
+    def foresee(self, count: int, context: float) -> None:
+        """How many sequences will decode together once those that wait have started, after how many tokens each (mean).
+
+        Where steps are then so full that a draft hardly pays, drafters of hidden states need not be shown any: that costs time in every
+        step. What is computed meanwhile they will never have seen.
+        """
+        self._crowded = False
+        if count and self._cost.ready and any(isinstance(drafter, Rests) for drafter in self._drafters.values()):
+            kv_tokens = int(count * context)
+            cost = StepCost.of(self._cost, decoding=count, prefill=0, kv_tokens=kv_tokens, drafts=_FEW * count)
+            self._crowded = _price(cost, count) >= FULL
 
     def start(self, name: str, slot: int) -> None:
         """A sequence that uses drafter `name` takes `slot`. Raises ValueError where the drafter does not fit the target."""
@@ -176,8 +189,6 @@ class Speculator:
     def _ensure(self, name: str) -> None:
         if name not in self._drafters:
             self._keep(name, self._supply.create(name))
-            if self._selective and name not in TEXT_DRAFTERS and name not in self._portfolio.neural:
-                self._alone[name] = Portfolio({name: ()}, self._max_sequences)
 
     def _keep(self, name: str, drafter: Drafter) -> None:
         self._drafters[name] = drafter
@@ -186,7 +197,11 @@ class Speculator:
 
     def _choice(self, name: str) -> Portfolio | None:
         """What decides whether drafter `name`, or which of the portfolio's, drafts for a request that asks for it."""
-        return self._portfolio if name == PORTFOLIO else self._alone.get(name)
+        if name == PORTFOLIO:
+            return self._portfolio
+        if self._selective and name not in TEXT_DRAFTERS and name not in self._alone:
+            self._alone[name] = Portfolio({name: ()}, self._max_sequences)
+        return self._alone.get(name)
 
     def _members(self, name: str) -> tuple[str, ...]:
         return (TEXT, *self._portfolio.neural) if name == PORTFOLIO else (name,)
@@ -283,12 +298,22 @@ class Speculator:
             self._calibrations[name].observe(slots[members], drafts.bins, matched, np.minimum(matched + 1, known))
 
     def observe(self, progress: Progress) -> None:
-        """Hands hidden states to the drafters that asked for them."""
-        for drafter in self._drafters.values():
-            if drafter.taps:
+        """Hands hidden states to the drafters that asked for them; those that rested at that step hear what they missed."""
+        for name, drafter in self._drafters.items():
+            if not drafter.taps:
+                continue
+            if isinstance(drafter, Rests) and (self._rests(name) or not progress.taps.keys() >= set(drafter.taps)):
+                drafter.miss(progress)
+            else:
                 drafter.observe(progress)
         if self._listener is not None:
             self._listener.observe(progress)
+
+    def _rests(self, name: str) -> bool:
+        """Whether a drafter is not to be shown hidden states now."""
+        if not self._selective or not isinstance(self._drafters[name], Rests):
+            return False
+        return self._crowded or not any(choice.attends(name) for choice in (self._portfolio, *self._alone.values()))
 
     def learn_cost(self, load: Load, seconds: float) -> None:
         self._cost.observe(load, seconds)
@@ -340,7 +365,7 @@ class Speculator:
     ) -> None:
         """The portfolio's lookup is asked for all; who drafts is then chosen, and only then may a neural drafter draw anything."""
         tokens_per_second = len(sequences) / max(cost.decoding, 1e-9)
-        price = cost.per_draft(_FEW * len(sequences)) * tokens_per_second
+        price = _price(cost, len(sequences))
         lookup, promised = None, np.zeros(len(rows))
         if asked == PORTFOLIO:
             lookup = self._ask(TEXT, rows, sequences, limits, step, proposal)
@@ -348,8 +373,10 @@ class Speculator:
         slots = np.array([sequences[row].slot for row in rows], np.int64)
         templates = [sequences[row].request.template for row in rows]
         names: list[str | None] = [None] * len(rows)
-        if choice.neural and int(limits[rows].max(initial=0)) > 1:
-            names = choice.choose(slots, templates, promised, tokens_per_second, price)
+        # In a crowd none of those that rest can draft, and how they would do there is no news of them.
+        awake = any(not (self._crowded and self._rests(name)) for name in choice.neural)
+        if awake and int(limits[rows].max(initial=0)) > 1:
+            names = choice.choose(slots, templates, promised, tokens_per_second, price, self._follows(choice, rows, sequences))
         for name in (None, *choice.neural):
             places = np.array([place for place, chosen in enumerate(names) if chosen == name], np.int64)
             if not len(places):
@@ -362,6 +389,15 @@ class Speculator:
             self._take(name, rows[places], drafts, sequences, proposal)
             if lookup is not None:
                 proposal.shadows.append((TEXT, rows[places], _rows_of(lookup, places)))
+
+    def _follows(self, choice: Portfolio, rows: Ints, sequences: list[Sequence]) -> dict[str, NDArray[np.bool_]]:
+        """For whom of `rows` each drafter that may rest can draft."""
+        asked = [sequences[row] for row in rows]
+        found = {}
+        for name in choice.neural:
+            if isinstance(drafter := self._drafters[name], Rests):
+                found[name] = np.zeros(len(rows), bool) if self._rests(name) else drafter.follows(asked)
+        return found
 
     def _depth(self, name: str) -> int:
         return int(np.ceil(self._depths.get(name, _FIRST_DEPTH)))
@@ -378,6 +414,11 @@ class Speculator:
         deepest = float(chosen.max(initial=0)) + 1.0
         before = self._depths.get(name, float(_FIRST_DEPTH))
         self._depths[name] = max(deepest, _DEPTH_MEMORY * before + (1.0 - _DEPTH_MEMORY) * deepest)
+
+
+def _price(cost: StepCost, count: int) -> float:
+    """Of a draft's verification, in tokens that its time brings otherwise, in a step of `count` sequences."""
+    return cost.per_draft(_FEW * count) * count / max(cost.decoding, 1e-9)
 
 
 def _rows_of(drafts: Drafts, places: Ints) -> Drafts:

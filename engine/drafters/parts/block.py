@@ -72,6 +72,14 @@ class BlockBackbone:
             self._values[index].index_copy_(0, at, v)
         self._known[slots] = True
 
+    def overwrite(self, slots: NDArray[np.int64]) -> None:
+        """What lies here now was never taken in: nobody sees it."""
+        self._known[slots] = False
+
+    def knows(self, slots: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """bool, in the shape of `slots`: whether what lies there was taken in."""
+        return np.asarray(self._known[slots])
+
     def run(
         self,
         embedded: torch.Tensor,

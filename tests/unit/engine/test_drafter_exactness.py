@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -145,10 +145,16 @@ def test_preemption_and_shared_prefixes_leave_the_text_alone(target: TargetModel
 
 
 @pytest.mark.parametrize("drafter", ["dspark", "eagle3", "auto"])
-def test_sampled_text_has_the_targets_distribution(target: TargetModel, folders: Path, drafter: str) -> None:
+def test_sampled_text_has_the_targets_distribution(
+    target: TargetModel, folders: Path, monkeypatch: pytest.MonkeyPatch, drafter: str
+) -> None:
     """The third token, whose distribution is summed over all first and second ones that came before."""
+    if drafter != "auto":  # alone, its choice is between it and nothing: random weights do not pay, and would not be seen at work
+        always_wanted(monkeypatch)
     prompt, count = (5, 17, 60, 5), 2000
-    made = [Request(str(number), prompt, SamplingParams(max_tokens=3, temperature=0.8, ignore_eos=True)) for number in range(count)]
+    made = [
+        Request(str(number), prompt, SamplingParams(max_tokens=5 + number % 7, temperature=0.8, ignore_eos=True)) for number in range(count)
+    ]
     directory = folders / "packed" if drafter == "auto" else None
     answers, engine = run(
         target, made, drafter if directory else str(folders / drafter), directory, max_sequences=64, max_step_tokens=256, max_draft_tokens=2
@@ -166,6 +172,10 @@ def test_sampled_text_has_the_targets_distribution(target: TargetModel, folders:
     assert chi_square(np.bincount([tokens[2] for tokens in answers.values()], minlength=VOCAB), expected) < 1.0
     first = next_probabilities(target, [prompt], 0.8)[0] * count
     assert chi_square(np.bincount([tokens[0] for tokens in answers.values()], minlength=VOCAB), first) < 1.0
+
+
+def always_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Portfolio, "_gains", lambda self, member, slots, *_: np.ones(len(slots)))
 
 
 def next_probabilities(target: TargetModel, texts: list[tuple[int, ...]], temperature: float) -> np.ndarray:
@@ -238,7 +248,7 @@ def test_a_portfolio_that_picks_the_most_confident_realised_draft_is_biased_and_
     # A lookup in this text would win every choice; without its promises the neural drafters draw.
     choose = Portfolio.choose
     monkeypatch.setattr(
-        Portfolio, "choose", lambda self, slots, kinds, lookup, rate, price: choose(self, slots, kinds, lookup * 0.0, rate * 0.0, 0.0)
+        Portfolio, "choose", lambda self, slots, kinds, lookup, rate, price, _: choose(self, slots, kinds, lookup * 0.0, rate * 0.0, 0.0)
     )
     share, made = share_of_a(monkeypatch)
     assert made.stats().accepted > 300
@@ -343,6 +353,70 @@ def test_a_drafter_that_does_not_pay_goes_and_its_memory_becomes_cache(
     assert engine._pool.num_blocks == engine.limits.max_blocks
     assert engine.stats().kv_blocks == engine.limits.max_blocks - 1
     engine._pool.check()
+
+
+def test_a_drafter_that_cannot_follow_a_text_is_not_chosen_for_it_and_attends_again_once_it_would_be() -> None:
+    portfolio, slots, kinds = Portfolio({"good": ()}, 4), np.arange(4), ["a"] * 4
+    some, nobody = {"good": np.array([False, True, True, False])}, {"good": np.zeros(4, bool)}
+    for _ in range(40):
+        portfolio.learn("good", slots, kinds, tokens(*[4.0] * 4))
+    assert portfolio.choose(slots, kinds, np.zeros(4), 100.0, 0.0, some) == [None, "good", "good", None]
+    for _ in range(200):
+        assert portfolio.choose(slots, kinds, np.zeros(4), 100.0, 0.0, nobody) == [None] * 4
+        assert portfolio.attends("good")
+    # A lookup that promises more: nobody wants it, and it looks up only before it is tried, where it can follow.
+    attended, tried = [], []
+    for step in range(1, 600):
+        follows = some if portfolio.attends("good") else nobody
+        attended.append(portfolio.attends("good"))
+        if "good" in (names := portfolio.choose(slots, kinds, np.full(4, 9.0), 100.0, 0.0, follows)):
+            tried.append(step)
+            assert names.count("good") == 1
+            assert names[1:3].count("good") == 1
+    assert 1 <= len(tried) <= 5
+    assert sum(attended) < 250
+    assert all(all(attended[max(step - 20, 0) : step]) for step in tried)
+    # Then the batch empties, and it would pay: it follows from that step on.
+    portfolio.choose(slots, kinds, np.zeros(4), 100.0, 0.0, nobody)
+    assert portfolio.attends("good")
+
+
+@pytest.mark.parametrize("pressed", [False, True])
+def test_a_drafter_sees_nothing_in_a_crowd_and_drafts_again_when_it_is_over(
+    target: TargetModel, folders: Path, monkeypatch: pytest.MonkeyPatch, pressed: bool
+) -> None:
+    """Its cache then holds what it saw of earlier texts in the same blocks, and gaps: no text may show it."""
+    seen, missed, drafted = [], [], []
+
+    def foresee(self: Speculator, count: int, context: float) -> None:
+        self._crowded = count > 3
+
+    def watched(name: str, into: list[int]) -> None:
+        wrapped = getattr(DSparkDrafter, name)
+
+        def count(self: DSparkDrafter, given: Any) -> Any:
+            into.append(len(given.sequences) if isinstance(given, DraftBatch) else len(given.chunks))
+            return wrapped(self, given)
+
+        monkeypatch.setattr(DSparkDrafter, name, count)
+
+    always_wanted(monkeypatch)
+    monkeypatch.setattr(Speculator, "foresee", foresee)
+    for name, into in (("observe", seen), ("miss", missed), ("propose", drafted)):
+        watched(name, into)
+    short = jobs(12)
+    last = [replace(request, sampling=replace(request.sampling, max_tokens=45), priority=-1) for request in short[:2]]
+    made = [replace(request, id=str(n)) for n, request in enumerate([*short, *last])]
+    limits = {"kv_bytes": 60 << 10} if pressed else {}
+    plain, _ = run(target, made, "off", max_sequences=5)
+    text, engine = run(target, made, str(folders / "dspark"), max_sequences=5, **limits)
+    assert text == plain
+    assert (engine.stats().preemptions > 0) == pressed
+    assert len(seen) > 10
+    assert len(missed) > 10
+    assert max(seen) <= 3
+    assert drafted
+    assert max(drafted) <= 3
 
 
 def test_a_pool_grows_without_touching_what_it_holds() -> None:

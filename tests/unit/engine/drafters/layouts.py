@@ -188,15 +188,18 @@ class Scene:
             sequence.slot = serial
             self.sequences.append(sequence)
 
-    def feed(self, drafter: Any, steps: list[list[tuple[int, int, int]]]) -> None:
-        """Runs spans (text, start, end) through the target, and lets the drafter see all their rows as confirmed."""
+    def feed(self, drafter: Any, steps: list[list[tuple[int, int, int]]], *, seen: bool = True) -> None:
+        """Runs spans (text, start, end) through the target, and lets the drafter see (or miss) all their rows as confirmed."""
         for spans in steps:
             batch = self.texts.step(spans, drafter.taps)
             out = self.target.forward(batch, self.pool)
             counts = np.array([end - start for _, start, end in spans], np.int64)
             chunks = [Chunk(self.sequences[text], start, end - start) for text, start, end in spans]
             progress = Progress(chunks, batch.query_start.numpy(), counts, batch.positions.numpy(), batch.slots.numpy(), out.taps)
-            drafter.observe(progress)
+            if seen:
+                drafter.observe(progress)
+            else:
+                drafter.miss(progress)
             for text, _, end in spans:
                 self.sequences[text].num_computed = end
                 self.sequences[text].decoding = True

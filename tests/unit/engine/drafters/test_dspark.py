@@ -177,6 +177,35 @@ def test_context_nobody_saw_is_masked_out(tmp_path: Path, target: TargetModel) -
     assert (drafts.token_ids >= 0).all()
 
 
+def test_what_it_missed_hides_what_it_saw_of_another_text_in_the_same_place(tmp_path: Path, target: TargetModel) -> None:
+    """A block that changed hands while the drafter rested still holds keys and values of the text before."""
+    config, t = deepspec(target)
+    folder = write(tmp_path / "d", config, t)
+    used, scene = Scene(target), Scene(target)
+    drafters = [DSparkDrafter.load(read_folder(folder), used.host), DSparkDrafter.load(read_folder(folder), scene.host)]
+    used.feed(drafters[0], [[(0, 0, 22)]])
+    scene.feed(drafters[0], [[(0, 0, 10)]], seen=False)
+    scene.feed(drafters[0], [[(0, 10, 22)]])
+    scene.feed(drafters[1], [[(0, 10, 22)]])
+    batch = DraftBatch(scene.sequences[:1], np.array([5]), 1)
+    late, fresh = (drafter.propose_scored(batch) for drafter in drafters)
+    assert late[0].token_ids.tolist() == fresh[0].token_ids.tolist()
+    assert late[1] == pytest.approx(fresh[1])
+
+
+def test_it_follows_a_text_whose_end_it_saw(tmp_path: Path, target: TargetModel) -> None:
+    scene = Scene(target)
+    drafter = DSparkDrafter.load(read_folder(write(tmp_path / "d", *deepspec(target))), scene.host)
+    scene.feed(drafter, [[(0, 0, 2), (1, 0, 8)]])
+    scene.feed(drafter, [[(2, 0, 13)]], seen=False)
+    assert drafter.follows(scene.sequences).tolist() == [True, True, False]
+    scene.feed(drafter, [[(0, 2, 4)]], seen=False)
+    scene.feed(drafter, [[(0, 4, 19)]])
+    assert drafter.follows(scene.sequences).tolist() == [False, True, False]
+    scene.feed(drafter, [[(0, 19, 20)]])
+    assert drafter.follows(scene.sequences).tolist() == [True, True, False]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
