@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 MAX_TOKENS = 512
 """Larger steps keep the device busy long enough that launches hide behind them."""
-_MEMORY_SHARE = 0.03
+_MEMORY_SHARE = 0.05
 """Of the device's memory, for all graphs together."""
 _WIDTHS = 4
 """Block tables are as wide as this to some power: all of a model's context would be megabytes a step for requests that use little of it."""

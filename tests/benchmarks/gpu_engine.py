@@ -565,7 +565,15 @@ def main() -> None:
     parser.add_argument("--parts", default="decode,job,peer", help="comma-separated: which of the three")
     options = parser.parse_args()
     until = Deadline(options.within)
-    faulthandler.dump_traceback_later(options.within + 20, exit=True)  # where it hangs; the rows so far are in the file
+    # Where it hangs, if it does; the rows so far are in the file.
+    faulthandler.dump_traceback_later(options.within + 20, exit=True, file=sys.__stderr__ or sys.stderr)
+    try:
+        measure(options, until)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def measure(options: argparse.Namespace, until: Deadline) -> None:
     place = device()
     tiny = options.tiny or place.type == "cpu"
     torch.manual_seed(0)
@@ -593,7 +601,6 @@ def main() -> None:
         except TimeoutError as error:
             add({"model": name, "run": f"stopped: {error}"})
     extra["seconds"] = round(until.passed, 1)
-    faulthandler.cancel_dump_traceback_later()
     report("gpu_engine", place, rows, extra, as_json=options.json, out=options.out)
 
 
