@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,10 @@ BLOCK = 256
 
 @dataclass(frozen=True)
 class Job:
-    """`requests` random prompts of `prompt` tokens, `answer` tokens each. widths: requests at a time, one setting after the other."""
+    """`requests` random prompts of `prompt` tokens, `answer` tokens each. widths: requests at a time, one setting after the other.
+
+    step_tokens: of a step of the peer's, at most: a prompt's chunk is held against the keys of everybody in its step.
+    """
 
     requests: int
     prompt: int
@@ -94,7 +98,7 @@ class Peer:
 
 def note(ran: Ran, job: Job) -> str:
     finished = "" if ran.done == job.requests else f", stopped after {ran.done} of {job.requests} requests"
-    return f"{ran.width} requests at a time, {ran.attention}{finished}"
+    return f"{ran.width} requests and {job.step_tokens} tokens a step at most, {ran.attention}{finished}"
 
 
 def hf_model(name: str, place: Any, *, tiny: bool) -> Any:
@@ -111,7 +115,7 @@ def hf_model(name: str, place: Any, *, tiny: bool) -> Any:
 
 def main() -> None:
     import torch
-    from transformers import ContinuousBatchingConfig, GenerationConfig
+    import transformers  # noqa: F401 - before it is told to begin
 
     name, fields, size = sys.argv[1:]
     job = Job(**json.loads(fields))
@@ -121,32 +125,42 @@ def main() -> None:
     model = hf_model(name, place, tiny=size == "tiny")
     vocab = model.config.vocab_size
     prompts = torch.randint(3, vocab, (job.requests, job.prompt), generator=torch.Generator().manual_seed(1)).tolist()
-    wanted = GenerationConfig(max_new_tokens=job.answer, do_sample=False, eos_token_id=-1, pad_token_id=0)
     for width in job.widths:
-        settings = ContinuousBatchingConfig(
-            num_blocks=2 * width * -(-(job.prompt + job.answer) // BLOCK),  # a fraction of them it keeps free
-            max_batch_tokens=job.step_tokens,
-            max_requests_per_batch=width,
-            allow_block_sharing=False,  # no two prompts have anything in common
-        )
-        with model.continuous_batching_context_manager(generation_config=wanted, continuous_batching_config=settings) as manager:
-            attention = str(model.config._attn_implementation)
-            for measured in (prompts[:2], prompts):  # the first two load its kernels
-                started, done, tokens = time.perf_counter(), 0, 0
-                manager.add_requests(inputs=measured, max_new_tokens=job.answer if len(measured) > 2 else 2)
-                while done < len(measured):
-                    output = manager.get_result(timeout=1)
-                    if output is None:
-                        if not manager.is_running():
-                            raise RuntimeError("the continuous batching thread has ended")
-                        continue
-                    if output.error is not None:
-                        raise RuntimeError(output.error)
-                    done, tokens = done + 1, tokens + len(output.generated_tokens)
-                    if len(measured) > 2:
-                        ran = Ran(width, done, tokens, time.perf_counter() - started, attention)
-                        sys.stdout.write(json.dumps(asdict(ran)) + "\n")
-                        sys.stdout.flush()
+        try:
+            run(model, prompts, job, width)
+        except Exception:  # noqa: BLE001 - a setting that this machine has no room for; the others may do
+            traceback.print_exc()
+
+
+def run(model: Any, prompts: list[list[int]], job: Job, width: int) -> None:
+    """The job with `width` requests at a time; prints what it has whenever one has ended."""
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+
+    wanted = GenerationConfig(max_new_tokens=job.answer, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    settings = ContinuousBatchingConfig(
+        num_blocks=2 * width * -(-(job.prompt + job.answer) // BLOCK),  # a fraction of them it keeps free
+        max_batch_tokens=job.step_tokens,
+        max_requests_per_batch=width,
+        allow_block_sharing=False,  # no two prompts have anything in common
+    )
+    with model.continuous_batching_context_manager(generation_config=wanted, continuous_batching_config=settings) as manager:
+        attention = str(model.config._attn_implementation)
+        for measured, answer in ((prompts[:2], 2), (prompts, job.answer)):  # the first two load its kernels
+            started, done, tokens = time.perf_counter(), 0, 0
+            manager.add_requests(inputs=measured, max_new_tokens=answer)
+            while done < len(measured):
+                output = manager.get_result(timeout=1)
+                if output is None:
+                    if not manager.is_running():
+                        raise RuntimeError("the continuous batching thread has ended")
+                    continue
+                if output.error is not None:
+                    raise RuntimeError(output.error)
+                done, tokens = done + 1, tokens + len(output.generated_tokens)
+                if measured is prompts:
+                    ran = Ran(width, done, tokens, time.perf_counter() - started, attention)
+                    sys.stdout.write(json.dumps(asdict(ran)) + "\n")
+                    sys.stdout.flush()
 
 
 if __name__ == "__main__":
