@@ -22,6 +22,7 @@ from engine.training.answers import answer, hash_of, read
 from engine.training.calibrate import fit, quality, reliability
 from engine.training.evaluate import measure
 from engine.training.export import new_config, set_calibration, write_folder, write_record
+from engine.training.own_prompts import invent, with_own
 from engine.training.prompts import balanced, split
 from engine.training.provenance import note_prompts
 from engine.training.states import LiveStates, StateStore
@@ -49,7 +50,10 @@ FITTED_AT = (0.0, 1.0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """Size of the drafter and of its training data. intermediate_size 0: twice the hidden size. rank 0: DFlash."""
+    """Size of the drafter and of its training data. intermediate_size 0: twice the hidden size. rank 0: DFlash.
+
+    own_prompts: so many prompts of the model's own for each domain (`engine.training.own_prompts`).
+    """
 
     layers: int = 2
     block_size: int = 7
@@ -57,6 +61,7 @@ class Recipe:
     head: str = "vanilla"
     intermediate_size: int = 0
     samples: int = 2
+    own_prompts: int = 0
     temperature: float = 0.8
     max_tokens: int = 384
     disk_bytes: int = 8 << 30
@@ -89,8 +94,13 @@ def train(
     data = data or work
     data.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    if generate_missing:
-        generate(Engine(loaded, EngineConfig(drafter="suffix", seed=config.seed)), parts, data, recipe=recipe, tell=tell)
+    engine = Engine(loaded, EngineConfig(drafter="suffix", seed=config.seed)) if generate_missing else None
+    if engine is not None:
+        invent(engine, parts, recipe.own_prompts, data, barred=benchmarks, seed=config.seed, tell=tell)
+    parts = with_own(parts, data)
+    if engine is not None:
+        generate(engine, parts, data, recipe=recipe, tell=tell)
+        del engine
     check_answers(parts, data)
     store_states(loaded, data, recipe, tell)
     domains = {hash_of(prompt.text): prompt.domain for prompt in (*parts.train, *parts.calibrate)}

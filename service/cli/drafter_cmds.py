@@ -101,6 +101,9 @@ def train(
     rank: Annotated[int, typer.Option("--rank", min=0, help="Of the sequential head; 0 is DFlash.")] = 64,
     head: Annotated[str, typer.Option("--head", help="vanilla, gated or rnn.")] = "vanilla",
     samples: Annotated[int, typer.Option("--samples", min=1, help="Answers a prompt; the first is greedy.")] = 2,
+    own_prompts: Annotated[
+        int, typer.Option("--own-prompts", min=0, help="For each domain, prompts more that the model makes of the beginnings of yours.")
+    ] = 0,
     max_tokens: MaxTokens = 384,
     disk: Annotated[float, typer.Option("--disk", min=0.001, help="Bound of the stored hidden states, in GiB.")] = 8.0,
     texts: Annotated[int, typer.Option("--texts", min=1, help="Texts an optimiser step.")] = 4,
@@ -140,6 +143,7 @@ def train(
             head=head,
             intermediate_size=intermediate,
             samples=samples,
+            own_prompts=own_prompts,
             max_tokens=max_tokens,
             disk_bytes=size,
         )

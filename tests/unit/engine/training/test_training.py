@@ -20,7 +20,8 @@ from engine.training.calibrate import area, expected_error, fit, quality
 from engine.training.export import export, pack
 from engine.training.losses import Divergences, block_losses
 from engine.training.module import BlockModule
-from engine.training.prompts import Prompt, part_of, read_prompts, split
+from engine.training.prompts import Prompt, digest, part_of, read_prompts, split
+from engine.training.provenance import leaks, read_provenance
 from engine.training.run import Recipe, drafter_config, evaluate, plot_reliability, train
 from engine.training.states import LiveStates, StateStore, forward_states
 from engine.training.trainer import TrainConfig, Trainer, _walk
@@ -209,6 +210,23 @@ def test_the_loss_falls_and_the_record_says_how(trained: Path) -> None:
     assert record["target"] == "tiny"
     assert record["prompts"]["trained"] + record["prompts"]["calibrated"] + record["prompts"]["kept"] == 30
     assert (trained / "training" / "loss.png").stat().st_size > 1000
+
+
+def test_prompts_of_the_models_own_begin_as_those_that_train_and_keep_to_the_rule(loaded: LoadedModel, tmp_path: Path) -> None:
+    prompts = [Prompt(f"tell me all that you know about the number {number} and its neighbours", "chat") for number in range(40)]
+    recipe = replace(RECIPE, own_prompts=30)
+    train(loaded, prompts, tmp_path / "a", recipe=recipe, config=replace(CONFIG, steps=2), tell=lambda _: None)
+    own = read_prompts(tmp_path / "a" / "training" / "own_prompts.jsonl")
+    known = split(prompts)
+    assert 10 < len(own) <= 30
+    assert len({prompt.text for prompt in own} - {prompt.text for prompt in prompts}) == len(own)
+    assert all(part_of(prompt.text) > 1 and prompt.text.startswith("tell me") and prompt.domain == "chat" for prompt in own)
+    record = read_folder(tmp_path / "a").record
+    assert record["prompts"]["trained"] == len(known.train) + len(own)
+    assert record["texts"] > len(known.train)  # not all: some of this model's prompts leave no room for an answer
+    made = read_provenance(tmp_path / "a")
+    assert leaks(made) == []
+    assert len(set(made["trained"]) & {digest(prompt.text) for prompt in own}) == record["texts"] - len(known.train)
 
 
 class Killed(Exception):
