@@ -31,23 +31,34 @@ def _walk(
     acc, peak, total, q, k_head, v_head, table, stride_kb, stride_kt, stride_vb, stride_vt,
     begin, end, limit, positions, real, dims, real_dims, score_scale, soft_cap, window,
     BLOCK_N: tl.constexpr, PAGE: tl.constexpr, ALIKE: tl.constexpr, NEAR: tl.constexpr, EVEN: tl.constexpr, MASKED: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.constexpr, WIDE: tl.constexpr,
+    AHEAD: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """score_scale: to base 2, except with a cap, whose scores get there by themselves."""
+    """score_scale: to base 2, except with a cap, whose scores get there by themselves. AHEAD: page numbers are read a step before they are
+    used; begin and end are then whole tiles, which are whole pages.
+    """
+    lines = tl.arange(0, BLOCK_N)
+    within = lines % PAGE
+    if AHEAD:
+        pages = tl.load(table + (begin + lines) // PAGE, mask=begin + lines < end, other=0)
     for start in range(begin, end, BLOCK_N):
-        keys = start + tl.arange(0, BLOCK_N)
+        keys = start + lines
         inside = keys < limit
         if MASKED:
             pages = tl.load(table + keys // PAGE, mask=inside, other=0)
-        else:
+        elif not AHEAD:
             pages = tl.load(table + keys // PAGE)
+        if not AHEAD:
+            within = keys % PAGE
         # A third of the loop would be the arithmetic of these: 32 bits where they do, and once for keys and values that lie alike.
         if not NEAR:
             pages = pages.to(tl.int64)
-        k_at = (pages * stride_kb + keys % PAGE * stride_kt)[:, None] + dims[None, :]
+        k_at = (pages * stride_kb + within * stride_kt)[:, None] + dims[None, :]
         v_at = k_at
         if not ALIKE:
-            v_at = (pages * stride_vb + keys % PAGE * stride_vt)[:, None] + dims[None, :]
+            v_at = (pages * stride_vb + within * stride_vt)[:, None] + dims[None, :]
+        if AHEAD:
+            # A step before it is used, so that no load waits for another: the last step reads its own once more.
+            pages = tl.load(table + (tl.minimum(start + BLOCK_N, end - BLOCK_N) + lines) // PAGE)
         if MASKED:
             there = inside[:, None] & real_dims[None, :]
             k = tl.load(k_head + k_at, mask=there, other=0)
@@ -100,8 +111,8 @@ def _attention(
     table_row, offset, num_sequences, num_rows, stride_q, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_table, scale, soft_cap, window, splits,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr, ALIKE: tl.constexpr, NEAR: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, PARTIAL: tl.constexpr, SHARED: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr, AHEAD: tl.constexpr, ALIKE: tl.constexpr,
+    NEAR: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, PARTIAL: tl.constexpr, SHARED: tl.constexpr,
     FP8: tl.constexpr, NATIVE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     # The last rows of a prompt see most keys: who takes longest begins first.
@@ -165,12 +176,12 @@ def _attention(
     acc, peak, total = _walk(
         acc, peak, total, queries, k_head, v_head, table, stride_kb, stride_kt, stride_vb, stride_vt,
         low, middle, limit, positions, real, dims, real_dims, score_scale, soft_cap, window,
-        BLOCK_N, PAGE, ALIKE, NEAR, BLOCK_D == DIM, False, CAUSAL, WINDOWED, CAPPED, FP8, NATIVE, WIDE,
+        BLOCK_N, PAGE, ALIKE, NEAR, BLOCK_D == DIM, False, AHEAD and BLOCK_N % PAGE == 0, CAUSAL, WINDOWED, CAPPED, FP8, NATIVE, WIDE,
     )  # fmt: skip
     acc, peak, total = _walk(
         acc, peak, total, queries, k_head, v_head, table, stride_kb, stride_kt, stride_vb, stride_vt,
         middle, high, high, positions, real, dims, real_dims, score_scale, soft_cap, window,
-        BLOCK_N, PAGE, ALIKE, NEAR, BLOCK_D == DIM, True, CAUSAL, WINDOWED, CAPPED, FP8, NATIVE, WIDE,
+        BLOCK_N, PAGE, ALIKE, NEAR, BLOCK_D == DIM, True, False, CAUSAL, WINDOWED, CAPPED, FP8, NATIVE, WIDE,
     )  # fmt: skip
 
     nothing = total == 0.0
@@ -256,7 +267,7 @@ def attention(
             v_cache.stride(1), v_cache.stride(2), plan.tables.stride(0), float(scale), float(soft_cap or 0.0), plan.window or 0,
             plan.splits,
             HEADS=heads, GROUP=group, DIM=dim, BLOCK_D=max(triton.next_power_of_2(dim), 16), BLOCK_M=plan.block_m,
-            BLOCK_Q=plan.block_q, BLOCK_N=config["BLOCK_N"], PAGE=page,
+            BLOCK_Q=plan.block_q, BLOCK_N=config["BLOCK_N"], PAGE=page, AHEAD=config["AHEAD"],
             ALIKE=k_cache.stride() == v_cache.stride(), NEAR=near, CAUSAL=plan.causal, WINDOWED=plan.window is not None,
             CAPPED=soft_cap is not None, PARTIAL=partial, SHARED=plan.shared, FP8=fp8, NATIVE=converts_fp8(q.device),
             WIDE=needs_wide_dot(q.dtype), num_warps=config["num_warps"], num_stages=config["num_stages"],
@@ -295,21 +306,25 @@ def paged_attention(
 
 def _configs(block_m: int, dim: int, dtype: torch.dtype) -> Iterator[tuning.Config]:
     """The first is what runs untuned. Decode tiles are bound by memory: loads in flight, and room for two programs a processor, so that one
-    reads while the other begins or ends. Prefill tiles are bound by arithmetic and by registers.
+    reads while the other begins or ends. Prefill tiles are bound by arithmetic and by registers: two programs of 4 warps a processor, of
+    which one multiplies while the other exponentiates, or one of 8 warps, with fewer instructions a key.
+
+    With page numbers read ahead, `num_stages - 1` tiles are on their way while one is worked on; without, one (3 stages: a tile's
+    page numbers come before it; 4 are no different), and none of the page numbers takes registers.
     """
     if dtype == torch.float32:
-        yield {"BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+        yield {"BLOCK_N": 32, "num_warps": 4, "num_stages": 2, "AHEAD": 1}
         return
-    if block_m >= 64:
-        shapes = [(128, 8, 3), (64, 8, 3), (64, 8, 4), (128, 8, 2), (64, 4, 3), (64, 4, 2), (32, 4, 4), (32, 4, 2)]
-    else:
-        shapes = [(64, 4, 3), (64, 4, 4), (64, 4, 2), (128, 4, 2), (128, 4, 3), (32, 4, 4), (32, 2, 4), (64, 2, 3), (128, 8, 3)]
     if dim > 128:
-        shapes = [(64, 8, 2), (32, 4, 3), (32, 8, 3), (64, 4, 2), (16, 4, 2)]
-    elif dim <= 64:
+        shapes = [(64, 8, 2, 1), (32, 4, 3, 1), (32, 8, 3, 0), (64, 4, 2, 0), (16, 4, 2, 1)]
+    elif block_m >= 64:
+        shapes = [(64, 4, 3, 0), (64, 4, 2, 1), (128, 8, 2, 1), (128, 8, 3, 0), (64, 8, 2, 1), (32, 4, 3, 1)]
+    else:
+        shapes = [(128, 4, 2, 1), (128, 4, 3, 0), (64, 4, 3, 1), (64, 4, 2, 1), (128, 8, 2, 1), (32, 4, 4, 1), (128, 4, 3, 1)]
+    if dim <= 64:
         shapes = [(128, *shapes[0][1:]), *shapes]
-    for block_n, warps, stages in dict.fromkeys(shapes):
-        yield {"BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
+    for block_n, warps, stages, ahead in dict.fromkeys(shapes):
+        yield {"BLOCK_N": block_n, "num_warps": warps, "num_stages": stages, "AHEAD": ahead}
 
 
 def _check(
