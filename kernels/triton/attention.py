@@ -31,7 +31,8 @@ def _walk(
     acc, peak, total, q, k_head, v_head, table, stride_kb, stride_kt, stride_vb, stride_vt,
     begin, end, limit, positions, real, dims, real_dims, score_scale, soft_cap, window,
     BLOCK_N: tl.constexpr, PAGE: tl.constexpr, ALIKE: tl.constexpr, NEAR: tl.constexpr, EVEN: tl.constexpr, MASKED: tl.constexpr,
-    AHEAD: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.constexpr, WIDE: tl.constexpr,
+    AHEAD: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """score_scale: to base 2, except with a cap, whose scores get there by themselves. AHEAD: page numbers are read a step before they are
     used; begin and end are then whole tiles, which are whole pages.
