@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from engine.scheduler import Chunk
 
 
+_UNKNOWN = np.zeros(1, np.int64)
+
+
 @dataclass(frozen=True, slots=True)
 class PackedStep:
     """One step on the host. S chunks in order; chunk s has `counts[s]` confirmed tokens and `drafts[s]` drafted ones after them.
@@ -48,23 +51,28 @@ class PackedStep:
 
 def pack(chunks: list[Chunk], draft_tokens: list[NDArray[np.int64]], table_rows: NDArray[np.int32], block_size: int) -> PackedStep:
     """Lays the chunks out one after the other. draft_tokens: one array a chunk, empty for none. table_rows: the block tables by slot."""
+    sequences = [chunk.sequence for chunk in chunks]
     starts = np.array([chunk.start for chunk in chunks], np.int64)
     counts = np.array([chunk.count for chunk in chunks], np.int64)
     drafted = np.array([len(tokens) for tokens in draft_tokens], np.int64)
+    known = np.array([sequence.num_tokens for sequence in sequences], np.int64)
+    owners = np.array([sequence.slot for sequence in sequences], np.int64)
+    promised = np.array([sequence.promised for sequence in sequences], np.int64)
     lengths = counts + drafted
     ends = np.cumsum(lengths)
     pieces: list[NDArray[np.int64]] = []
-    for chunk, tokens in zip(chunks, draft_tokens, strict=True):
-        pieces.append(chunk.sequence.tokens[chunk.start : chunk.start + chunk.count])
+    # A token that only the device knows is one of a chunk of its own: nothing is to be looked up for it.
+    for chunk, tokens, unknown in zip(chunks, draft_tokens, ((promised > 0) & (counts == 1)).tolist(), strict=True):
+        pieces.append(_UNKNOWN if unknown else chunk.sequence.tokens[chunk.start : chunk.start + chunk.count])
         if len(tokens):
             pieces.append(tokens)
     owner = np.repeat(np.arange(len(chunks)), lengths)
     positions = np.arange(ends[-1]) + np.repeat(starts - ends + lengths, lengths)
     kv_lengths = starts + lengths
     width = int(-(-kv_lengths.max() // block_size))
-    tables = table_rows[[chunk.sequence.slot for chunk in chunks], :width]
+    tables = table_rows[owners, :width]
     slots = tables[owner, positions // block_size].astype(np.int64) * block_size + positions % block_size
-    rows = np.where([chunk.samples for chunk in chunks], drafted + 1, 0)
+    rows = np.where(starts + counts == known, drafted + 1, 0)
     row_ends = np.cumsum(rows)
     logit_rows = np.arange(row_ends[-1]) + np.repeat(ends - row_ends, rows)
     logit_rows, scored = _with_scored(chunks, ends - lengths, logit_rows)
@@ -82,17 +90,16 @@ def pack(chunks: list[Chunk], draft_tokens: list[NDArray[np.int64]], table_rows:
         row_counts=rows,
         shared_prefix_blocks=_shared_blocks(tables, int(starts.min()) // block_size),
         scored=scored,
-        sources=_sources(chunks, ends),
+        sources=_sources(np.flatnonzero(promised), owners, ends),
     )
 
 
-def _sources(chunks: list[Chunk], ends: NDArray[np.int64]) -> NDArray[np.int64] | None:
-    """See `PackedStep`; a chunk of a sequence with a promised token ends with it."""
-    promised = [index for index, chunk in enumerate(chunks) if chunk.sequence.promised]
-    if not promised:
+def _sources(promised: NDArray[np.int64], owners: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int64] | None:
+    """See `PackedStep`; a chunk of a sequence with a promised token ends with it. promised: the chunks of such sequences."""
+    if not len(promised):
         return None
     sources = np.full(ends[-1], -1, np.int64)
-    sources[ends[promised] - 1] = [chunks[index].sequence.slot for index in promised]
+    sources[ends[promised] - 1] = owners[promised]
     return sources
 
 
@@ -100,6 +107,8 @@ def _with_scored(
     chunks: list[Chunk], firsts: NDArray[np.int64], logit_rows: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_] | None]:
     """`logit_rows` with the rows of scored prompt tokens among them, ascending, and which those are."""
+    if not any(chunk.sequence.request.sampling.prompt_logprobs for chunk in chunks):
+        return logit_rows, None
     counts = np.array([chunk.scored for chunk in chunks], np.int64)
     if not counts.any():
         return logit_rows, None
