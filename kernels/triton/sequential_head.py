@@ -127,18 +127,27 @@ def _score(
         temperature = tl.load(temperatures + rows, mask=real_rows, other=0.0)
         greedy = temperature == 0.0
         key = tl.load(keys + rows * length + step, mask=real_rows, other=0).to(tl.uint64, bitcast=True)
-    best = tl.full([BLOCK_S], float("-inf"), tl.float32)
-    best_at = tl.full([BLOCK_S], 2147483647, tl.int32)
-    peak = tl.full([BLOCK_S], float("-inf"), tl.float32)
-    mass = tl.zeros([BLOCK_S], tl.float32)
+    # Winners and masses are kept a column: what lies between one load and the next is then no reduction, and nothing waits for it.
+    best = tl.full([BLOCK_S, BLOCK_V], float("-inf"), tl.float32)
+    best_at = tl.full([BLOCK_S, BLOCK_V], 2147483647, tl.int32)
+    peak = tl.full([BLOCK_S, BLOCK_V], float("-inf"), tl.float32)
+    mass = tl.zeros([BLOCK_S, BLOCK_V], tl.float32)
+    lanes = tl.arange(0, BLOCK_V)
+    w_at = lanes[:, None] * rank + inner[None, :]
+    row_at = logits + (rows.to(tl.int64) * stride_s + step * stride_k)[:, None]
+    # The logits of a tile are read while the one before it is worked on; W2's tiles are dot operands, for which the compiler does that.
+    columns = part * BLOCK_V + lanes
+    coming = tl.load(row_at + columns[None, :], mask=real_rows[:, None] & (columns < vocab)[None, :], other=float("-inf"))
     for first in range(part * BLOCK_V, vocab, tl.num_programs(1) * BLOCK_V):
-        columns = first + tl.arange(0, BLOCK_V)
+        columns = first + lanes
         real = real_rows[:, None] & (columns < vocab)[None, :]
-        at = rows.to(tl.int64)[:, None] * stride_s + step * stride_k + columns[None, :]
-        weights = tl.load(logits + at, mask=real, other=float("-inf")).to(tl.float32)
+        weights = coming.to(tl.float32)
+        after = columns + tl.num_programs(1) * BLOCK_V
+        coming = tl.load(row_at + after[None, :], mask=real_rows[:, None] & (after < vocab)[None, :], other=float("-inf"))
         if BIASED:
-            w_at = columns.to(tl.int64)[:, None] * rank + inner[None, :]
-            w = tl.load(w2 + w_at, mask=(columns < vocab)[:, None] & (inner < rank)[None, :], other=0.0)
+            w = tl.load(
+                w2 + tl.full([], first, tl.int64) * rank + w_at, mask=(columns < vocab)[:, None] & (inner < rank)[None, :], other=0.0
+            )
             if WIDE:
                 w = w.to(tl.float32)
             weights += tl.dot(f, tl.trans(w), input_precision="ieee")
@@ -154,19 +163,22 @@ def _score(
         if KEPT:
             k_at = (rows.to(tl.int64)[:, None] * length + step) * vocab + columns[None, :]
             tl.store(weights_out + k_at, weights, mask=real)
-        top = tl.max(scores, axis=1)
-        which = tl.min(tl.where(scores == top[:, None], columns[None, :], 2147483647), axis=1)
-        best_at = tl.where(top > best, which, best_at)  # the columns of a program rise, so equals keep the lowest
-        best = tl.maximum(best, top)
-        higher = tl.maximum(peak, tl.max(weights, axis=1))
+        best_at = tl.where(scores > best, columns[None, :], best_at)  # the columns of a program rise, so equals keep the lowest
+        best = tl.maximum(best, scores)
+        higher = tl.maximum(peak, weights)
         anchor = tl.where(higher == float("-inf"), 0.0, higher)
-        mass = mass * tl.exp(peak - anchor) + tl.sum(tl.exp(weights - anchor[:, None]), axis=1)
+        mass = mass * tl.exp(peak - anchor) + tl.exp(weights - anchor)
         peak = higher
+    top = tl.max(best, axis=1)
+    which = tl.min(tl.where(best == top[:, None], best_at, 2147483647), axis=1)
+    highest = tl.max(peak, axis=1)
+    anchor = tl.where(highest == float("-inf"), 0.0, highest)
+    mass_of_all = tl.sum(mass * tl.exp(peak - anchor[:, None]), axis=1)
     p_at = rows * tl.num_programs(1) + part
-    tl.store(best_value + p_at, best, mask=real_rows)
-    tl.store(best_column + p_at, best_at, mask=real_rows)
-    tl.store(part_peak + p_at, peak, mask=real_rows)
-    tl.store(part_mass + p_at, mass, mask=real_rows)
+    tl.store(best_value + p_at, top, mask=real_rows)
+    tl.store(best_column + p_at, which, mask=real_rows)
+    tl.store(part_peak + p_at, highest, mask=real_rows)
+    tl.store(part_mass + p_at, mass_of_all, mask=real_rows)
 
 
 def sequential_head(
@@ -206,8 +218,8 @@ def sequential_head(
     column = torch.empty(size, parts, dtype=torch.int32, device=device)
     state = torch.zeros(2, size, max(rank, 1), dtype=torch.float32, device=device)
     features = torch.empty(size, max(rank, 1), dtype=logits.dtype if head.w2 is None else head.w2.dtype, device=device)
-    stages = (3, 2, 4) if block_s <= 32 else (2, 3)
-    configs = [{"num_warps": warps, "num_stages": depth} for warps in (4, 8) for depth in (*stages, 1)]
+    depths = (3, 4, 2) if block_s <= 32 else (2, 3)
+    configs = [{"num_warps": warps, "num_stages": depth} for warps in ((4, 8) if block_s <= 32 else (8, 4)) for depth in (*depths, 1)]
     ids = anchors if head.token_ids is None else head.token_ids
     for step in range(length + 1):
         _embed[(size,)](
@@ -216,7 +228,7 @@ def sequential_head(
             logits if confidence_weight is None else confidence_weight, lse if confidence_hidden is None else confidence_hidden,
             confidence, state, features, step, length, parts, 0 if mix is None else mix.stride(0), rank,
             KIND=_KINDS[head.kind], MAPPED=head.token_ids is not None, CONFIDENT=confident, WITH_EMBEDDING=confidence_weight is not None,
-            BLOCK_T=triton.next_power_of_2(parts), BLOCK_R=block_r, BLOCK_O=min(block_r, 16), num_warps=4,
+            BLOCK_T=triton.next_power_of_2(parts), BLOCK_R=block_r, BLOCK_O=min(block_r, 16), num_warps=1 if _KINDS[head.kind] < 2 else 4,
         )  # fmt: skip
         if step == length:
             break

@@ -382,6 +382,8 @@ def _head_cases(*, full: bool) -> Iterator[Case]:
             for mapped in (False, True):
                 run = partial(_sequential_head, shape, kind, torch.float32, mapped=mapped)
                 yield Case("sequential_head", f"{kind} {shape}{' mapped' if mapped else ''}", run, 1e-4)
+    run = partial(_sequential_head, (3, 2, 3000, 10, 24), "vanilla", torch.float32, mapped=False)
+    yield Case("sequential_head", "several tiles a program", run, 1e-4)
     for dtype in (torch.bfloat16,) if not full else HALF_TYPES:
         yield Case(
             "sequential_head", f"vanilla, {str(dtype)[6:]}", partial(_sequential_head, sizes[-1], "vanilla", dtype, mapped=False), 0.02
