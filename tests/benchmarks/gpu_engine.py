@@ -279,24 +279,32 @@ class Slots:
         }
 
     def outside_kernels(self, drafts: int) -> Row:
-        """How much of a step is in no kernel: added up by the device's own clock, against the step's time without a profiler. The longest
-        kernels go to stderr.
+        """How much of a step is in no kernel: what its kernels take on the device's own clock, against the step's time without a profiler,
+        and the gaps in the profiler's own timeline. The longest kernels go to stderr.
         """
         self.again()
-        steps = 3
-        self.pipeline.launch(drafts)
-        self.pipeline.collect()
+        steps = SLACK
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            for _ in range(steps):
+            self.pipeline.launch(drafts)
+            for _ in range(steps - 1):  # one after the other without a pause, as in a run: a device that rests between is faster
                 self.pipeline.launch(drafts)
                 self.pipeline.collect()
+            self.pipeline.collect()
         ran = [(event.self_device_time_total / steps, event.count // steps, event.key) for event in profile.key_averages()]
         for micros, count, name in sorted(ran, reverse=True)[:12]:
             sys.stderr.write(f"{micros:10.0f} us a step, {count:4d} times  {name[:110]}\n")
-        busy = sum(micros for micros, _, _ in ran) * 1e-6
+        events = [event for event in profile.events() or () if event.device_type != torch.autograd.DeviceType.CPU]
+        busy, span = union(sorted((event.time_range.start, event.time_range.end) for event in events))
         whole = self.seconds[drafts]
         row = {"run": "step outside kernels", "sequences": self.batch, "context": self.context, "drafts": drafts, "ms/step": 1e3 * whole}
-        return {**row, "outside kernels": 1.0 - busy / whole} if busy else {**row, "note": "the profiler saw no kernel"}
+        if not busy:
+            return {**row, "note": "the profiler saw no kernel"}
+        return {
+            **row,
+            "kernels a step": len(events) / steps,
+            "outside kernels": 1.0 - busy * 1e-6 / steps / whole,
+            "gaps while profiled": 1.0 - busy / span,
+        }
 
     def planned(self, tau: float) -> int:
         """Drafts a slot that the engine's planner would verify on such a step, from a cost model fitted to what was measured here."""
@@ -310,6 +318,15 @@ class Slots:
         cost = StepCost.of(model, decoding=self.batch, prefill=0, kv_tokens=self.batch * (self.context + 1), drafts=self.batch * DRAFTS)
         survival = np.tile(bias_for(tau) ** np.arange(1.0, DRAFTS + 1), (self.batch, 1))
         return round(int(search(Offer(survival), cost).sum()) / self.batch)
+
+
+def union(intervals: list[tuple[float, float]]) -> tuple[float, float]:
+    """What sorted intervals cover together, and from the first to the last."""
+    covered, end = 0.0, float("-inf")
+    for start, stop in intervals:
+        covered += max(stop - max(start, end), 0.0)
+        end = max(end, stop)
+    return covered, end - intervals[0][0] if intervals else 0.0
 
 
 def blocks_of(context: int, steps: int) -> int:
@@ -356,11 +373,15 @@ def decode_rows(model: TargetModel, drafter: TargetModel | None, context: int, p
                 row = slots.measure(length, plan.steps, tau)
                 rates[tau, slots.batch, length] = row["tokens/s"]
                 yield {**row, "to best plain": row["tokens/s"] / best}
-    if model.spec.device.type == "cuda":
-        for slots, length in ((made[-1], 0), (made[0], 0), (made[-1], DRAFTS)):
-            until.check()
-            yield slots.outside_kernels(length)
     yield from planned_rows(made, plan, rates, until)
+    if model.spec.device.type == "cuda":
+        yield from whatever_happens("profile", profiled_rows(made, until))
+
+
+def profiled_rows(made: list[Slots], until: Deadline) -> Iterator[Row]:
+    for slots, length in ((made[-1], 0), (made[0], 0), (made[-1], DRAFTS)):
+        until.check()
+        yield slots.outside_kernels(length)
 
 
 def planned_rows(made: list[Slots], plan: Plan, rates: dict[tuple[float, int, int], float], until: Deadline) -> Iterator[Row]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.benchmarks import gpu_engine
-from tests.benchmarks.gpu_engine import DRAFTS, Deadline, Slots, bias_for
+from tests.benchmarks.gpu_engine import DRAFTS, Deadline, Slots, bias_for, union
 from tests.benchmarks.gpu_peer import Job, Peer
 
 
@@ -59,3 +59,8 @@ def test_the_planner_drafts_as_far_as_it_pays(price: float, expected: int) -> No
     gains = 1.0 + torch.tensor([bias_for(4.0) ** j for j in range(1, DRAFTS + 1)]).cumsum(0)
     best = max(range(1, DRAFTS + 1), key=lambda drafts: float(gains[drafts - 1]) / (1.0 + 1.1 * price * drafts))
     assert slots.planned(4.0) == (expected if expected != 3 else best)
+
+
+def test_overlapping_kernels_count_once() -> None:
+    assert union([(1.0, 3.0), (2.0, 2.5), (2.0, 4.0), (6.0, 7.0)]) == (4.0, 6.0)
+    assert union([]) == (0.0, 0.0)
