@@ -38,18 +38,23 @@ def _walk(
     used; begin and end are then whole tiles, which are whole pages.
     """
     lines = tl.arange(0, BLOCK_N)
+    # Walks begin with a page, so where tiles are whole pages only the first of a tile depends on where it is.
+    whole: tl.constexpr = BLOCK_N % PAGE == 0
     within = lines % PAGE
     if AHEAD:
-        pages = tl.load(table + (begin + lines) // PAGE, mask=begin + lines < end, other=0)
+        pages = tl.load(table + begin // PAGE + lines // PAGE, mask=begin + lines < end, other=0)
     for start in range(begin, end, BLOCK_N):
         keys = start + lines
         inside = keys < limit
-        if MASKED:
-            pages = tl.load(table + keys // PAGE, mask=inside, other=0)
-        elif not AHEAD:
-            pages = tl.load(table + keys // PAGE)
-        if not AHEAD:
+        page = keys // PAGE
+        if whole:
+            page = start // PAGE + lines // PAGE
+        else:
             within = keys % PAGE
+        if MASKED:
+            pages = tl.load(table + page, mask=inside, other=0)
+        elif not AHEAD:
+            pages = tl.load(table + page)
         # A third of the loop would be the arithmetic of these: 32 bits where they do, and once for keys and values that lie alike.
         if not NEAR:
             pages = pages.to(tl.int64)
@@ -59,7 +64,7 @@ def _walk(
             v_at = (pages * stride_vb + within * stride_vt)[:, None] + dims[None, :]
         if AHEAD:
             # A step before it is used, so that no load waits for another: the last step reads its own once more.
-            pages = tl.load(table + (tl.minimum(start + BLOCK_N, end - BLOCK_N) + lines) // PAGE)
+            pages = tl.load(table + tl.minimum(start + BLOCK_N, end - BLOCK_N) // PAGE + lines // PAGE)
         if MASKED:
             there = inside[:, None] & real_dims[None, :]
             k = tl.load(k_head + k_at, mask=there, other=0)
