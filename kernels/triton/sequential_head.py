@@ -1,13 +1,17 @@
-"""The sequential head over a draft block on the device: two launches a position, no number read back.
+"""The sequential head over a draft block on the device: a launch or two a position, no number read back.
 
-`_embed` ends the position before (its partial winners become a token) and turns that token into features [S, rank]; `_score` walks the
-vocabulary once: U + features W2^T, noise, and each program's winner. As many programs as the device runs at once stride over the
+`_score` walks the vocabulary once: U + features W2^T, noise, and each program's winner. Where features are W1's rows (or there are none),
+programs agree on the winner by an atomic maximum, the next launch begins with its row, and `_finish` works out what is left of all
+positions at once. Otherwise `_embed` ends the position before (its partial winners become a token) and turns that token into features
+[S, rank]. As many programs as the device runs at once stride over the
 vocabulary, so that the loads of one tile overlap with the arithmetic of another and few winners are left. The bytes of a block are at least
 K (V rank + S V) numbers: W2 does not stay in cache (78 MB of bfloat16 at 152k tokens and rank 256). That is the floor that the benchmark
 states.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -16,7 +20,7 @@ import triton.language as tl
 from kernels.reference.sequential_head import DraftBlock, SequentialHead, check_block
 from kernels.triton import tuning
 from kernels.triton.target import needs_wide_dot, processors
-from kernels.triton.vocabulary import exponential
+from kernels.triton.vocabulary import exponential, sort_key
 
 _TILE_BYTES = 64 * 256 * 2
 """Of W2 in one step: three of them fit a program's share of shared memory when two programs run on a processor."""
@@ -54,35 +58,32 @@ def _embed(
         at_step = sequence * length + step
         inner = tl.arange(0, BLOCK_R)
         score = 0.0
-        if KIND > 0:
-            embedding = tl.load(w1 + token * rank + inner, mask=inner < rank, other=0.0).to(tl.float32)
-            kind = features.dtype.element_ty
-            if KIND == 1:
-                tl.store(features + sequence * rank + inner, embedding.to(kind), mask=inner < rank)
-            if KIND == 2:
-                for first in range(0, rank, BLOCK_O):
-                    outer = first + tl.arange(0, BLOCK_O)
-                    gate = _mixed(mixed_hidden + at_step * rank, mix, outer, inner, embedding, rank, stride_mix)
-                    own = tl.load(w1 + token * rank + outer, mask=outer < rank, other=0.0).to(tl.float32)
-                    tl.store(features + sequence * rank + outer, (own * tl.sigmoid(gate)).to(kind), mask=outer < rank)
-            if KIND == 3:
-                # Two states, read and written in turn: programs of one launch never touch the other's row, but outputs need all inputs.
-                size = tl.num_programs(0) * rank
-                old = state + (step % 2) * size + sequence * rank
-                new = state + ((step + 1) % 2) * size + sequence * rank
-                before = tl.load(old + inner, mask=inner < rank, other=0.0)
-                hidden = mixed_hidden + at_step * 3 * rank
-                for first in range(0, rank, BLOCK_O):
-                    outer = first + tl.arange(0, BLOCK_O)
-                    gate = _recurrent(hidden, mix, outer, inner, before, embedding, rank, stride_mix)
-                    candidate = _recurrent(hidden + rank, mix + rank * stride_mix, outer, inner, before, embedding, rank, stride_mix)
-                    out = _recurrent(hidden + 2 * rank, mix + 2 * rank * stride_mix, outer, inner, before, embedding, rank, stride_mix)
-                    gate = tl.sigmoid(gate)
-                    was = tl.load(old + outer, mask=outer < rank, other=0.0)
-                    tl.store(new + outer, gate * was + (1.0 - gate) * _tanh(candidate), mask=outer < rank)
-                    tl.store(features + sequence * rank + outer, _tanh(out).to(kind), mask=outer < rank)
-            if CONFIDENT and WITH_EMBEDDING:
-                score += tl.sum(embedding * tl.load(confidence_weight + inner, mask=inner < rank, other=0.0).to(tl.float32), axis=0)
+        embedding = tl.load(w1 + token * rank + inner, mask=inner < rank, other=0.0).to(tl.float32)
+        kind = features.dtype.element_ty
+        if KIND == 2:
+            for first in range(0, rank, BLOCK_O):
+                outer = first + tl.arange(0, BLOCK_O)
+                gate = _mixed(mixed_hidden + at_step * rank, mix, outer, inner, embedding, rank, stride_mix)
+                own = tl.load(w1 + token * rank + outer, mask=outer < rank, other=0.0).to(tl.float32)
+                tl.store(features + sequence * rank + outer, (own * tl.sigmoid(gate)).to(kind), mask=outer < rank)
+        if KIND == 3:
+            # Two states, read and written in turn: programs of one launch never touch the other's row, but outputs need all inputs.
+            size = tl.num_programs(0) * rank
+            old = state + (step % 2) * size + sequence * rank
+            new = state + ((step + 1) % 2) * size + sequence * rank
+            before = tl.load(old + inner, mask=inner < rank, other=0.0)
+            hidden = mixed_hidden + at_step * 3 * rank
+            for first in range(0, rank, BLOCK_O):
+                outer = first + tl.arange(0, BLOCK_O)
+                gate = _recurrent(hidden, mix, outer, inner, before, embedding, rank, stride_mix)
+                candidate = _recurrent(hidden + rank, mix + rank * stride_mix, outer, inner, before, embedding, rank, stride_mix)
+                out = _recurrent(hidden + 2 * rank, mix + 2 * rank * stride_mix, outer, inner, before, embedding, rank, stride_mix)
+                gate = tl.sigmoid(gate)
+                was = tl.load(old + outer, mask=outer < rank, other=0.0)
+                tl.store(new + outer, gate * was + (1.0 - gate) * _tanh(candidate), mask=outer < rank)
+                tl.store(features + sequence * rank + outer, _tanh(out).to(kind), mask=outer < rank)
+        if CONFIDENT and WITH_EMBEDDING:
+            score += tl.sum(embedding * tl.load(confidence_weight + inner, mask=inner < rank, other=0.0).to(tl.float32), axis=0)
         if CONFIDENT:
             score += tl.load(confidence_hidden + at_step)
             tl.store(confidence + at_step, tl.sigmoid(score))
@@ -110,9 +111,9 @@ def _tanh(x):
 
 @triton.jit(do_not_specialize=["num_sequences", "step", "length"])
 def _score(
-    logits, features, w2, temperatures, keys, token_ids, weights_out, best_value, best_column, part_peak, part_mass,
+    logits, features, w2, temperatures, keys, token_ids, weights_out, best_value, best_column, part_peak, part_mass, anchors, winners, w1,
     num_sequences, vocab, step, length, stride_s, stride_k, rank,
-    BIASED: tl.constexpr, SAMPLED: tl.constexpr, MAPPED: tl.constexpr, KEPT: tl.constexpr, WIDE: tl.constexpr,
+    BIASED: tl.constexpr, DIRECT: tl.constexpr, SAMPLED: tl.constexpr, MAPPED: tl.constexpr, KEPT: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
@@ -120,7 +121,14 @@ def _score(
     real_rows = rows < num_sequences
     inner = tl.arange(0, BLOCK_R)
     if BIASED:
-        f = tl.load(features + rows[:, None] * rank + inner[None, :], mask=real_rows[:, None] & (inner < rank)[None, :], other=0.0)
+        f_mask = real_rows[:, None] & (inner < rank)[None, :]
+        if DIRECT:
+            token = tl.load(anchors + rows, mask=real_rows, other=0)
+            if step > 0:
+                token = _token(winners + rows * length + step - 1, token_ids, vocab, real_rows, MAPPED)
+            f = tl.load(w1 + token[:, None] * rank + inner[None, :], mask=f_mask, other=0.0).to(w2.dtype.element_ty)
+        else:
+            f = tl.load(features + rows[:, None] * rank + inner[None, :], mask=f_mask, other=0.0)
         if WIDE:
             f = f.to(tl.float32)
     if SAMPLED:
@@ -175,10 +183,54 @@ def _score(
     anchor = tl.where(highest == float("-inf"), 0.0, highest)
     mass_of_all = tl.sum(mass * tl.exp(peak - anchor[:, None]), axis=1)
     p_at = rows * tl.num_programs(1) + part
-    tl.store(best_value + p_at, top, mask=real_rows)
-    tl.store(best_column + p_at, which, mask=real_rows)
+    if DIRECT:
+        # By value, then by the lowest column; whoever comes first, the largest of these is the same.
+        packed = (sort_key(top).to(tl.int64) << 32) | (2147483647 - which).to(tl.int64)
+        tl.atomic_max(winners + rows * length + step, packed, mask=real_rows)
+        p_at += step * num_sequences * tl.num_programs(1)
+    else:
+        tl.store(best_value + p_at, top, mask=real_rows)
+        tl.store(best_column + p_at, which, mask=real_rows)
     tl.store(part_peak + p_at, highest, mask=real_rows)
     tl.store(part_mass + p_at, mass_of_all, mask=real_rows)
+
+
+@triton.jit
+def _token(at, token_ids, vocab, real, MAPPED: tl.constexpr):
+    """int64: the tokens of packed winners; of rows without a number, the last one."""
+    column = tl.minimum(2147483647 - (tl.load(at, mask=real, other=0) & 0xFFFFFFFF), vocab - 1)
+    token = column
+    if MAPPED:
+        token = tl.load(token_ids + column, mask=real, other=0)
+    return token
+
+
+@triton.jit(do_not_specialize=["size", "length", "parts"])
+def _finish(
+    anchors, winners, tokens, lse, part_peak, part_mass, token_ids, w1, confidence_weight, confidence_hidden, confidence, size, length,
+    parts, vocab, rank, MAPPED: tl.constexpr, CONFIDENT: tl.constexpr, WITH_EMBEDDING: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Of one position of one sequence: its token, the sum of its weights, and how sure the draft is."""
+    sequence, step = tl.program_id(0), tl.program_id(1)
+    at_step = sequence * length + step
+    tl.store(tokens + at_step, _token(winners + at_step, token_ids, vocab, True, MAPPED))
+    index = tl.arange(0, BLOCK_T)
+    p_at = (step * size + sequence) * parts + index
+    peaks = tl.load(part_peak + p_at, mask=index < parts, other=float("-inf"))
+    masses = tl.load(part_mass + p_at, mask=index < parts, other=0.0)
+    peak = tl.max(peaks, axis=0)
+    tl.store(lse + at_step, peak + tl.log(tl.sum(masses * tl.exp(peaks - peak), axis=0)))
+    if CONFIDENT:
+        score = tl.load(confidence_hidden + at_step)
+        if WITH_EMBEDDING:
+            before = tl.load(anchors + sequence)
+            if step > 0:
+                before = _token(winners + at_step - 1, token_ids, vocab, True, MAPPED)
+            inner = tl.arange(0, BLOCK_R)
+            embedding = tl.load(w1 + before * rank + inner, mask=inner < rank, other=0.0).to(tl.float32)
+            score += tl.sum(embedding * tl.load(confidence_weight + inner, mask=inner < rank, other=0.0).to(tl.float32), axis=0)
+        tl.store(confidence + at_step, tl.sigmoid(score))
 
 
 def sequential_head(
@@ -214,35 +266,53 @@ def sequential_head(
     parts = min(triton.cdiv(vocab, block_v), max(_PROGRAMS_A_PROCESSOR * processors(device) // groups, 1))
     mix, mixed_hidden = _hidden_part(head, hidden)
     confidence_weight, confidence_hidden = _confidence_part(head, hidden)
-    best, peak, mass = (torch.empty(size, parts, dtype=torch.float32, device=device) for _ in range(3))
+    direct = _KINDS[head.kind] < 2
+    best = torch.empty(size, parts, dtype=torch.float32, device=device)
+    peak, mass = (torch.empty(length if direct else 1, size, parts, dtype=torch.float32, device=device) for _ in range(2))
+    winners = torch.full((size, length), torch.iinfo(torch.int64).min, dtype=torch.int64, device=device)
     column = torch.empty(size, parts, dtype=torch.int32, device=device)
     state = torch.zeros(2, size, max(rank, 1), dtype=torch.float32, device=device)
     features = torch.empty(size, max(rank, 1), dtype=logits.dtype if head.w2 is None else head.w2.dtype, device=device)
     depths = (3, 4, 2) if block_s <= 32 else (2, 3)
     configs = [{"num_warps": warps, "num_stages": depth} for warps in ((4, 8) if block_s <= 32 else (8, 4)) for depth in (*depths, 1)]
     ids = anchors if head.token_ids is None else head.token_ids
+    w1 = logits if head.w1 is None else head.w1
+    confidences = (
+        logits if confidence_weight is None else confidence_weight,
+        lse if confidence_hidden is None else confidence_hidden,
+        confidence,
+    )
+    about: dict[str, Any] = {
+        "MAPPED": head.token_ids is not None,
+        "CONFIDENT": confident,
+        "WITH_EMBEDDING": confidence_weight is not None,
+        "BLOCK_T": triton.next_power_of_2(parts),
+        "BLOCK_R": block_r,
+    }
     for step in range(length + 1):
-        _embed[(size,)](
-            anchors, tokens, lse, best, column, peak, mass, ids, logits if head.w1 is None else head.w1,
-            logits if mix is None else mix, lse if mixed_hidden is None else mixed_hidden,
-            logits if confidence_weight is None else confidence_weight, lse if confidence_hidden is None else confidence_hidden,
-            confidence, state, features, step, length, parts, 0 if mix is None else mix.stride(0), rank,
-            KIND=_KINDS[head.kind], MAPPED=head.token_ids is not None, CONFIDENT=confident, WITH_EMBEDDING=confidence_weight is not None,
-            BLOCK_T=triton.next_power_of_2(parts), BLOCK_R=block_r, BLOCK_O=min(block_r, 16), num_warps=1 if _KINDS[head.kind] < 2 else 4,
-        )  # fmt: skip
+        if not direct:
+            _embed[(size,)](
+                anchors, tokens, lse, best, column, peak, mass, ids, w1, logits if mix is None else mix,
+                lse if mixed_hidden is None else mixed_hidden, *confidences, state, features, step, length, parts,
+                0 if mix is None else mix.stride(0), rank, KIND=_KINDS[head.kind], BLOCK_O=min(block_r, 16), num_warps=4, **about,
+            )  # fmt: skip
         if step == length:
             break
 
         def launch(config: tuning.Config, step: int = step) -> None:
             _score[(groups, parts)](
                 logits, features, logits if head.w2 is None else head.w2, lse if temperatures is None else temperatures,
-                anchors if keys is None else keys, ids, kept, best, column, peak, mass, size, vocab, step, length, logits.stride(0),
-                logits.stride(1), rank, BIASED=head.w2 is not None, SAMPLED=temperatures is not None,
+                anchors if keys is None else keys, ids, kept, best, column, peak, mass, anchors, winners, w1, size, vocab, step, length,
+                logits.stride(0), logits.stride(1), rank, BIASED=head.w2 is not None, DIRECT=direct, SAMPLED=temperatures is not None,
                 MAPPED=head.token_ids is not None, KEPT=keep_weights, WIDE=needs_wide_dot(features.dtype), BLOCK_S=block_s,
                 BLOCK_V=block_v, BLOCK_R=block_r, num_warps=config["num_warps"], num_stages=config["num_stages"],
             )  # fmt: skip
 
         tuning.run("sequential_head", f"{block_s}/{block_v}/{block_r}/{str(features.dtype)[6:]}", device, configs, launch)
+    if direct:
+        _finish[(size, length)](
+            anchors, winners, tokens, lse, peak, mass, ids, w1, *confidences, size, length, parts, vocab, rank, num_warps=1, **about
+        )
     return result
 
 
