@@ -110,13 +110,14 @@ def best(
     launch: Callable[[Config], None],
     measure: Callable[[Callable[[], None]], float] | None = None,
 ) -> Config:
-    """The configuration for `kernel` on shapes that `key` names. `launch` runs one; it must bear being run again.
+    """The configuration for `kernel` on shapes that `key` names. `launch` runs one; it must bear being run again. What an older version
+    found and this one would not try counts as unknown.
 
     measure: seconds of a call, by default Triton's own timer on the device.
     """
     known = _TABLE.known.setdefault(_file(device), {})
     name = f"{kernel}/{key}"
-    if (found := known.get(name)) is not None:
+    if (found := known.get(name)) in candidates:
         return found
     if _TABLE.folder is None or (device.type != "cuda" and measure is None):
         return candidates[0]

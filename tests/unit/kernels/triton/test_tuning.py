@@ -64,6 +64,15 @@ def test_a_file_that_is_no_table_counts_as_none(tmp_path: Path) -> None:
     assert tuning.load(tmp_path, CPU) == 0
 
 
+def test_what_is_no_longer_a_candidate_is_unknown(tmp_path: Path) -> None:
+    device = Device()
+    with tuning.tuning(tmp_path):
+        tuning.best("op", "8", CPU, CANDIDATES, device.launch, device.measure)
+        now = [{"BLOCK": 16, "AHEAD": 1}, {"BLOCK": 32, "AHEAD": 0}]
+        assert tuning.best("op", "8", CPU, now, device.launch, device.measure) == now[1]
+    assert tuning.best("op", "8", CPU, CANDIDATES, device.launch, device.measure) == CANDIDATES[0]
+
+
 def test_what_does_not_fit_the_device_is_passed_over_once() -> None:
     from triton.runtime.errors import OutOfResources
 
