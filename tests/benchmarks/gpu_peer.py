@@ -50,7 +50,12 @@ class Ran:
 
     @property
     def rate(self) -> float:
+        """Tokens a second, of answers that had ended."""
         return self.tokens / self.seconds
+
+    def most(self, job: Job) -> float:
+        """Tokens a second if every request that can have been under way when time was over had been as good as ended."""
+        return (self.tokens + min(self.width, job.requests - self.done) * job.answer) / self.seconds
 
 
 class Peer:
@@ -97,7 +102,9 @@ class Peer:
 
 
 def note(ran: Ran, job: Job) -> str:
-    finished = "" if ran.done == job.requests else f", stopped after {ran.done} of {job.requests} requests"
+    finished = ""
+    if ran.done < job.requests:
+        finished = f", stopped after {ran.done} of {job.requests} requests: at most {ran.most(job):.0f} tokens/s with those under way"
     return f"{ran.width} requests and {job.step_tokens} tokens a step at most, {ran.attention}{finished}"
 
 

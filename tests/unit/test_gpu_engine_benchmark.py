@@ -11,7 +11,7 @@ import torch
 
 from tests.benchmarks import gpu_engine
 from tests.benchmarks.gpu_engine import DRAFTS, Deadline, Slots, bias_for, union
-from tests.benchmarks.gpu_peer import Job, Peer
+from tests.benchmarks.gpu_peer import Job, Peer, Ran
 
 
 def rows_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], path, *arguments: str) -> list[dict]:
@@ -29,8 +29,8 @@ def test_parts_and_their_order(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         "decode plain", "decode replayed, acceptance length 4", "decode planned, acceptance length 4",
         "decode planned, acceptance length 4, best", "first run: where its time goes", "job, engine", "job, engine: where its time goes",
     ]  # fmt: skip
-    where = rows[-1]
-    assert where["prompt tokens"] == 3 * 12
+    first, _, where = rows[-3:]
+    assert first["prompt tokens"] == where["prompt tokens"] == 3 * 40, "nothing of the first run helps the one that is measured"
     assert where["decode steps"] * where["mean rows"] == 3 * (4 - 1)
 
 
@@ -64,3 +64,9 @@ def test_the_planner_drafts_as_far_as_it_pays(price: float, expected: int) -> No
 def test_overlapping_kernels_count_once() -> None:
     assert union([(1.0, 3.0), (2.0, 2.5), (2.0, 4.0), (6.0, 7.0)]) == (4.0, 6.0)
     assert union([]) == (0.0, 0.0)
+
+
+def test_a_peer_that_was_stopped_gets_the_benefit_of_the_doubt() -> None:
+    job = Job(256, 512, 128, (64,), 2048)
+    assert Ran(64, 43, 43 * 128, 20.0, "sdpa").most(job) == (43 + 64) * 128 / 20.0
+    assert Ran(64, 256, 256 * 128, 20.0, "sdpa").most(job) == 256 * 128 / 20.0
