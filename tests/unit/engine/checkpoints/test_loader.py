@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from engine.checkpoints import load_model
 from engine.checkpoints.cache import make_once
+from engine.checkpoints.loader import _dtype
 from engine.checkpoints.packaged import PACKAGED, PackagedModel, Wheel, download_gguf
 from engine.checkpoints.sources import default_cache_dir, fetch
 from engine.models.decoder import LeanDecoder
@@ -130,6 +132,13 @@ def test_names_that_are_nothing_are_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(ValueError, match=r"not a \.gguf file"):
         load_model(str(tmp_path / "notes.txt"), cache_dir=tmp_path)
+
+
+def test_a_gpu_runs_in_sixteen_bits_whatever_the_checkpoint_is_stored_in() -> None:
+    own = {stored: _dtype("auto", SimpleNamespace(dtype=stored), torch.device("cuda")) for stored in (torch.float32, torch.float16, None)}
+    assert own == {torch.float32: torch.bfloat16, torch.float16: torch.float16, None: torch.bfloat16}
+    assert _dtype("float32", SimpleNamespace(dtype=torch.float16), torch.device("cuda")) == torch.float32
+    assert _dtype("auto", SimpleNamespace(dtype=torch.float16), torch.device("cpu")) == torch.float32
 
 
 def test_unknown_dtypes_and_absent_devices_are_refused(folder: Path) -> None:
