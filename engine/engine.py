@@ -325,7 +325,8 @@ class Engine:
             return False
         going = [sequence for sequence in self._scheduler.running if sequence.decoding and sequence.room > 0]
         names = [self._live[sequence.serial].drafter for sequence in going]
-        return self._speculator.idle(going, names, step=self._steps, prefill=len(flight.work.step.token_ids) - flight.work.num_decoding)
+        prefill = len(flight.work.step.token_ids) - flight.work.num_decoding
+        return self._speculator.idle(going, names, step=self._steps, prefill=prefill, remaining=self._scheduler.remaining(going))
 
     def _give_up(self, plan: StepPlan, proposal: Proposal, reason: str) -> list[Result]:
         """Memory for a step was refused: smaller steps from now on, and whoever has no room in them starts again later."""
@@ -389,6 +390,7 @@ class Engine:
             step=self._steps,
             prefill=plan.prefill_tokens,
             budget=budget,
+            remaining=self._scheduler.remaining(sequences),
             constraints=self._rules.constraints(sequences),
         )
         spare = self._runner.spare(plan.num_tokens + int(proposal.chosen.sum()), len(plan.decoding) + len(plan.prefill))

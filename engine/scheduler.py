@@ -157,6 +157,18 @@ class Scheduler:
             self.waiting.push_front(sequence)
         return len(leaving)
 
+    def remaining(self, sequences: list[Sequence]) -> NDArray[np.float64] | None:
+        """float64 [S]: how many more tokens each will probably have; None while somebody waits who would take the place of one that ends.
+
+        One that has outgrown what was expected of it is expected to go on for half of that again.
+        """
+        if self.waiting:
+            return None
+        expected = np.array([self._lengths.expected(sequence.request) for sequence in sequences])
+        left = expected - np.array([sequence.num_generated for sequence in sequences])
+        room = np.array([sequence.room for sequence in sequences], np.float64)
+        return np.asarray(np.maximum(np.minimum(np.maximum(left, expected / 2), room), 1.0))
+
     def grant_drafts(self, sequence: Sequence, wanted: int) -> int:
         """Makes room for up to `wanted` drafted tokens after the next one; returns how many fit without preempting anyone."""
         missing = self.pool.blocks_for(sequence.num_tokens + wanted) - len(sequence.blocks)

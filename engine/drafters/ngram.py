@@ -33,6 +33,8 @@ class NgramDrafter:
         self._texts.pop(sequence.serial, None)
 
     def _draft(self, sequence: Sequence, limit: int) -> tuple[list[int], list[int]]:
+        if limit <= 0:
+            return [], []
         text = self._texts.get(sequence.serial)
         if text is None:
             text = self._texts[sequence.serial] = OwnText()

@@ -101,6 +101,8 @@ class SuffixDrafter:
         return found
 
     def _draft(self, sequence: Sequence, limit: int) -> tuple[list[int], list[int]]:
+        if limit <= 0:
+            return [], []
         own = self._own.get(sequence.serial)
         if own is None:
             own = self._own[sequence.serial] = OwnText()

@@ -200,7 +200,14 @@ class Simulator:
             return Proposal.empty(len(sequences))
         names = [self._live[sequence.serial][2] for sequence in sequences]
         budget = self.scheduler.max_step_tokens - plan.num_tokens
-        proposal = self._speculator.propose(sequences, names, step=self._result.steps, prefill=plan.prefill_tokens, budget=budget)
+        proposal = self._speculator.propose(
+            sequences,
+            names,
+            step=self._result.steps,
+            prefill=plan.prefill_tokens,
+            budget=budget,
+            remaining=self.scheduler.remaining(sequences),
+        )
         for row in np.flatnonzero(proposal.chosen):
             proposal.chosen[row] = self.scheduler.grant_drafts(sequences[row], int(proposal.chosen[row]))
         return proposal

@@ -42,6 +42,9 @@ class CostModel:
     _LEAST_USUAL = 0.1
     _PULL = 0.1
     """Weight of the profile against one observation."""
+    _TIE = 2.0
+    """Weight of neighbouring knots being off from the profile by the same factor: what a draft adds is a small difference of two large
+    times, so a size that is seen often must not come down alone."""
     _PROFILE_PULL = 1e-3
 
     def __init__(self, max_tokens: int, *, decay: float = 0.95) -> None:
@@ -54,6 +57,7 @@ class CostModel:
         self._weights: Floats = self._profile
         self._normal: Floats = np.zeros((size + 3, size + 3))
         self._moment: Floats = np.zeros(size + 3)
+        self._tie: Floats = np.zeros_like(self._normal)
         self._speed = 0.0
         """Its logarithm."""
         self._usual = 0.0
@@ -78,6 +82,8 @@ class CostModel:
         self._profile = self._weights = _not_negative(
             features.T @ features + np.diag(hold), features.sum(axis=0) + hold * start, len(self._knots)
         )
+        apart = np.diff(np.eye(len(self._knots), len(start)), axis=0) / self._sizes(self._profile)
+        self._tie = self._TIE * apart.T @ apart
         self._normal[:] = 0.0
         self._moment[:] = 0.0
         self._speed = self._usual = 0.0
@@ -97,7 +103,8 @@ class CostModel:
         self._normal = self._decay * self._normal + np.outer(row, row)
         self._moment = self._decay * self._moment + row
         hold = self._PULL / self._sizes(self._profile) ** 2
-        self._weights = _not_negative(self._normal + np.diag(hold), self._moment + hold * self._profile, len(self._knots))
+        normal = self._normal + np.diag(hold) + self._tie
+        self._weights = _not_negative(normal, self._moment + hold * self._profile, len(self._knots))
 
     def predict(self, load: Load) -> float:
         """Seconds."""

@@ -31,6 +31,9 @@ _DRAFTS = 64
 """Drafts of a step that few requests share. A row costs the fewer the less there are, so long drafts pay once the batch is nearly empty."""
 _DOUBT = 1.1
 """What drafts add to a step is taken as so much more: of many estimates of survival those that are too high get chosen."""
+_CLEAR = 1.0
+"""How clear it is who will end last: a request with twice as many steps left ends last 2 to this power times as often. Taken for clearer,
+jobs of equal requests lose: who is thought to end soon is left to fall behind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,8 @@ class StepCost:
     decoding: float
     extra: Floats
     """float64 [N + 1]: seconds that 0..N drafts add; N bounds how many can be taken."""
+    fixed: float = 0.0
+    """The share of `decoding` that a step takes as long as anybody decodes, 0 to 1; the rest shrinks as requests end."""
 
     @staticmethod
     def of(cost: CostModel, *, decoding: int, prefill: int, kv_tokens: int, drafts: int) -> StepCost:
@@ -70,7 +75,11 @@ class StepCost:
         count = np.arange(drafts + 1)
         curve = cost.curve(decoding + prefill + count)
         each = cost.seconds_per_row + cost.seconds_per_pair * kv_tokens / max(decoding, 1)
-        return StepCost(cost.predict(Load(decoding, decoding, kv_tokens, kv_tokens)), _DOUBT * (curve - curve[0] + count * each))
+        whole = cost.predict(Load(decoding, decoding, kv_tokens, kv_tokens))
+        half, context = decoding // 2, kv_tokens * (decoding // 2) // max(decoding, 1)
+        each_row = (whole - cost.predict(Load(half, half, context, context)) if half else 0.0) / max(decoding - half, 1)
+        fixed = min(max(1.0 - decoding * each_row / max(whole, 1e-12), 0.0), 1.0)
+        return StepCost(whole, _DOUBT * (curve - curve[0] + count * each), fixed)
 
     def per_draft(self, drafts: int) -> float:
         """Seconds that each of the first so many drafts adds on average (of fewer, where fewer can be taken)."""
@@ -78,19 +87,34 @@ class StepCost:
         return float(self.extra[min(count, len(self.extra) - 1)]) / count
 
 
+def token_weights(steps_left: Floats | None, requests: int, cost: StepCost) -> Floats:
+    """float64 [S], 1 on average: what a token of each request saves, in shares of a step.
+
+    While others wait for a place (steps_left None) every token is worth the same. Once nobody does, one that only lets its request end
+    sooner saves that request's own part of a later step; the part that every step takes is saved by those who end last. Who that will be is
+    not known: with steps_left (float64 [S]) off by Gumbel noise in their logarithm, request i is the last with a chance in proportion
+    to `steps_left[i] ** _CLEAR` (Gumbel-max, as in Plackett and Luce's model of orders).
+    """
+    if steps_left is None:
+        return np.ones(requests)
+    odds = np.power(steps_left / steps_left.max(), _CLEAR)
+    return np.asarray(1.0 - cost.fixed + cost.fixed * requests * odds / odds.sum())
+
+
 def throughput(survival: Floats, requests: int, cost: StepCost) -> Floats:
     """float64 [N + 1]: expected tokens a second with the first 0..N of `survival` taken; each request yields one token anyway.
 
-    N is at most the number of drafts that `cost` covers.
+    N is at most the number of drafts that `cost` covers. Survivals that are weighted by `token_weights` give what is done a second.
     """
     gained = np.concatenate(([0.0], np.cumsum(survival[: len(cost.extra) - 1])))
     seconds = np.maximum(cost.decoding + cost.extra[: len(gained)], 1e-12)
     return np.asarray((requests + gained) / seconds)
 
 
-def worth_drafting(requests: int, cost: StepCost) -> bool:
-    """Whether drafts that are certain to stand would pay at all."""
-    rates = throughput(np.ones(len(cost.extra) - 1), requests, cost)
+def worth_drafting(weights: Floats, cost: StepCost) -> bool:
+    """Whether drafts that are certain to stand would pay at all. weights: float64 [S], see `token_weights`."""
+    requests, drafts = len(weights), len(cost.extra) - 1
+    rates = throughput(np.repeat(-np.sort(-weights), -(-drafts // requests))[:drafts], requests, cost)
     return bool(rates.max() >= _MARGIN * rates[0])
 
 
@@ -123,16 +147,18 @@ def top(offer: Offer, capacity: int) -> Ints:
 class DraftPolicy(Protocol):
     """Decides how far to draft and to verify. `Planner` is the product's; the other serves comparisons."""
 
-    def depth(self, requests: int, cost: StepCost, most: int) -> int:
-        """Drafts to ask of a request's drafter, `most` at most; nothing of this step may have been drawn yet."""
-        ...
+    def limits(self, weights: Floats, cost: StepCost, most: int) -> Ints:
+        """int64 [S]: drafts to ask for each request, `most` at most; 0 where none would be verified, however good.
 
-    def idle(self, requests: int, cost: StepCost) -> bool:
-        """Whether no draft would be verified, however good."""
+        Nothing of this step may have been drawn yet. weights: see `token_weights`.
+        """
         ...
 
     def choose(self, survival: Floats, cost: StepCost, *, random: bool) -> Ints:
-        """int64 [S]: how many drafts of each request to verify, together at most as many as `cost` covers. survival: float64 [S, D]."""
+        """int64 [S]: how many drafts of each request to verify, together at most as many as `cost` covers.
+
+        survival: float64 [S, D], weighted by what a token of each request is worth.
+        """
         ...
 
 
@@ -142,13 +168,9 @@ class FixedLength:
     def __init__(self, length: int) -> None:
         self._length = length
 
-    def depth(self, requests: int, cost: StepCost, most: int) -> int:
-        del requests, cost
-        return min(self._length, most)
-
-    def idle(self, requests: int, cost: StepCost) -> bool:
-        del requests, cost
-        return False
+    def limits(self, weights: Floats, cost: StepCost, most: int) -> Ints:
+        del cost
+        return np.full(len(weights), min(self._length, most))
 
     def choose(self, survival: Floats, cost: StepCost, *, random: bool) -> Ints:
         del random  # the choice looks at no draft
@@ -167,14 +189,14 @@ class Planner:
     def __init__(self) -> None:
         self._capacities = (0, 0)
 
-    def depth(self, requests: int, cost: StepCost, most: int) -> int:
-        """Where drafts that are certain to stand would pay, more the fewer requests there are, else one each, which keeps the calibration
-        learning.
-        """
-        return min(most, max(_DEPTH, _DRAFTS // requests)) if worth_drafting(requests, cost) else 1
-
-    def idle(self, requests: int, cost: StepCost) -> bool:
-        return not worth_drafting(requests, cost)
+    def limits(self, weights: Floats, cost: StepCost, most: int) -> Ints:
+        """Where drafts that are certain to stand would pay; more the fewer requests there are (or matter)."""
+        requests, drafts = len(weights), len(cost.extra) - 1
+        if not drafts or not worth_drafting(weights, cost):
+            return np.zeros(requests, np.int64)
+        cheapest = float((cost.extra[1:] / np.arange(1, drafts + 1)).min()) * requests / max(cost.decoding, 1e-12)
+        deepest = min(most, max(_DEPTH, int(_DRAFTS * weights.max() / requests)))
+        return np.where(weights > cheapest, deepest, 0)
 
     def choose(self, survival: Floats, cost: StepCost, *, random: bool) -> Ints:
         offer = Offer(survival)

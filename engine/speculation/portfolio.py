@@ -31,6 +31,9 @@ _OPTIMISM = 0.75
 """Chance that a draft stands if those before it do, before the drafter was ever tried; one trial corrects it."""
 _FIRST_PROBE = 32
 """Steps without use after which a drafter is tried for one request; tried in vain, after twice as many, and so on."""
+_TRIALS = 4
+"""Drafts of a new drafter that are for one request at a time: until then both its worth and its time are guesses, the first ones' luck is
+no verdict."""
 _PATIENCE = 512
 """Steps without a single paying use after which a drafter is let go. Steps so full that hardly any draft could pay do not count."""
 FULL = 0.5
@@ -149,17 +152,21 @@ class Portfolio:
         tokens_per_second: float,
         price: float,
         follows: Mapping[str, NDArray[np.bool_]] | None = None,
+        weights: Floats | None = None,
     ) -> list[str | None]:
         """Per request the neural drafter that is to draft for it, None for the lookup.
 
         lookup: float64 [S], tokens that the lookup's drafts bring (see `net`). tokens_per_second: of the step without neural drafts.
         price: of a draft's verification, in tokens. follows: bool [S] by drafter, for whom it can draft; one that is not named can for all.
+        weights: float64 [S], see `planner.token_weights` (None: 1 for all); `lookup` counts by them already.
         """
         chosen: list[str | None] = [None] * len(slots)
         if not self._members:
             return chosen
         names = list(self._members)
-        gains = np.stack([self._gains(self._members[name], slots, templates, lookup, tokens_per_second, price) for name in names])
+        weights = np.ones(len(slots)) if weights is None else weights
+        members = [self._members[name] for name in names]
+        gains = np.stack([self._gains(member, slots, templates, lookup, tokens_per_second, price, weights) for member in members])
         fixed = np.array([self._members[name].seconds[0] for name in names]) * tokens_per_second
         everyone = np.ones(len(slots), bool)
         able = np.stack([(follows or {}).get(name, everyone) for name in names])
@@ -169,9 +176,11 @@ class Portfolio:
             rows = np.flatnonzero(best == index)
             member = self._members[name]
             member.unwanted = 0 if (wanted == index).any() else member.unwanted + 1
+            if member.overall.steps < _TRIALS and len(rows) > 1:
+                rows = rows[gains[index, rows].argmax()][None]
             for row in rows:
                 chosen[row] = name
-            for slot in slots[best != index].tolist():
+            for slot in np.delete(slots, rows).tolist():
                 member.slots[slot].fade(_FADE)  # what a request held against it is forgotten, or it could never be corrected
             if len(rows):
                 member.idle, member.next_probe = 0, _FIRST_PROBE
@@ -225,17 +234,36 @@ class Portfolio:
             member.idle, member.unwanted, member.next_probe = 0, 0, _FIRST_PROBE
 
     def _gains(
-        self, member: _Member, slots: Ints, templates: list[str | None], lookup: Floats, tokens_per_second: float, price: float
+        self,
+        member: _Member,
+        slots: Ints,
+        templates: list[str | None],
+        lookup: Floats,
+        tokens_per_second: float,
+        price: float,
+        weights: Floats,
     ) -> Floats:
         """float64 [S]: tokens a step that it brings more than the lookup, less those that its own time would have brought."""
-        pairs = zip(slots.tolist(), templates, strict=True)
-        worth = np.array([np.interp(price, PRICES, self._worth(member, slot, template)) for slot, template in pairs])
-        return np.asarray(worth - lookup - member.seconds[1] * tokens_per_second, np.float64)
+        brought = weights * self._worth(member, slots, templates, price / np.maximum(weights, 1e-9))
+        return np.asarray(brought - lookup - member.seconds[1] * tokens_per_second, np.float64)
 
-    def _worth(self, member: _Member, slot: int, template: str | None) -> Floats:
-        overall = member.overall.mean(_HOPE if member.suits(template) else np.zeros(len(PRICES)))
-        kind = member.templates.get(template)
-        return member.slots[slot].mean(overall if kind is None else kind.mean(overall))
+    def _worth(self, member: _Member, slots: Ints, templates: list[str | None], prices: Floats) -> Floats:
+        """float64 [S]: tokens a step that its drafts bring each request, where a draft's verification costs `prices` [S]."""
+        overall = {
+            suits: member.overall.mean(_HOPE if suits else np.zeros(len(PRICES))) for suits in {member.suits(name) for name in templates}
+        }
+        kinds: dict[str | None, Floats] = {}
+        for template in set(templates):
+            everyone, kind = overall[member.suits(template)], member.templates.get(template)
+            kinds[template] = everyone if kind is None else kind.mean(everyone)
+        if member.overall.steps < _TRIALS:
+            found = np.array([_HOPE if member.suits(name) else 0.0 * _HOPE for name in templates])
+        else:
+            found = np.array([member.slots[slot].mean(kinds[name]) for slot, name in zip(slots.tolist(), templates, strict=True)])
+        place = np.clip((prices - PRICES[0]) / (PRICES[1] - PRICES[0]), 0.0, len(PRICES) - 1.0)
+        low = np.minimum(place.astype(np.int64), len(PRICES) - 2)
+        rows, share = np.arange(len(slots)), place - low
+        return np.asarray(found[rows, low] * (1.0 - share) + found[rows, low + 1] * share, np.float64)
 
 
 def _assign(gains: Floats, fixed: Floats) -> Ints:

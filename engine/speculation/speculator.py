@@ -13,7 +13,7 @@ from engine.drafters.builtin import PORTFOLIO, TEXT, TEXT_DRAFTERS
 from engine.speculation.calibration import Calibration, Discount
 from engine.speculation.cost_model import CostModel, Load
 from engine.speculation.forced import FORCED, PRIOR, ForcedDrafts, without
-from engine.speculation.planner import FixedLength, Planner, StepCost
+from engine.speculation.planner import FixedLength, Planner, StepCost, token_weights
 from engine.speculation.portfolio import FULL, Portfolio, earned, net
 
 if TYPE_CHECKING:
@@ -32,10 +32,14 @@ if TYPE_CHECKING:
 _DEPTH_MEMORY = 0.8
 _LOOK_EVERY = 32
 """Steps after which drafters are asked even where no draft can pay, so that the calibration goes on learning."""
+_QUIET, _SELDOM = 8, 4
+"""In full steps, a request none of whose drafts was verified in so many steps is asked for drafts every so many steps."""
 _FEW = 4
 """Drafts of each request at which the price of one is taken."""
 _CHAIN = 0.3
 """Chance that a whole block stands from which on another one is drafted behind it: that takes as long again."""
+_PACE = 0.9
+"""How much of a request's pace (tokens a step) is what it was the step before."""
 _FIRST_DEPTH = 8
 """Draft tokens a request at first; then a little more than what was lately verified."""
 
@@ -91,10 +95,15 @@ class Speculator:
         self._depths: dict[str, float] = {}
         self._ends: dict[str, float] = {}
         self._drafters: dict[str, Drafter] = {}
+        self._resting: dict[str, Rests] = {}
+        """Those of them that may rest."""
         self._calibrations: dict[str, Calibration] = {FORCED: Calibration(PRIOR, max_sequences)}
         self._discounts: dict[str, Discount] = {FORCED: Discount()}
         self._listener: Listener | None = None
         self._crowded = False
+        self._paces = np.ones(max_sequences)
+        self._quiet = np.zeros(max_sequences, np.int64)
+        """Steps since a draft of the request in a slot was chosen."""
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -114,7 +123,7 @@ class Speculator:
         step. What is computed meanwhile they will never have seen.
         """
         self._crowded = False
-        if count and self._cost.ready and any(isinstance(drafter, Rests) for drafter in self._drafters.values()):
+        if count and self._cost.ready and self._resting:
             kv_tokens = int(count * context)
             cost = StepCost.of(self._cost, decoding=count, prefill=0, kv_tokens=kv_tokens, drafts=_FEW * count)
             self._crowded = _price(cost, count) >= FULL
@@ -125,6 +134,7 @@ class Speculator:
             self._ensure(member)
             self._calibrations[member].reset(slot)
         self._calibrations[FORCED].reset(slot)
+        self._paces[slot], self._quiet[slot] = 1.0, 0
         if (choice := self._choice(name)) is not None:
             choice.enter(slot)
 
@@ -161,7 +171,7 @@ class Speculator:
     def remove(self, name: str) -> None:
         """Takes a drafter out of the portfolio and unloads it; a request that asked for it by name gets it again."""
         self._portfolio.remove(name)
-        for known in (self._drafters, self._calibrations, self._discounts, self._depths, self._ends, self._alone):
+        for known in (self._drafters, self._resting, self._calibrations, self._discounts, self._depths, self._ends, self._alone):
             known.pop(name, None)
 
     def finish(self, name: str, sequence: Sequence, *, complete: bool) -> None:
@@ -192,6 +202,8 @@ class Speculator:
 
     def _keep(self, name: str, drafter: Drafter) -> None:
         self._drafters[name] = drafter
+        if self._selective and isinstance(drafter, Rests):
+            self._resting[name] = drafter
         self._calibrations[name] = Calibration(drafter.prior, self._max_sequences)
         self._discounts[name] = Discount()
 
@@ -214,10 +226,12 @@ class Speculator:
         step: int,
         prefill: int,
         budget: int,
+        remaining: Floats | None = None,
         constraints: list[Constraint | None] | None = None,
     ) -> Proposal:
         """Drafts for decoding `sequences` (names: their drafters), and how many of each to verify, `budget` in all at most.
 
+        remaining: float64 [S], tokens that each probably goes on for, where nobody waits for their places; None: somebody does.
         constraints: what holds the sequences to a form, one a sequence; None: nothing holds any.
         """
         proposal = Proposal.empty(len(sequences))
@@ -227,8 +241,17 @@ class Speculator:
         kv_tokens = sum(sequence.num_tokens for sequence in sequences)
         most = min(budget, self._max_draft * len(sequences))
         cost = StepCost.of(self._cost, decoding=len(sequences), prefill=prefill, kv_tokens=kv_tokens, drafts=most)
-        deepest = self._policy.depth(len(sequences), cost, self._max_draft)
-        limits = np.array([min(deepest, sequence.room - 1) for sequence in sequences], np.int64)
+        weights = self._weights(sequences, remaining, cost)
+        limits = self._policy.limits(weights, cost, self._max_draft)
+        if step % _LOOK_EVERY == 0:
+            limits = np.maximum(limits, 1)
+        limits = np.minimum(limits, np.array([sequence.room - 1 for sequence in sequences], np.int64))
+        slots = np.array([sequence.slot for sequence in sequences], np.int64)
+        self._quiet[slots] += 1
+        if self._selective and _price(cost, len(sequences)) >= FULL:
+            limits[(self._quiet[slots] > _QUIET) & ((step + slots) % _SELDOM != 0)] = 0
+        if not limits.any():
+            return proposal
         proposal.survival = np.zeros((len(sequences), self._max_draft))
         proposal.token_ids = np.zeros((len(sequences), self._max_draft), np.int64)
         proposal.bins = np.full((len(sequences), self._max_draft), -1, np.int64)
@@ -241,22 +264,22 @@ class Speculator:
             if name != PORTFOLIO:
                 self._ensure(name)  # the portfolio may have let go of what a request asked for by name
             if (choice := self._choice(name)) is not None:
-                self._ask_choice(choice, name, rows, sequences, limits, step, proposal, cost)
+                self._ask_choice(choice, name, rows, sequences, limits, step, proposal, cost, weights[rows])
             else:
                 self._take(name, rows, self._ask(name, rows, sequences, limits, step, proposal), sequences, proposal)
         if forced is not None and len(rows := forced.merge(proposal)):
-            slots = np.array([sequences[row].slot for row in rows], np.int64)
-            proposal.survival[rows] = self._calibrations[FORCED].survival(slots, proposal.bins[rows]) * self._discounts[FORCED].factor
+            proposal.survival[rows] = self._calibrations[FORCED].survival(slots[rows], proposal.bins[rows]) * self._discounts[FORCED].factor
             proposal.groups = [*without(proposal.groups, rows), (FORCED, rows)]
-        proposal.chosen = self._policy.choose(proposal.survival, cost, random=bool(proposal.probabilities))
+        proposal.chosen = self._policy.choose(proposal.survival * weights[:, None], cost, random=bool(proposal.probabilities))
+        self._quiet[slots[proposal.chosen > 0]] = 0
         if forced is not None:
             forced.trim(proposal)
         return proposal
 
-    def idle(self, sequences: list[Sequence], names: list[str | None], *, step: int, prefill: int) -> bool:
+    def idle(self, sequences: list[Sequence], names: list[str | None], *, step: int, prefill: int, remaining: Floats | None = None) -> bool:
         """Whether drafts could be left out of the next step: nobody wants any, or none would pay, however good they were.
 
-        Asked before the last tokens of `sequences` are known, without which nobody can draft. step, prefill: as in `propose`.
+        Asked before the last tokens of `sequences` are known, without which nobody can draft. The rest: as in `propose`.
         """
         if not sequences or not self._cost.ready or all(name is None for name in names):
             return True
@@ -265,10 +288,12 @@ class Speculator:
         kv_tokens = sum(sequence.num_tokens for sequence in sequences)
         most = self._max_draft * len(sequences)
         cost = StepCost.of(self._cost, decoding=len(sequences), prefill=prefill, kv_tokens=kv_tokens, drafts=most)
-        return self._policy.idle(len(sequences), cost)
+        return not self._policy.limits(self._weights(sequences, remaining, cost), cost, self._max_draft).any()
 
     def settle(self, proposal: Proposal, sequences: list[Sequence], accepted: Ints, following: Ints) -> None:
         """Learns from a verified step. accepted: int64 [S]; following: int64 [S], the target's token after the accepted ones."""
+        slots = np.array([sequence.slot for sequence in sequences], np.int64)
+        self._paces[slots] = _PACE * self._paces[slots] + (1.0 - _PACE) * (1.0 + accepted)
         if not proposal.groups:
             return
         rows = np.arange(len(sequences))
@@ -281,7 +306,6 @@ class Speculator:
         at = np.minimum(accepted, proposal.token_ids.shape[1] - 1)
         stood[beyond] += proposal.token_ids[rows, at][beyond] == following[beyond]
         seen[beyond] += 1
-        slots = np.array([sequence.slot for sequence in sequences], np.int64)
         for name, members in proposal.groups:
             if name not in self._calibrations:
                 continue
@@ -302,8 +326,8 @@ class Speculator:
         for name, drafter in self._drafters.items():
             if not drafter.taps:
                 continue
-            if isinstance(drafter, Rests) and (self._rests(name) or not progress.taps.keys() >= set(drafter.taps)):
-                drafter.miss(progress)
+            if name in self._resting and (self._rests(name) or not progress.taps.keys() >= set(drafter.taps)):
+                self._resting[name].miss(progress)
             else:
                 drafter.observe(progress)
         if self._listener is not None:
@@ -311,7 +335,7 @@ class Speculator:
 
     def _rests(self, name: str) -> bool:
         """Whether a drafter is not to be shown hidden states now."""
-        if not self._selective or not isinstance(self._drafters[name], Rests):
+        if name not in self._resting:
             return False
         return self._crowded or not any(choice.attends(name) for choice in (self._portfolio, *self._alone.values()))
 
@@ -362,6 +386,7 @@ class Speculator:
         step: int,
         proposal: Proposal,
         cost: StepCost,
+        weights: Floats,
     ) -> None:
         """The portfolio's lookup is asked for all; who drafts is then chosen, and only then may a neural drafter draw anything."""
         tokens_per_second = len(sequences) / max(cost.decoding, 1e-9)
@@ -369,14 +394,15 @@ class Speculator:
         lookup, promised = None, np.zeros(len(rows))
         if asked == PORTFOLIO:
             lookup = self._ask(TEXT, rows, sequences, limits, step, proposal)
-            promised = net(self._survival(TEXT, rows, lookup, sequences), price)
+            promised = net(self._survival(TEXT, rows, lookup, sequences) * weights[:, None], price)
         slots = np.array([sequences[row].slot for row in rows], np.int64)
         templates = [sequences[row].request.template for row in rows]
         names: list[str | None] = [None] * len(rows)
         # In a crowd none of those that rest can draft, and how they would do there is no news of them.
         awake = any(not (self._crowded and self._rests(name)) for name in choice.neural)
         if awake and int(limits[rows].max(initial=0)) > 1:
-            names = choice.choose(slots, templates, promised, tokens_per_second, price, self._follows(choice, rows, sequences))
+            follows = self._follows(choice, rows, sequences)
+            names = choice.choose(slots, templates, promised, tokens_per_second, price, follows, weights)
         for name in (None, *choice.neural):
             places = np.array([place for place, chosen in enumerate(names) if chosen == name], np.int64)
             if not len(places):
@@ -390,13 +416,18 @@ class Speculator:
             if lookup is not None:
                 proposal.shadows.append((TEXT, rows[places], _rows_of(lookup, places)))
 
+    def _weights(self, sequences: list[Sequence], remaining: Floats | None, cost: StepCost) -> Floats:
+        """See `token_weights`; steps left at each one's pace of lately."""
+        slots = np.array([sequence.slot for sequence in sequences], np.int64)
+        return token_weights(None if remaining is None else remaining / self._paces[slots], len(sequences), cost)
+
     def _follows(self, choice: Portfolio, rows: Ints, sequences: list[Sequence]) -> dict[str, NDArray[np.bool_]]:
         """For whom of `rows` each drafter that may rest can draft."""
         asked = [sequences[row] for row in rows]
         found = {}
         for name in choice.neural:
-            if isinstance(drafter := self._drafters[name], Rests):
-                found[name] = np.zeros(len(rows), bool) if self._rests(name) else drafter.follows(asked)
+            if name in self._resting:
+                found[name] = np.zeros(len(rows), bool) if self._rests(name) else self._resting[name].follows(asked)
         return found
 
     def _depth(self, name: str) -> int:

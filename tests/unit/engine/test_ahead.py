@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -226,12 +227,12 @@ def test_drafts_and_steps_ahead_take_turns(late: list[Queue], fixed_costs: None,
 
     asked = 0
 
-    def idle(self: Planner, requests: int, cost: object) -> bool:
+    def limits(self: Planner, weights: np.ndarray, cost: object, most: int) -> np.ndarray:
         nonlocal asked
         asked += 1
-        return asked // 7 % 2 == 0
+        return np.full(len(weights), 0 if asked // 7 % 2 == 0 else min(most, 16))
 
-    monkeypatch.setattr(Planner, "idle", idle)
+    monkeypatch.setattr(Planner, "limits", limits)
     made = late_engine(late, loop=5, drafter="suffix")
     requests = jobs(24)
     results = collect(made, requests)
@@ -244,8 +245,6 @@ def test_drafts_and_steps_ahead_take_turns(late: list[Queue], fixed_costs: None,
 
 def test_rejected_drafts_are_resampled_on_the_device_as_on_the_host() -> None:
     """`DeviceJudge` and `HostJudge` on the same rows: greedy, seeded, stochastic, cut, with random drafts and certain ones."""
-    import numpy as np
-
     from engine.speculation.judge import DeviceJudge, HostJudge
     from engine.speculation.verify import NO_DRAFT, Rows
 

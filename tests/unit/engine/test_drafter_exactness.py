@@ -223,7 +223,7 @@ class Other(Hopeful):
 
 
 def most_confident(
-    self: Speculator, choice: Any, asked: str, rows: Any, sequences: Any, limits: Any, step: int, proposal: Any, cost: Any
+    self: Speculator, choice: Any, asked: str, rows: Any, sequences: Any, limits: Any, step: int, proposal: Any, *_: Any
 ) -> None:
     """The mutant: everybody draws, and the drafts that look best are kept."""
     asked = {name: self._ask(name, rows, sequences, limits, step, proposal) for name in self._portfolio.neural}
@@ -248,7 +248,7 @@ def test_a_portfolio_that_picks_the_most_confident_realised_draft_is_biased_and_
     # A lookup in this text would win every choice; without its promises the neural drafters draw.
     choose = Portfolio.choose
     monkeypatch.setattr(
-        Portfolio, "choose", lambda self, slots, kinds, lookup, rate, price, _: choose(self, slots, kinds, lookup * 0.0, rate * 0.0, 0.0)
+        Portfolio, "choose", lambda self, slots, kinds, lookup, rate, *_: choose(self, slots, kinds, lookup * 0.0, rate * 0.0, 0.0)
     )
     share, made = share_of_a(monkeypatch)
     assert made.stats().accepted > 300
@@ -315,6 +315,15 @@ def test_tags_say_where_a_drafter_is_tried_first_and_measurement_decides() -> No
     assert portfolio.choose(slots, ["code", "chat"], np.ones(2), 0.0, 0.0) == [None, "coder"]
 
 
+def test_a_new_drafter_is_tried_on_one_request_at_a_time() -> None:
+    portfolio, slots, kinds = Portfolio({"new": ()}, 4), np.arange(4), ["a"] * 4
+    for brought in (0.0, 0.0, 9.0, 9.0, 9.0):
+        names = portfolio.choose(slots, kinds, np.array([1.0, 0.0, 1.0, 1.0]), 100.0, 0.0)
+        assert names == [None, "new", None, None]
+        portfolio.learn("new", slots[1:2], kinds[:1], tokens(brought))
+    assert portfolio.choose(slots, kinds, np.ones(4), 100.0, 0.0) == ["new"] * 4
+
+
 def test_a_drafter_is_worth_what_its_drafts_bring_beyond_the_price_of_verifying_them() -> None:
     survival = np.array([[0.9, 0.6, 0.3]])
     assert earned(survival, survival)[0] == pytest.approx([np.maximum(survival - price, 0.0).sum() for price in PRICES])
@@ -343,7 +352,7 @@ def test_a_drafter_that_does_not_pay_goes_and_its_memory_becomes_cache(
 ) -> None:
     monkeypatch.setattr(portfolio_module, "_PATIENCE", 20)
     monkeypatch.setattr("engine.engine._RECLAIM_EVERY", 4)
-    monkeypatch.setattr(Portfolio, "_worth", lambda *_: np.zeros(len(PRICES)))
+    monkeypatch.setattr(Portfolio, "_worth", lambda self, member, slots, *_: np.zeros(len(slots)))
     made = jobs(12)
     plain, _ = run(target, made, "off")
     drafted, engine = run(target, made, "auto", folders / "packed", max_sequences=2, kv_bytes=100 << 10)

@@ -240,6 +240,21 @@ def test_length_is_learned_from_finished_siblings() -> None:
     assert first.request.id == "c"
 
 
+def test_how_much_is_left_is_told_once_nobody_waits() -> None:
+    world = World(scheduler(max_sequences=2), random.Random(0))
+    for name, limit in (("a", 40), ("b", 4), ("c", 30)):
+        world.scheduler.add(request(name, [ord(name)], limit, template="t"))
+    world.step()
+    assert world.scheduler.remaining(world.scheduler.running) is None
+    while world.scheduler.waiting:
+        world.step()
+    # Whoever ended taught how long such answers are; one that has outgrown that is given half of it again.
+    [taught] = {len(s.output) for s in world.finished.values()}
+    left = world.scheduler.remaining(world.scheduler.running)
+    assert left is not None
+    assert left.tolist() == [max(min(max(taught - s.num_generated, taught / 2), s.room), 1) for s in world.scheduler.running]
+
+
 def test_nobody_starves_behind_a_stream_of_longer_requests() -> None:
     world = World(scheduler(max_sequences=2), random.Random(0))
     world.scheduler.add(request("patient", [1, 2], 1))

@@ -87,6 +87,21 @@ def test_all_steps_at_once_become_slower_and_none_has_to_be_seen_again_for_that(
     assert model.predict(other) > 1.1 * seconds(other)
 
 
+def test_a_size_that_is_seen_often_does_not_come_down_alone() -> None:
+    """What drafts add to a step of 48 is a difference: sizes that a run never has must come down with those that it has."""
+
+    def added(model: CostModel) -> float:
+        return model.predict(Load(64, 64, 7200, 9600)) - model.predict(Load(48, 48, 7200, 7200))
+
+    model = profiled()
+    before = added(model)
+    for _ in range(200):
+        load = Load(64, 64, 7200, 9600)
+        model.observe(load, 0.85 * seconds(load))
+    assert model.predict(load) == pytest.approx(0.85 * seconds(load), rel=0.02)
+    assert added(model) == pytest.approx(0.85 * before, rel=0.15)
+
+
 def test_what_a_profile_of_prompts_and_contexts_says_is_told_apart() -> None:
     model = CostModel(512)
     decoding = [Load(n, n, n * context, n * context) for n in (1, 8, 64) for context in (1, 160)]

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.speculation.planner import Offer, Planner, StepCost, early_stop, search, throughput, top
+from engine.speculation.cost_model import CostModel, Load
+from engine.speculation.planner import Offer, Planner, StepCost, early_stop, search, throughput, token_weights, top
 
 FREE = StepCost(1.0, np.zeros(200))
 
@@ -112,10 +113,40 @@ def test_throughput_counts_every_request_once_without_drafts() -> None:
     assert throughput(np.array([0.5, 0.25]), 4, linear(0.1)).tolist() == pytest.approx([4.0, 4.5 / 1.1, 4.75 / 1.2])
 
 
-def test_drafts_lengthen_as_the_batch_empties_and_shrink_to_one_where_none_could_pay() -> None:
+def test_drafts_lengthen_as_the_batch_empties_and_there_are_none_where_none_could_pay() -> None:
     planner = Planner()
-    depths = [planner.depth(requests, linear(0.01), 32) for requests in (64, 8, 3, 2, 1)]
+    depths = [int(planner.limits(np.ones(requests), linear(0.01), 32).max()) for requests in (64, 8, 3, 2, 1)]
     assert depths == sorted(depths)
     assert (depths[0], depths[-1]) == (16, 32)
-    assert planner.depth(1, linear(0.01), 8) == 8
-    assert planner.depth(1, linear(1.0), 32) == 1
+    assert planner.limits(np.ones(1), linear(0.01), 8).tolist() == [8]
+    assert planner.limits(np.ones(1), linear(1.0), 32).tolist() == [0]
+
+
+def half_fixed(price: float) -> StepCost:
+    return StepCost(1.0, price * np.arange(200), fixed=0.5)
+
+
+def test_while_others_wait_every_token_is_worth_the_same() -> None:
+    assert token_weights(None, 3, half_fixed(0.1)).tolist() == [1.0, 1.0, 1.0]
+    assert token_weights(np.full(3, 40.0), 3, half_fixed(0.1)) == pytest.approx(np.ones(3))
+
+
+def test_once_nobody_waits_what_counts_is_who_ends_last() -> None:
+    """One has a hundred times as far to go: its tokens save whole steps, the others' only their own rows of later ones."""
+    weights = token_weights(np.array([1000.0, 10.0, 10.0, 10.0]), 4, half_fixed(0.1))
+    assert weights == pytest.approx([2.44, 0.52, 0.52, 0.52], abs=0.01)
+    assert weights.mean() == pytest.approx(1.0)
+    # At 0.15 of a step a draft costs more than the others' tokens are worth (0.5 of a quarter), and less than the last one's.
+    assert Planner().limits(weights, half_fixed(0.15), 32).tolist() == [32, 0, 0, 0]
+    survival = np.full((4, 2), 0.9).cumprod(axis=1)
+    assert Planner().choose(survival * weights[:, None], half_fixed(0.15), random=False).tolist() == [2, 0, 0, 0]
+    assert Planner().choose(survival, half_fixed(0.15), random=False).tolist() == [2, 2, 2, 2]
+
+
+def test_the_part_of_a_step_that_every_step_takes_is_told_from_that_of_its_rows() -> None:
+    model = CostModel(64)
+    model.profile([(Load(n, n, n), 0.01 + 0.001 * n) for n in (1, 2, 4, 8, 16, 32, 64)])
+    for count in (2, 8, 32):
+        cost = StepCost.of(model, decoding=count, prefill=0, kv_tokens=count, drafts=4)
+        assert cost.fixed == pytest.approx(0.01 / (0.01 + 0.001 * count), abs=0.03)
+    assert StepCost.of(model, decoding=1, prefill=0, kv_tokens=1, drafts=4).fixed == 1.0
