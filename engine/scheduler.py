@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _RECOVERY = 64
 """Steps that must go well after one failed for want of memory before steps may become larger again."""
 _PATIENCE = 4
-"""A waiting request is passed over by at most this many full batches."""
+"""A waiting request is passed over by at most this many full batches of what came after it."""
 
 
 _SCORED_TOKENS = 256
@@ -225,7 +225,7 @@ class Scheduler:
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
         if complete:
-            self._lengths.learn(sequence.request, sequence.num_generated)
+            self.waiting.learn(sequence.request, sequence.num_generated)
 
     def _recover(self) -> None:
         """Memory that was short may have come back: every so many steps that went well, steps may hold twice as much."""

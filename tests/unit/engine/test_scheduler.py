@@ -240,6 +240,74 @@ def test_length_is_learned_from_finished_siblings() -> None:
     assert first.request.id == "c"
 
 
+def test_who_waits_is_ordered_by_what_was_learned_since() -> None:
+    """All of a job is queued before anything of it is known; its templates move as their first answers end."""
+    one = scheduler(max_sequences=64, max_step_tokens=64)
+    made = {name: one.add(request(name, [ord(name[0])], 50, template=name[0])) for name in ("a1", "a2", "b1", "b2", "c1", "c2")}
+
+    def order() -> list[str]:
+        taken, names = [], []
+        while (sequence := one.waiting.peek()) is not None:
+            taken.append(sequence)
+            names.append(sequence.request.id)
+            one.waiting.remove(sequence)
+        for sequence in sorted(taken, key=lambda sequence: sequence.serial):
+            one.waiting.push(sequence)
+        return names
+
+    assert order() == ["a1", "a2", "b1", "b2", "c1", "c2"]
+    one.waiting.learn(made["a1"].request, 3)
+    assert order() == ["b1", "b2", "c1", "c2", "a1", "a2"]
+    one.waiting.learn(made["b1"].request, 9)
+    one.waiting.learn(made["c1"].request, 20)
+    assert order() == ["c1", "c2", "b1", "b2", "a1", "a2"]
+    for _ in range(40):
+        one.waiting.learn(made["a2"].request, 45)
+    assert order() == ["a1", "a2", "c1", "c2", "b1", "b2"]
+    # More than a request may have is not expected of it.
+    short = one.add(request("a0", [ord("a")], 10, template="a", priority=0))
+    assert order()[:3] == ["a1", "a2", "a0"]
+    one.finish(short, complete=False)
+    assert order() == ["a1", "a2", "c1", "c2", "b1", "b2"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_the_next_to_start_is_always_of_the_group_that_ranks_first_now(seed: int) -> None:
+    rng = random.Random(seed)
+    one = scheduler(max_sequences=64, max_step_tokens=64)
+    one.waiting._patience = 10**9
+    alive = []
+    for number in range(120):
+        move = rng.random()
+        if move < 0.5 or not alive:
+            template = rng.choice(["a", "b", "c", None])
+            alive.append(
+                one.add(request(str(number), [1, rng.randrange(3)], rng.randint(1, 60), template=template, priority=rng.randrange(2)))
+            )
+        elif move < 0.7:
+            one.waiting.learn(rng.choice(alive).request, rng.randint(1, 60))
+        else:
+            alive.remove(gone := rng.choice([one.waiting.peek(), rng.choice(alive)]))
+            one.waiting.remove(gone)
+        first = one.waiting.peek()
+        assert (first is None) == (not alive)
+        if first is not None:
+            assert first in alive
+            assert first.request.priority == max(s.request.priority for s in alive)
+            groups = one.waiting._groups
+            best = min(
+                groups,
+                key=lambda name: (
+                    -name[0],
+                    name[1],
+                    -one._lengths.of(name[2] if isinstance(name[2], str) else None, groups[name].limit),
+                    groups[name].first,
+                ),
+            )
+            assert one.waiting._name(first.request) == best
+
+
 def test_how_much_is_left_is_told_once_nobody_waits() -> None:
     world = World(scheduler(max_sequences=2), random.Random(0))
     for name, limit in (("a", 40), ("b", 4), ("c", 30)):

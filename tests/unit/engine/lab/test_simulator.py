@@ -76,6 +76,19 @@ def test_the_tail_is_short_where_the_longest_start_first():
     assert result.tail(0.05) < 0.15
 
 
+def test_a_job_that_is_queued_whole_learns_its_lengths_as_it_goes():
+    """Nothing is known when the lines are queued, and every one may have 200 tokens: the kind that needs them must not come last."""
+    kinds = {"short": 6, "middle": 30, "long": 190}
+    lines = [(kind, n) for kind in kinds for n in range(80)]
+    scripts = [script(f"{kind}-{n}", 30, kinds[kind], max_tokens=200, template=kind, start=(ord(kind[0]),) * 20) for kind, n in lines]
+    random.Random(1).shuffle(scripts)
+    result = Simulator(limits(look_ahead=1000), CurveMachine(CURVE)).run(scripts)
+    started = sorted(result.started, key=lambda name: result.started[name])
+    late = started[len(started) // 2 :]
+    assert sum(name.startswith("long") for name in late) < 0.1 * len(late)
+    assert result.tail(0.05) < 0.1
+
+
 def test_nobody_starves_under_a_stream_of_more_important_requests():
     """Urgent requests keep arriving; the unimportant one still starts, after a bounded number of them."""
     humble = script("humble", 50, 20, priority=0)
