@@ -33,7 +33,7 @@ from engine.profile import measure_steps, warm_up
 from engine.row_table import RowTable
 from engine.runner import make_runner
 from engine.scheduler import Chunk, Scheduler, StepPlan, UnfitRequestError
-from engine.speculation.cost_model import CostModel, Load
+from engine.speculation.cost_model import CostModel, Load, best_batch, best_chunk
 from engine.speculation.judge import DeviceJudge, HostJudge
 from engine.speculation.speculator import Proposal, Speculator
 from engine.stats import EngineStats, Meter
@@ -116,6 +116,8 @@ class Engine:
                 profiles.steps(self._runner, spec, *sizes) if profiles is not None else (measure_steps(self._runner, *sizes), False)
             )
             cost.profile(points)
+            self._scheduler.batch = best_batch(cost, self.limits.max_sequences)
+            self._scheduler.chunk = best_chunk(cost, self.limits.max_step_tokens)
         entropy = int.from_bytes(os.urandom(8)) if config.seed is None else config.seed
         self.drafters.prepare(
             Host(
@@ -295,7 +297,7 @@ class Engine:
         for sequence in plan.admitted:
             self._enter(sequence)
         running = self._scheduler.running
-        crowd = min(len(running) + len(self._scheduler.waiting), self.limits.max_sequences)
+        crowd = min(len(running) + len(self._scheduler.waiting), self._scheduler.batch)
         self._speculator.foresee(crowd, sum(sequence.num_tokens for sequence in running) / max(len(running), 1))
         proposal = Proposal.empty(len(plan.decoding))
         try:

@@ -104,6 +104,10 @@ class Scheduler:
         self._most_step_tokens = max_step_tokens
         self._went_well = 0
         self.max_sequences = max_sequences
+        self.batch = max_sequences
+        """Sequences that run together: fewer than could where more would not be faster."""
+        self.chunk = max_step_tokens
+        """Prompt tokens of a step at most."""
         self._max_positions = max_positions
         self._lengths = LengthEstimator()
         self.waiting = WaitingQueue(self._lengths, patience=_PATIENCE * max_sequences)
@@ -261,7 +265,7 @@ class Scheduler:
         return True
 
     def _admit(self, plan: StepPlan) -> None:
-        while self._slots and len(self.running) < self.max_step_tokens and (sequence := self.waiting.peek()) is not None:
+        while self._slots and len(self.running) < min(self.batch, self.max_step_tokens) and (sequence := self.waiting.peek()) is not None:
             shares = not sequence.request.sampling.prompt_logprobs
             known = self.pool.match(sequence.tokens, (sequence.num_tokens - 1) // self.pool.block_size if shares else 0)
             needed = self.pool.blocks_for(sequence.num_tokens) - len(known)
@@ -290,7 +294,7 @@ class Scheduler:
         self.tables.write(sequence)
 
     def _plan_prefill(self, plan: StepPlan) -> None:
-        budget = self.max_step_tokens - len(plan.decoding)
+        budget = min(self.max_step_tokens - len(plan.decoding), self.chunk)
         scored = _SCORED_TOKENS
         for sequence in self.running:
             if budget <= 0:

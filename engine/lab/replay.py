@@ -10,7 +10,7 @@ from engine.drafters.builtin import OFF, PORTFOLIO, TEXT
 from engine.lab.machine import RecordedMachine
 from engine.lab.simulator import Limits, Script, Simulator
 from engine.lab.stand_in import ReplaySupply
-from engine.speculation.cost_model import CostModel, Load
+from engine.speculation.cost_model import CostModel, Load, best_batch, best_chunk
 from engine.speculation.speculator import Speculator
 
 if TYPE_CHECKING:
@@ -63,13 +63,16 @@ def replay(trace: Trace, policy: Policy, *, max_sequences: int | None = None, ma
         share_prefixes=engine.share_prefixes,
     )
     speculator = None
+    cost = CostModel(max(engine.max_step_tokens, sequences))
+    if engine.profile:
+        cost.profile([(Load(*sizes), seconds) for *sizes, seconds in engine.profile])
     if policy.drafter is not None:
-        cost = CostModel(max(engine.max_step_tokens, sequences))
-        if engine.profile:
-            cost.profile([(Load(*sizes), seconds) for *sizes, seconds in engine.profile])
         supply = ReplaySupply.of(trace)
         speculator = Speculator(engine.max_draft_tokens, sequences, cost, supply, fixed_drafts=policy.fixed_drafts)
     simulator = Simulator(limits, machine or RecordedMachine(trace), speculator, default=policy.drafter or OFF)
+    if cost.ready:  # as the engine does with its profile
+        simulator.scheduler.batch = best_batch(cost, sequences)
+        simulator.scheduler.chunk = best_chunk(cost, simulator.scheduler.max_step_tokens)
     return simulator.run(scripts(trace))
 
 

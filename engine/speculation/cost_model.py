@@ -142,6 +142,39 @@ class CostModel:
         return sizes
 
 
+_LEVEL = 0.99
+"""Of the highest rate: what reaches it is as good."""
+_CLEARLY = 1.03
+"""How much faster smaller steps must be than the largest: measured step times are off by nearly as much."""
+_LEAST_BATCH, _LEAST_CHUNK = 16, 64
+"""Fewer sequences hold little, and smaller pieces of a prompt are nowhere faster: what a profile says there is its noise."""
+_USUAL_CONTEXT = 160
+"""Tokens of a decoding sequence where nothing is known of the job; the profile has steps of that context."""
+
+
+def best_batch(cost: CostModel, most: int) -> int:
+    """How many sequences should decode together, `most` at most: the fewest that reach the highest rate. More would only hold KV."""
+    sizes = _sizes(_LEAST_BATCH, most)
+    rates = [size / cost.predict(Load(size, size, size * _USUAL_CONTEXT, size * _USUAL_CONTEXT)) for size in sizes]
+    return next(size for size, rate in zip(sizes, rates, strict=True) if rate >= _LEVEL * max(rates))
+
+
+def best_chunk(cost: CostModel, most: int) -> int:
+    """How many prompt tokens a step should take in, `most` at most: `most`, unless prompts are clearly read faster in smaller pieces.
+
+    Smaller pieces of one prompt read the beginning of it again, so all sizes are held to the same positions: those of the largest.
+    """
+    sizes = _sizes(_LEAST_CHUNK, most)
+    rates = [size / cost.predict(Load(size, 1, most // 2, size * most // 2)) for size in sizes]
+    fastest = max(range(len(sizes)), key=rates.__getitem__)
+    return sizes[fastest] if rates[fastest] > _CLEARLY * rates[-1] else most
+
+
+def _sizes(least: int, most: int) -> list[int]:
+    """Powers of two from `least` on below `most`, and `most`."""
+    return [*(1 << power for power in range((least - 1).bit_length(), (most - 1).bit_length())), most]
+
+
 def _not_negative(normal: Floats, moment: Floats, knots: int) -> Floats:
     """Least squares; what comes out negative is zero and the rest solved again. The first `knots` weights are made never to fall."""
     free = moment != 0.0

@@ -9,7 +9,8 @@ from subprocess import run
 import pytest
 
 from engine.lab.machine import CurveMachine
-from engine.lab.simulator import Limits, Script, Simulator
+from engine.lab.simulator import Limits, Script, Simulation, Simulator
+from engine.speculation.cost_model import CostModel, best_batch, best_chunk
 from engine.types import Request, SamplingParams
 
 CURVE = {1: 0.016, 2: 0.017, 4: 0.021, 8: 0.031, 16: 0.058, 32: 0.079, 64: 0.140, 128: 0.259, 256: 0.570}
@@ -87,6 +88,48 @@ def test_a_job_that_is_queued_whole_learns_its_lengths_as_it_goes():
     late = started[len(started) // 2 :]
     assert sum(name.startswith("long") for name in late) < 0.1 * len(late)
     assert result.tail(0.05) < 0.1
+
+
+LEVEL = {1: 0.020, 16: 0.020, 32: 0.040, 64: 0.080, 128: 0.160, 256: 0.320}
+"""800 tokens a second from 16 rows on."""
+SLOWER = LEVEL | {64: 0.080, 128: 0.200, 256: 0.500}
+"""Steps that overflow a cache: 800 tokens a second at 64, 512 at 256."""
+
+
+def tuned(curve: dict[int, float], scripts: list[Script], **fields) -> tuple[Simulation, list[int], Simulator]:
+    """A run with what the curve says of batch and chunk, and the KV blocks held in each step."""
+    machine, held = CurveMachine(curve), []
+    cost = CostModel(256)
+    cost.profile(machine.profile([1, 2, 4, 8, 16, 32, 64, 128, 256]))
+    simulator = Simulator(limits(**fields), machine, watch=lambda _, scheduler: held.append(scheduler.pool.num_held))
+    simulator.scheduler.batch = best_batch(cost, simulator.scheduler.max_sequences)
+    simulator.scheduler.chunk = best_chunk(cost, simulator.scheduler.max_step_tokens)
+    return simulator.run(scripts), held, simulator
+
+
+def test_no_more_sequences_run_than_make_it_faster():
+    """Where 16 sequences already decode at the machine's rate, 64 would be no faster and hold four times the KV."""
+    scripts, held = job(200), []
+    everyone = Simulator(limits(max_sequences=64), CurveMachine(LEVEL), watch=lambda _, scheduler: held.append(scheduler.pool.num_held))
+    before = everyone.run(scripts)
+    after, kept, simulator = tuned(LEVEL, scripts, max_sequences=64)
+    assert simulator.scheduler.batch == 16
+    assert after.seconds < 1.02 * before.seconds
+    assert max(kept) < 0.4 * max(held)
+
+
+def test_all_run_that_may_where_more_are_faster():
+    _, _, simulator = tuned(CURVE, job(100), max_sequences=64)
+    assert simulator.scheduler.batch == 64
+    assert simulator.scheduler.chunk == 128  # 494 tokens a second, 449 at 256
+
+
+def test_prompts_are_read_in_the_pieces_that_are_read_fastest():
+    scripts = [script(f"{n}", 600, 4) for n in range(40)]
+    before = Simulator(limits(), CurveMachine(SLOWER)).run(scripts)
+    after, _, simulator = tuned(SLOWER, scripts)
+    assert simulator.scheduler.chunk == 64
+    assert after.seconds < 0.8 * before.seconds
 
 
 def test_nobody_starves_under_a_stream_of_more_important_requests():
