@@ -76,7 +76,7 @@ def test_texts_are_the_same_without_memory_for_graphs_and_under_preemption() -> 
     expected = {name: result.token_ids for name, result in answers(on_cpu(), requests).items()}
     eager = on_gpu(memory=0, drafter="off")
     assert {name: result.token_ids for name, result in answers(eager, requests).items()} == expected
-    small = on_gpu(kv_bytes=24 * 8 * BLOCK, drafter="off")
+    small = on_gpu(kv_bytes=16 * 8 * BLOCK, drafter="off")
     assert {name: result.token_ids for name, result in answers(small, requests).items()} == expected
     assert small.stats().preemptions > 0
 
