@@ -82,7 +82,7 @@ def test_lookup_shortens_a_repetitive_job() -> None:
 
 @pytest.mark.parametrize("drafter", ["off", "suffix"])
 def test_preemption_leaves_the_text_alone(drafter: str) -> None:
-    made = engine(5, blocks=26, drafter=drafter)
+    made = engine(5, blocks=32, drafter=drafter)
     requests = jobs(24)
     results = collect(made, requests)
     assert made.stats().preemptions > 0
