@@ -9,7 +9,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
     from pathlib import Path
 
 _JUDGED, _CALIBRATED = 0, 1
@@ -108,8 +108,3 @@ def _prompt(line: str, where: str) -> Prompt:
         return Prompt(next(message["content"] for message in messages if message["role"] == "user"), str(value.get("domain", "other")))
     except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
         raise ValueError(f'{where}: expected {{"prompt": ..., "domain": ...}} or a batch line with messages ({error})') from error
-
-
-def chunks(prompts: Sequence[Prompt], size: int) -> Iterable[Sequence[Prompt]]:
-    for start in range(0, len(prompts), size):
-        yield prompts[start : start + size]

@@ -298,14 +298,8 @@ class Trainer:
             for name in ("tokens", "taps")
         )
         chosen = pad_sequence([picked for _, picked in jobs], batch_first=True, padding_value=-1)
-        length, first, offset = (
-            torch.tensor(values).to(device)[:, None, None]
-            for values in (
-                lengths,
-                firsts,
-                list(accumulate((end - start for start, end in zip(firsts, lengths, strict=True)), initial=0))[:-1],
-            )
-        )
+        *offsets, _ = accumulate((end - start for start, end in zip(firsts, lengths, strict=True)), initial=0)
+        length, first, offset = (torch.tensor(values).to(device)[:, None, None] for values in (lengths, firsts, offsets))
         chosen = chosen.to(device)
         anchors = chosen.clamp(min=0) + first[..., 0]
         slots = torch.arange(spec.block_size, device=device)
