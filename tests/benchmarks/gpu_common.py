@@ -7,11 +7,14 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+Row = dict[str, Any]
 
 
 def device() -> torch.device:
@@ -113,3 +116,43 @@ def report(
 
 def _shown(value: object) -> str:
     return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+class Deadline:
+    """`seconds` from now."""
+
+    def __init__(self, seconds: float) -> None:
+        self._started, self._seconds = time.monotonic(), seconds
+
+    @property
+    def passed(self) -> float:
+        return time.monotonic() - self._started
+
+    @property
+    def left(self) -> float:
+        return self._seconds - self.passed
+
+    def check(self, needed: float = 0.0) -> None:
+        """Raises TimeoutError where `needed` seconds are not left."""
+        if self.left < needed:
+            raise TimeoutError(f"{self._seconds:g} s are over; --models and --within say what runs and how long")
+
+
+def whatever_happens(part: str, rows: Iterator[Row]) -> Iterator[Row]:
+    """A part that fails is a row, and the next one is run; only time stops everything."""
+    try:
+        yield from rows
+    except TimeoutError:
+        raise
+    except Exception as error:  # noqa: BLE001
+        sys.stderr.write(traceback.format_exc())
+        yield {"run": f"{part} failed", "note": f"{type(error).__name__}: {str(error)[:200]}"}
+
+
+def empty(place: torch.device) -> None:
+    """What is not used any more goes back to the device, where another process may need it."""
+    import gc
+
+    gc.collect()
+    if place.type == "cuda":
+        torch.cuda.empty_cache()

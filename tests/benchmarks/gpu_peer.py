@@ -113,7 +113,7 @@ def hf_model(name: str, place: Any, *, tiny: bool) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from tests.benchmarks.gpu_engine import config_of
+    from tests.benchmarks.gpu_models import config_of
 
     dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
     with torch.device(place):

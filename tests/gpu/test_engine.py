@@ -15,7 +15,7 @@ from engine.engine import Engine
 from engine.graphs import GraphRunner
 from engine.kv_pool import KVPool
 from engine.types import FinishReason, Request, Result, SamplingParams
-from tests.benchmarks.gpu_engine import Loaded, NoText, qwen3_config, random_model
+from tests.benchmarks.gpu_models import Loaded, NoText, qwen3_config, random_model
 from tests.gpu.requirements import DEVICE, needs_gpu
 from tests.unit.engine.context_hash import BLOCK, ContextHash
 

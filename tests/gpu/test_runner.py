@@ -13,7 +13,8 @@ from engine.kv_pool import KVPool
 from engine.pipeline import DecodePipeline
 from engine.runner import PackedStep, Runner
 from kernels.reference.fp8_linear import Fp8Linear
-from tests.benchmarks.gpu_engine import BlockDrafter, qwen3_config, random_model
+from tests.benchmarks.gpu_decode import BlockDrafter
+from tests.benchmarks.gpu_models import qwen3_config, random_model
 from tests.gpu.requirements import DEVICE, needs_gpu
 
 pytestmark = needs_gpu

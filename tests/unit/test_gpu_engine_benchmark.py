@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from tests.benchmarks import gpu_engine
-from tests.benchmarks.gpu_engine import DRAFTS, Deadline, Slots, bias_for, union
+from tests.benchmarks.gpu_common import Deadline
+from tests.benchmarks.gpu_decode import DRAFTS, Slots, bias_for, union
 from tests.benchmarks.gpu_peer import Job, Peer, Ran
 
 
