@@ -30,8 +30,8 @@ _IN_OUR_ENVIRONMENT = ("longdraft", "transformers", "bound")
 _REFERENCE_LINES = 16
 """A process of the reference: what is lost if it is interrupted."""
 
-_STOP = 2.0
-"""Times of the fastest peer after which another one's trial is stopped."""
+STOP_TIMES = 2.0
+"""Of the fastest peer's time: another one's trial is stopped then."""
 _NEAR = 0.85
 """Share of the fastest peer's speed from which on a peer is repeated."""
 
@@ -225,7 +225,7 @@ class _Session:
 
     def _try(self, task: Task, label: str, reference: Answers | None) -> Trial:
         if self.request.contenders and self.fastest is not None:
-            outcome = self.run(task, label, stop_after=_STOP * self.fastest)
+            outcome = self.run(task, label, stop_after=STOP_TIMES * self.fastest)
         else:
             outcome = self.run(task, label)
         if outcome.get("stopped"):

@@ -1,6 +1,7 @@
 """The benchmark: its bookkeeping with scripted runs, and the whole of it on a tiny model."""
 
 import json
+import re
 import sys
 from dataclasses import replace
 
@@ -140,6 +141,11 @@ def test_only_contenders_are_repeated_and_a_slow_peer_is_stopped(tmp_path, monke
     }
     assert [ratio["to"] for ratio in report["ratios"]] == ["vllm, compiled, 4 sequences", "transformers, static batches of 4"]
     print_bench(report)
+    plot_bench(report, tmp_path / "chart.svg")
+    texts = re.findall("<!-- *(.*) -->", (tmp_path / "chart.svg").read_text())  # of a chart, where they are drawn as outlines
+    assert texts.count("stopped after 3 s") == 2
+    assert "stopped: not done in 2 times the fastest peer's time" in texts
+    assert texts.count("0") == 1, "on the axis: no run is said to have made 0 tokens a second"
     runs.clear()
     run_bench(plan, cache_dir=tmp_path, quiet=True)
     assert runs == repeats * 2, "trials are kept, also those that were stopped"
