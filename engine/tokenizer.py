@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
 
 _UNFINISHED = "\ufffd"
 _BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
@@ -78,6 +79,17 @@ class Tokenizer:
         if _BYTE_PIECE.fullmatch(piece):
             return bytes([int(piece[3:5], 16)])
         return str(piece).replace("\u2581", " ").encode()
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint folder, for who counts tokens and runs no model: unlike `AutoTokenizer`, it loads no torch.
+
+    It is what `tokenizer.json` says, with the chat template beside it; a class that the checkpoint names is not looked for. Raises OSError
+    or ValueError for a folder without a tokenizer, ImportError without transformers.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    return Tokenizer(PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True))
 
 
 class IncrementalDecoder:

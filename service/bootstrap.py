@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from service.config import Settings
+from service.domain.request_body import GenerationRequest
 from service.errors import ConfigError
 from service.ports import BlobStore, Database, InferenceRunner, TaskQueue, UserBuckets
 
@@ -90,8 +91,8 @@ def open_queue(settings: Settings) -> TaskQueue:
     return CeleryQueue(settings.broker_url)
 
 
-def local_tokenizers(settings: Settings) -> Callable[[str], Callable[[str], int] | None]:
-    """Model -> what counts its tokens, where its tokenizer is on this machine: for estimates, without the engine."""
+def local_tokenizers(settings: Settings) -> Callable[[str], Callable[[GenerationRequest], int] | None]:
+    """Model -> what counts the prompt tokens of a line, where its tokenizer is on this machine: for estimates, without torch."""
     from service.adapters.token_counter import LocalTokenizers
 
     return LocalTokenizers(settings.models, settings.cache_dir).for_model

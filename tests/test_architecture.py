@@ -55,8 +55,11 @@ PROCESSES = (
 
 EXCEPTIONS = {
     ("service.adapters.engine_runner", "engine"): "the one place where the service meets the engine",
+    ("service.adapters.token_counter", "engine.tokenizer"): "counts prompt tokens as a worker does; no torch behind it",
     ("service.cli.doctor", "kernels.clash"): "looks for the other package of that name; no torch behind it",
     ("service.cli.bench", "service.adapters.engine_runner"): "measures what a worker runs",
+    ("service.cli.bench.prompts", "service.adapters.prompts"): "every engine gets what a worker runs",
+    ("service.cli.bench.prompts", "engine.tokenizer"): "likewise",
     ("service.cli.bench.bound", "kernels.reference.linear"): "the fastest product may be our own",
     ("service.cli.bench.paper", "engine"): "figures of drafters, which are the engine's business",
     ("service.cli.drafter_cmds", "engine"): "drafters are the engine's business",

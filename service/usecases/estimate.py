@@ -26,11 +26,12 @@ READ_BYTES = 1 << 20
 HISTORY = timedelta(days=30)
 """How far back answers of the same model are looked at."""
 TURN_TOKENS, TEMPLATE_TOKENS = 3, 8
-"""What a chat template adds to a message and to a conversation, roughly: its text is known to the engine alone."""
+"""What a chat template adds to a message and to a conversation, roughly, where it is not known."""
 UNKNOWN_CONTEXT = 8192
 """Tokens of an answer without a limit, at most."""
 
-CountTokens = Callable[[str], int]
+CountTokens = Callable[[GenerationRequest], int]
+"""Tokens of a line's prompts, as they will be billed. Raises LineRejected where the model would refuse them."""
 Tokenizers = Callable[[str], CountTokens | None]
 """A model -> what counts its tokens, or None where its tokenizer is not on this machine."""
 
@@ -83,17 +84,12 @@ def estimate_batch(
     return DryRun(_priced(count, book, answers), book.version, count.total, count.invalid, refused)
 
 
-def prompt_tokens(request: GenerationRequest, count: CountTokens) -> int:
-    """Tokens of a prompt: exact for text and token ids, with an allowance for what a chat template adds."""
+def guess_tokens(request: GenerationRequest) -> int:
+    """Tokens of a line's prompts by the size of their texts, rounded up, with an allowance for what a chat template adds."""
+    tokens = sum(-(-len(text.encode()) // BYTES_PER_TOKEN) for text in request.prompt_texts)
     if request.messages is None:
-        return sum(count(prompt) if isinstance(prompt, str) else len(prompt) for prompt in request.prompts)
-    texts = request.prompt_texts
-    return TEMPLATE_TOKENS + TURN_TOKENS * len(request.messages) + sum(count(text) for text in texts)
-
-
-def guess_tokens(text: str) -> int:
-    """By size alone, rounded up."""
-    return -(-len(text.encode()) // BYTES_PER_TOKEN)
+        return tokens + sum(len(prompt) for prompt in request.prompts if not isinstance(prompt, str))
+    return tokens + TEMPLATE_TOKENS + TURN_TOKENS * len(request.messages)
 
 
 @dataclass(slots=True)
@@ -119,17 +115,15 @@ class _Count:
         assert line.body is not None
         assert line.staged.model is not None
         try:
-            request = parse_body(self.endpoint, line.body)
+            self._price(line.staged.model, parse_body(self.endpoint, line.body))
         except LineRejected:
             self.invalid += 1  # it is answered with a 400 when it runs, and never billed
-            return
-        self._price(line.staged.model, request)
 
     def _price(self, model: str, request: GenerationRequest) -> None:
         counter = self.tokenizers(model)
         if counter is None:
             self.guessed.add(model)
-        prompt = prompt_tokens(request, counter or guess_tokens)
+        prompt = (counter or guess_tokens)(request)
         self.sizes.setdefault(model, ModelSizes()).add(prompt, request.max_tokens, request.choices)
 
     def _duplicate(self, line: CheckedLine) -> InputError | None:

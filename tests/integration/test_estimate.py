@@ -68,7 +68,7 @@ JOBS = {
 
 @pytest.mark.parametrize("name", JOBS)
 def test_the_bill_lies_within_the_estimate(name: str, jobs: Jobs, folder: Path, tmp_path: Path) -> None:
-    """A real engine, its own tokenizer counted without it."""
+    """A real engine, its prompts counted without it."""
     models = {MODEL: ModelEntry(source=str(folder))}
     run = estimate(jobs, JOBS[name], LocalTokenizers(models, tmp_path).for_model)
     least, expected, most = (run.estimate.total(which) for which in range(3))
@@ -79,11 +79,9 @@ def test_the_bill_lies_within_the_estimate(name: str, jobs: Jobs, folder: Path, 
     batch = jobs.finalize(batch)
     with jobs.database.begin() as uow:
         billed = uow.ledger.batch_total(batch.id).total
-    # The template's words are guessed, two tokens a turn at most beside the truth here.
-    slack = 20 * 20_000_000 * batch.total
-    assert least <= billed <= most + slack
+    assert least <= billed <= most
     (price,) = run.estimate.prices
-    assert abs(price.prompt_tokens - batch.usage.input_tokens) <= 20 * batch.total
+    assert price.prompt_tokens == batch.usage.input_tokens
 
 
 def test_history_makes_it_better(jobs: Jobs) -> None:
@@ -106,6 +104,14 @@ def test_what_would_fail_is_said(jobs: Jobs) -> None:
     skipped = estimate(jobs, data, on_invalid_line=OnInvalidLine.SKIP)
     assert skipped.errors == ()
     assert skipped.estimate.prices == run.estimate.prices
+
+
+def test_what_the_chat_template_refuses_is_not_priced(jobs: Jobs, folder: Path, tmp_path: Path) -> None:
+    counted = LocalTokenizers({MODEL: ModelEntry(source=str(folder))}, tmp_path).for_model
+    refused = good("b", body=body(messages=[{"role": "assistant", "content": "I begin"}]))
+    run = estimate(jobs, b"\n".join([good("a"), refused]), counted)
+    assert (run.total, run.invalid) == (2, 1)
+    assert run.estimate.prices == estimate(jobs, good("a"), counted).estimate.prices
 
 
 def test_an_empty_file(jobs: Jobs) -> None:

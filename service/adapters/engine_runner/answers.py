@@ -6,7 +6,8 @@ from collections.abc import Collection, Sequence
 
 from engine.tokenizer import Tokenizer
 from engine.types import Result, TokenLogprob
-from service.adapters.engine_runner.requests import Prepared, Prompt
+from service.adapters.engine_runner.requests import Prepared
+from service.adapters.prompts import Prompt
 from service.domain.reasoning import count_thinking, split_thoughts, thinks
 from service.domain.request_body import GenerationRequest
 from service.domain.response_body import Choice, ScoredToken

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from engine.drafters.registry import UnknownDrafterError
 from engine.engine import Engine
 from engine.types import Grammar, GrammarKind, Request, SamplingParams
+from service.adapters.prompts import Prompt, encode_prompts
 from service.domain.line import LineWork
 from service.domain.request_body import GenerationRequest, LineRejected
 from service.domain.requests.formats import FormatKind
@@ -27,14 +28,6 @@ _ANY_OBJECT = '{"type": "object"}'
 
 MAX_SCORES = 1 << 19
 """Log-probabilities in one answer. Each is some 60 bytes of JSON: a line may not bring more than the worker's memory bears."""
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """One prompt of a line. `text`: as rendered, for chats."""
-
-    tokens: tuple[int, ...]
-    text: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +49,10 @@ def prepare(engine: Engine, line: LineWork, asked: GenerationRequest) -> Prepare
     _check_tokens(engine, "stop_token_ids", asked.stop_token_ids)
     style = _style(engine, asked)
     grammar = grammar_of(engine, asked)
-    prompts = _encode(engine, asked)
+    for given in asked.prompts:
+        if not isinstance(given, str):
+            _check_tokens(engine, "prompt", given)
+    prompts = encode_prompts(engine.tokenizer, asked)
     requests: list[Request] = []
     for number, prompt in enumerate(prompts):
         param = "messages" if asked.messages is not None else "prompt" if len(prompts) == 1 else f"prompt[{number}]"
@@ -156,22 +152,6 @@ def _style(engine: Engine, asked: GenerationRequest) -> ToolStyle | None:
             code="unsupported_value",
         )
     return style
-
-
-def _encode(engine: Engine, asked: GenerationRequest) -> tuple[Prompt, ...]:
-    tokenizer = engine.tokenizer
-    if asked.messages is not None:
-        try:
-            text = tokenizer.render_chat(asked.template_input, tools=asked.template_tools)
-        except Exception as error:  # noqa: BLE001 - a chat template is a program that came with the model; it may raise anything
-            raise LineRejected(
-                f"The model's chat template refuses these messages: {error}", param="messages", code="invalid_value"
-            ) from None
-        return (Prompt(tokenizer.encode_rendered(text), text),)
-    for prompt in asked.prompts:
-        if not isinstance(prompt, str):
-            _check_tokens(engine, "prompt", prompt)
-    return tuple(Prompt(tokenizer.encode(prompt) if isinstance(prompt, str) else prompt) for prompt in asked.prompts)
 
 
 def _check_tokens(engine: Engine, param: str, tokens: Sequence[int]) -> None:

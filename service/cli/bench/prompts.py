@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.tokenizer import Tokenizer
 from service.adapters.engine_runner import checkpoint_folder
+from service.adapters.prompts import encode_prompts
 from service.cli.bench.plan import Answer, BenchLine, Task
 from service.config import ModelEntry
 from service.domain.request_body import GenerationRequest, parse_body
@@ -30,11 +32,12 @@ class Prompts:
         from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
         self.folder = checkpoint_folder(ModelEntry(**task.entry), Path(task.cache_dir))
-        self._tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        self._tokenizer = Tokenizer(tokenizer)
         self._context = AutoConfig.from_pretrained(self.folder).max_position_embeddings
         ends = GenerationConfig.from_pretrained(self.folder).eos_token_id
         if ends is None:
-            ends = self._tokenizer.eos_token_id
+            ends = tokenizer.eos_token_id
         self.ends = frozenset([ends] if isinstance(ends, int) else ends)
         self.all = [self._prompt(line) for line in task.lines]
 
@@ -44,11 +47,11 @@ class Prompts:
         tokens = tokens[: next((index + 1 for index, token in enumerate(tokens) if token in self.ends), len(tokens))]
         if prompt.asked.stop:
             for count in range(1, len(tokens) + 1):
-                text = self._decode(tokens[:count])
+                text = self._tokenizer.decode(tokens[:count])
                 places = [place for stop in prompt.asked.stop if (place := text.find(stop)) >= 0]
                 if places:
                     return text[: min(places)], count
-        return self._decode(tokens), len(tokens)
+        return self._tokenizer.decode(tokens), len(tokens)
 
     def distinct_positions(self, *, shared: bool) -> int:
         """Prompt positions to compute: all, or with `shared` prefixes each distinct one once, and of every prompt at least its last."""
@@ -67,16 +70,8 @@ class Prompts:
         asked = parse_body(line.endpoint, line.body)
         if asked.choices > 1:
             raise ValueError(f"line {line.custom_id!r} asks for {asked.choices} answers; the benchmark compares one answer a line")
-        if asked.messages is not None:
-            text = self._tokenizer.apply_chat_template(asked.template_input, tokenize=False, add_generation_prompt=True)
-            tokens = self._tokenizer.encode(text, add_special_tokens=False)
-        else:
-            prompt = asked.prompts[0]
-            tokens = list(prompt) if isinstance(prompt, tuple) else self._tokenizer.encode(prompt)
+        tokens = list(encode_prompts(self._tokenizer, asked)[0].tokens)
         return Prompt(line.custom_id, asked, tokens, asked.max_tokens or self._context - len(tokens))
-
-    def _decode(self, tokens: list[int]) -> str:
-        return str(self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def wire_job(prompts: Prompts, scratch: Path, threads: int, options: dict[str, Any]) -> dict[str, Any]:
