@@ -125,7 +125,7 @@ class Blocks(Protocol):
 
 @runtime_checkable
 class Rests(Protocol):
-    """A drafter of hidden states that need not see all of them: it drafts from the positions that it saw, and masks the others out."""
+    """A drafter of hidden states that need not see all of them: it drafts from the positions that it saw, as if there were no others."""
 
     def miss(self, progress: Progress) -> None:
         """These positions are computed now, and it does not get to see them. `progress` has no taps that it could rely on."""

@@ -18,9 +18,8 @@ if TYPE_CHECKING:
     from engine.batch import ForwardBatch
     from engine.checkpoints.drafters.folder import DrafterFolder
     from engine.checkpoints.drafters.specs import EagleSpec
-    from engine.drafters.base import DraftBatch, Drafts, Host, Progress
+    from engine.drafters.base import Host
     from engine.kv_pool import KVPool
-    from engine.sequence import Sequence
 
 
 class Eagle3Core:
@@ -73,14 +72,8 @@ class Eagle3Core:
         return self.vocabulary.head(kernels.rms_norm(features, self._norm, self._eps))
 
 
-class Eagle3Drafter:
-    """Costs one small pass a draft. Reads the target's hidden states as they pass by."""
-
-    def __init__(self, name: str, core: Eagle3Core, host: Host) -> None:
-        self.name = name
-        self.taps = tuple(sorted(set(core.taps)))
-        self._chain = FeatureChain(core, host, core.vocabulary.target_ids)
-        self.prior = self._chain.bins.prior
+class Eagle3Drafter(FeatureChain):
+    """Costs one small pass a draft."""
 
     @classmethod
     def load(cls, folder: DrafterFolder, host: Host) -> Eagle3Drafter:
@@ -90,15 +83,5 @@ class Eagle3Drafter:
         check_target(spec.needs, spec.taps, target)
         tensors = folder.tensors()
         check_tensors(tensors, *eagle_shapes(spec), spec.format)
-        return cls(folder.name, Eagle3Core(spec, Weights(tensors, target.dtype, target.device), host), host)
-
-    @torch.inference_mode()
-    def propose(self, batch: DraftBatch) -> Drafts:
-        return self._chain.propose(batch)
-
-    @torch.inference_mode()
-    def observe(self, progress: Progress) -> None:
-        self._chain.observe(progress)
-
-    def finish(self, sequence: Sequence, *, complete: bool) -> None:  # noqa: ARG002 - nothing is learned here
-        self._chain.forget(sequence)
+        core = Eagle3Core(spec, Weights(tensors, target.dtype, target.device), host)
+        return cls(folder.name, core, host, core.vocabulary.target_ids)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,9 +17,8 @@ from engine.models.fallback import paged_layer
 if TYPE_CHECKING:
     from engine.batch import ForwardBatch
     from engine.checkpoints.drafters.mtp import MtpHeads
-    from engine.drafters.base import DraftBatch, Drafts, Host, Progress
+    from engine.drafters.base import Host
     from engine.kv_pool import KVPool
-    from engine.sequence import Sequence
 
 _OWN = ("enorm.", "hnorm.", "eh_proj.", "shared_head.", "embed_tokens.")
 
@@ -65,29 +64,11 @@ class MtpCore:
         return self._frozen.head(normed) if self._head is None else kernels.linear(normed, self._head).float()
 
 
-class MtpDrafter:
+class MtpDrafter(FeatureChain):
     """The first head drafts every token: from its own features where the target's do not reach yet."""
-
-    name = "mtp"
-    taps: tuple[int, ...] = (NORMALISED,)
-
-    def __init__(self, core: MtpCore, host: Host) -> None:
-        self._chain = FeatureChain(core, host, None)
-        self.prior: Any = self._chain.bins.prior
 
     @classmethod
     def load(cls, heads: MtpHeads, host: Host) -> MtpDrafter:
         """Raises DrafterError by the model's name where its heads cannot run here."""
         heads.refuse_unless_runnable()
-        return cls(MtpCore(heads, host), host)
-
-    @torch.inference_mode()
-    def propose(self, batch: DraftBatch) -> Drafts:
-        return self._chain.propose(batch)
-
-    @torch.inference_mode()
-    def observe(self, progress: Progress) -> None:
-        self._chain.observe(progress)
-
-    def finish(self, sequence: Sequence, *, complete: bool) -> None:  # noqa: ARG002 - nothing is learned here
-        self._chain.forget(sequence)
+        return cls("mtp", MtpCore(heads, host), host, None)

@@ -42,25 +42,26 @@ class PrivateCache:
         if blocks := self._blocks.pop(serial, None):
             self._pool.release(blocks, serial)
 
-    def batch(self, serials: list[int], starts: Ints, tokens: torch.Tensor, counts: Ints) -> ForwardBatch:
-        """The next `counts` [S] tokens (tokens: int64 [T] on the device) of each sequence, from position `starts` [S] on.
+    def batch(self, serials: list[int], starts: Ints, tokens: torch.Tensor, counts: Ints, positions: Ints | None = None) -> ForwardBatch:
+        """The next `counts` [S] tokens (tokens: int64 [T] on the device) of each sequence, behind the `starts` [S] that lie here already.
 
-        Logits are asked for the last token of each.
+        positions: int64 [T], where they stand in their texts, if some of those before them were left out. Logits are asked for the last
+        token of each.
         """
         size = self._pool.block_size
         ends = np.cumsum(counts)
         owner = np.repeat(np.arange(len(serials)), counts)
-        positions = np.arange(ends[-1]) + np.repeat(starts - ends + counts, counts)
+        places = np.arange(ends[-1]) + np.repeat(starts - ends + counts, counts)
         kv_lengths = starts + counts
         width = int(-(-kv_lengths.max() // size))
         tables = np.zeros((len(serials), width), np.int32)
         for row, serial in enumerate(serials):
             blocks = self._blocks[serial][:width]
             tables[row, : len(blocks)] = blocks
-        slots = tables[owner, positions // size].astype(np.int64) * size + positions % size
+        slots = tables[owner, places // size].astype(np.int64) * size + places % size
         return ForwardBatch(
             token_ids=tokens,
-            positions=self._tensor(positions),
+            positions=self._tensor(places if positions is None else positions),
             slots=self._tensor(slots),
             block_tables=self._tensor(tables),
             query_start=self._tensor(np.concatenate(([0], ends)).astype(np.int32)),

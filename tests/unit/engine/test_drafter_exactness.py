@@ -15,6 +15,7 @@ from engine.config import EngineConfig
 from engine.drafters import registry
 from engine.drafters.base import DraftBatch, Drafts
 from engine.drafters.dspark import DSparkDrafter
+from engine.drafters.eagle3 import Eagle3Drafter
 from engine.drafters.parts import frozen
 from engine.drafters.sources import Source
 from engine.engine import Engine
@@ -391,8 +392,9 @@ def test_a_drafter_that_cannot_follow_a_text_is_not_chosen_for_it_and_attends_ag
 
 
 @pytest.mark.parametrize("pressed", [False, True])
+@pytest.mark.parametrize("kind", [DSparkDrafter, Eagle3Drafter])
 def test_a_drafter_sees_nothing_in_a_crowd_and_drafts_again_when_it_is_over(
-    target: TargetModel, folders: Path, monkeypatch: pytest.MonkeyPatch, pressed: bool
+    target: TargetModel, folders: Path, monkeypatch: pytest.MonkeyPatch, kind: type[DSparkDrafter | Eagle3Drafter], pressed: bool
 ) -> None:
     """Its cache then holds what it saw of earlier texts in the same blocks, and gaps: no text may show it."""
     seen, missed, drafted = [], [], []
@@ -401,13 +403,13 @@ def test_a_drafter_sees_nothing_in_a_crowd_and_drafts_again_when_it_is_over(
         self._crowded = count > 3
 
     def watched(name: str, into: list[int]) -> None:
-        wrapped = getattr(DSparkDrafter, name)
+        wrapped = getattr(kind, name)
 
-        def count(self: DSparkDrafter, given: Any) -> Any:
+        def count(self: Any, given: Any) -> Any:
             into.append(len(given.sequences) if isinstance(given, DraftBatch) else len(given.chunks))
             return wrapped(self, given)
 
-        monkeypatch.setattr(DSparkDrafter, name, count)
+        monkeypatch.setattr(kind, name, count)
 
     always_wanted(monkeypatch)
     monkeypatch.setattr(Speculator, "foresee", foresee)
@@ -418,7 +420,8 @@ def test_a_drafter_sees_nothing_in_a_crowd_and_drafts_again_when_it_is_over(
     made = [replace(request, id=str(n)) for n, request in enumerate([*short, *last])]
     limits = {"kv_bytes": 60 << 10} if pressed else {}
     plain, _ = run(target, made, "off", max_sequences=5)
-    text, engine = run(target, made, str(folders / "dspark"), max_sequences=5, **limits)
+    name = "dspark" if kind is DSparkDrafter else "eagle3"
+    text, engine = run(target, made, str(folders / name), max_sequences=5, **limits)
     assert text == plain
     assert (engine.stats().preemptions > 0) == pressed
     assert len(seen) > 10

@@ -101,27 +101,34 @@ def eagle_chain(
     embed: torch.Tensor,
     heads: tuple[int, int],
     count: int,
+    *,
+    seen: list[int] | None = None,
     **how: bool,
 ) -> list[int]:
-    """EAGLE-3 greedily. features: fused taps [context, hidden] of all positions but the last token's; tokens: the whole text."""
-    given = list(tokens[1:])
-    rows = [functional.linear(row, t["fc.weight"]) for row in features]
+    """EAGLE-3 greedily. features: fused taps [context, hidden] of all positions but the last token's; tokens: the whole text.
+
+    seen: the positions that there are for the head, None: all.
+    """
+    places = list(range(len(features))) if seen is None else list(seen)
+    given = [tokens[position + 1] for position in places]
+    rows = [functional.linear(features[position], t["fc.weight"]) for position in places]
     drafts: list[int] = []
     ids = torch.arange(len(t["lm_head.weight"])) + t.get("d2t", 0)
     while len(drafts) < count:
         # Every pass reads the whole text anew, with the head's own features where the target's end.
         hidden, embedded = torch.stack(rows), embed[torch.tensor(given)]
-        place = torch.arange(len(given))
+        place = torch.tensor(places)
         for prefix in prefixes:
             f = rms(hidden, t[f"{prefix}hidden_norm.weight"])
             residual = f if how.get("norm_before_residual") else hidden
             x = torch.cat((rms(embedded, t[f"{prefix}input_layernorm.weight"]), f), -1)
             q, k = (project(t, prefix, name, x, size, place) for name, size in (("q", heads[0]), ("k", heads[1])))
             v = project(t, prefix, "v", x, heads[1], None)
-            seen = place[:, None] >= place
-            hidden = mlp(t, prefix, residual + functional.linear(attend(q, k, v, seen), t[f"{prefix}self_attn.o_proj.weight"]))
+            before = place[:, None] >= place
+            hidden = mlp(t, prefix, residual + functional.linear(attend(q, k, v, before), t[f"{prefix}self_attn.o_proj.weight"]))
         logits = t["lm_head.weight"] @ rms(hidden[-1], t["norm.weight"])
         drafts.append(int(ids[logits.argmax()]))
         rows.append(hidden[-1])
         given.append(drafts[-1])
+        places.append(places[-1] + 1)
     return drafts

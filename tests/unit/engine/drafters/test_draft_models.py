@@ -172,6 +172,12 @@ def test_glm_mtp_head_drafts_what_its_layer_says(tmp_path: Path) -> None:
     drafter = MtpDrafter.load(heads, scene.host)
     scene.feed(drafter, [[(0, 0, 22)], [(1, 0, 3), (2, 0, 13)], [(1, 3, 8)]])
     drafts = drafter.propose(DraftBatch(scene.sequences, np.array([3, 3, 3]), 1))
+    late = Scene(model)
+    drafter = MtpDrafter.load(heads, late.host)
+    late.feed(drafter, [[(0, 0, 6)]])
+    late.feed(drafter, [[(0, 6, 15)]], seen=False)  # what it missed while it rested does not exist for it
+    late.feed(drafter, [[(0, 15, 22)]])
+    rested = drafter.propose(DraftBatch(late.sequences[:1], np.array([3]), 1))
     t = heads.tensors()
     layer = hf.model.layers[1]
     fresh = type(layer)(hf.config, 1)
@@ -183,28 +189,34 @@ def test_glm_mtp_head_drafts_what_its_layer_says(tmp_path: Path) -> None:
     fresh.eval()
     for row, tokens in enumerate(scene.texts.tokens):
         assert drafts.token_ids[row].tolist() == plain_mtp(hf, fresh, t, tokens, 3)
+    seen = [*range(6), *range(15, 22)]
+    assert rested.token_ids[0].tolist() == plain_mtp(hf, fresh, t, late.texts.tokens[0], 3, seen)
 
 
-def plain_mtp(hf: Any, layer: Any, t: dict[str, torch.Tensor], tokens: torch.Tensor, count: int) -> list[int]:
-    """The DeepSeek-V3 report's equations 21 to 23, each pass over the whole text."""
+def plain_mtp(
+    hf: Any, layer: Any, t: dict[str, torch.Tensor], tokens: torch.Tensor, count: int, seen: list[int] | None = None
+) -> list[int]:
+    """The DeepSeek-V3 report's equations 21 to 23, each pass over the whole text, or over the positions that were `seen` of it."""
     from tests.unit.engine.drafters.plain import rms
 
     hf.set_attn_implementation("eager")
     eps = hf.config.rms_norm_eps
     with torch.inference_mode():
         rows = list(hf(input_ids=tokens[None], output_hidden_states=True).hidden_states[-1][0, :-1])
-        given, drafts = tokens[1:].tolist(), []
+        places = list(range(len(rows))) if seen is None else list(seen)
+        rows, given, drafts = [rows[place] for place in places], [int(tokens[place + 1]) for place in places], []
         while len(drafts) < count:
             embedded = hf.model.embed_tokens.weight[torch.tensor(given)]
             joined = torch.cat((rms(embedded, t["enorm.weight"], eps), rms(torch.stack(rows), t["hnorm.weight"], eps)), -1)
             x = (joined @ t["eh_proj.weight"].T)[None]
-            place = torch.arange(x.shape[1])[None]
+            place = torch.tensor(places)[None]
             mask = torch.full((x.shape[1],) * 2, float("-inf")).triu(1)[None, None]
             layer.self_attn.config._attn_implementation = "eager"
             out = layer(x, attention_mask=mask, position_ids=place, position_embeddings=hf.model.rotary_emb(x, place))[0]
             drafts.append(int((rms(out[-1], t["shared_head.norm.weight"], eps) @ hf.lm_head.weight.T).argmax()))
             rows.append(out[-1])
             given.append(drafts[-1])
+            places.append(places[-1] + 1)
     return drafts
 
 

@@ -55,10 +55,68 @@ def test_layouts_draft_what_the_paper_says(
     drafts = drafter.propose(DraftBatch(scene.sequences, np.array([4, 4, 4]), 2))
     embed = target.frozen().embedding
     for row, tokens in enumerate(scene.texts.tokens):
-        with torch.inference_mode():
-            states = hf(input_ids=tokens[None], output_hidden_states=True).hidden_states
-        features = torch.cat([states[tap][0, :-1] for tap in (1, 2, 3)], -1)
+        features = fused(hf, tokens)
         assert drafts.token_ids[row].tolist() == eagle_chain(t, prefixes, features, tokens.tolist(), embed, (HEADS, KV_HEADS), 4, **how)
+
+
+def fused(hf: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """[T - 1, 3 * hidden]: what the head reads of a text."""
+    with torch.inference_mode():
+        states = hf(input_ids=tokens[None], output_hidden_states=True).hidden_states
+    return torch.cat([states[tap][0, :-1] for tap in (1, 2, 3)], -1)
+
+
+def test_what_it_missed_does_not_exist_for_it(tmp_path: Path, hf: Any, target: TargetModel) -> None:
+    """Twice, with drafts in between: the head's cache then holds what is on both sides of a gap, each at its own position."""
+    config, t = eagle("original")
+    scene = Scene(target)
+    drafter = Eagle3Drafter.load(read_folder(write(tmp_path / "d", config, t)), scene.host)
+    text, tokens = scene.sequences[0], scene.texts.tokens[0].tolist()
+    features, whole = fused(hf, scene.texts.tokens[0]), text.num_tokens
+
+    def check(computed: int, seen: list[int]) -> None:
+        text.num_tokens = computed + 1
+        drafts = drafter.propose(DraftBatch([text], np.array([4]), computed))
+        text.num_tokens = whole
+        expected = eagle_chain(
+            t, ["midlayer."], features, tokens[: computed + 1], target.frozen().embedding, (HEADS, KV_HEADS), 4, seen=seen
+        )
+        assert drafts.token_ids[0].tolist() == expected
+
+    scene.feed(drafter, [[(0, 0, 3)]])
+    scene.feed(drafter, [[(0, 3, 7)]], seen=False)
+    scene.feed(drafter, [[(0, 7, 12)]])
+    check(12, [0, 1, 2, 7, 8, 9, 10, 11])
+    scene.feed(drafter, [[(0, 12, 13)]], seen=False)
+    scene.feed(drafter, [[(0, 13, 14)]])
+    check(14, [0, 1, 2, 7, 8, 9, 10, 11, 13])
+    text.num_computed = 9  # preempted, and computed again while it looks on
+    scene.feed(drafter, [[(0, 9, 15)]])
+    check(15, [0, 1, 2, 7, 8, 9, 10, 11, 13, 14])
+
+
+def test_it_drafts_nothing_for_a_text_whose_last_position_it_missed(tmp_path: Path, target: TargetModel) -> None:
+    scene = Scene(target)
+    drafter = Eagle3Drafter.load(read_folder(write(tmp_path / "d", *eagle("original"))), scene.host)
+    scene.feed(drafter, [[(1, 0, 8), (2, 0, 13)]])
+    scene.feed(drafter, [[(0, 0, 22)]], seen=False)
+    assert drafter.follows(scene.sequences).tolist() == [False, True, True]
+    drafts = drafter.propose(DraftBatch(scene.sequences, np.array([3, 2, 3]), 1))
+    assert drafts.lengths.tolist() == [0, 2, 3]
+
+
+def test_what_it_missed_hides_what_it_saw_of_another_text_in_the_same_place(tmp_path: Path, target: TargetModel) -> None:
+    """A block that changed hands while the drafter rested still holds features of the text before."""
+    folder = read_folder(write(tmp_path / "d", *eagle("original")))
+    used, scene = Scene(target), Scene(target)
+    drafters = [Eagle3Drafter.load(folder, used.host), Eagle3Drafter.load(folder, scene.host)]
+    used.feed(drafters[0], [[(0, 0, 22)]])
+    scene.feed(drafters[0], [[(0, 0, 10)]], seen=False)
+    scene.feed(drafters[0], [[(0, 10, 22)]])
+    scene.feed(drafters[1], [[(0, 10, 22)]])
+    late, fresh = (drafter.propose(DraftBatch(scene.sequences[:1], np.array([5]), 1)) for drafter in drafters)
+    assert late.lengths.tolist() == [5]
+    assert late.token_ids.tolist() == fresh.token_ids.tolist()
 
 
 @pytest.mark.parametrize(
