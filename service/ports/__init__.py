@@ -1,42 +1,12 @@
-"""What the use cases need of the outside world, in three rooms. Adapters implement these."""
+"""What the use cases need of the outside world: a database with its stores, objects, and what answers lines. Adapters implement these."""
 
 from __future__ import annotations
 
-from service.ports.database import (
-    AccountStore,
-    Backlog,
-    BatchStore,
-    Bucket,
-    BucketAccessStore,
-    ChargeFilter,
-    ChargeRow,
-    CostStore,
-    Database,
-    FileGarbage,
-    FileStore,
-    GroupStore,
-    GroupWatch,
-    Ledger,
-    LineStore,
-    LoadRow,
-    LoadStore,
-    ModelLoad,
-    MonitorStore,
-    Outbox,
-    OutboxItem,
-    OutboxKind,
-    OutboxLag,
-    Page,
-    Refusals,
-    RequestMemory,
-    ResultStore,
-    SpendingStore,
-    UnitOfWork,
-    UploadStore,
-    WorkerRow,
-    WorkerStore,
-    WorkRow,
-)
+from service.ports.accounts import AccountStore, BucketAccessStore
+from service.ports.batches import BatchStore, LineStore, RequestMemory, ResultStore
+from service.ports.charges import Bucket, ChargeFilter, ChargeRow, CostStore, Ledger, SpendingStore, WorkRow
+from service.ports.database import Database, UnitOfWork
+from service.ports.files import FileGarbage, FileStore, UploadStore
 from service.ports.inference import (
     InferenceRunner,
     Recalls,
@@ -52,6 +22,9 @@ from service.ports.objects import (
     UserBucket,
     UserBuckets,
 )
+from service.ports.page import Page
+from service.ports.work import Backlog, GroupStore, GroupWatch, MonitorStore, Outbox, OutboxItem, OutboxKind, OutboxLag
+from service.ports.workers import LoadRow, LoadStore, ModelLoad, Refusals, WorkerRow, WorkerStore
 
 __all__ = [
     "AccountStore",
