@@ -198,11 +198,14 @@ def plan_attention(
     cache: torch.Tensor,
     num_heads: int,
     window: int | None = None,
+    causal: bool = True,
 ) -> AttentionPlan | NativePlan:
     """What attention needs to know of a step, worked out once for all layers. See `kernels.reference.attention_plan`."""
-    native = _compiled("attention_plan", "plan_attention") if _transposed(cache) else None
-    plan = native or _implementation("plan_attention", cache.device.type)
-    return plan(block_tables, query_start, kv_lengths, slots, cache=cache, num_heads=num_heads, window=window)
+    if causal and _transposed(cache):
+        plan = _compiled("attention_plan", "plan_attention")
+        return plan(block_tables, query_start, kv_lengths, slots, cache=cache, num_heads=num_heads, window=window)
+    plan = _implementation("plan_attention", cache.device.type)
+    return plan(block_tables, query_start, kv_lengths, slots, cache=cache, num_heads=num_heads, window=window, causal=causal)
 
 
 def attention(

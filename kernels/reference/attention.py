@@ -33,7 +33,7 @@ def attention(
     if isinstance(plan, DefinedPlan):
         return paged_attention(
             q, k_cache, v_cache, plan.tables, plan.query_start, plan.kv_lengths, scale,
-            window=plan.window, soft_cap=soft_cap, k_scale=k_scale, v_scale=v_scale,
+            window=plan.window, soft_cap=soft_cap, causal=plan.causal, k_scale=k_scale, v_scale=v_scale,
         )  # fmt: skip
     if len(plan.ragged) == 1 and not plan.dense:
         out, lse = _ragged(q, k_cache, v_cache, plan.ragged[0], scale, soft_cap, with_lse=bool(plan.shared))

@@ -88,13 +88,16 @@ class AttentionPlan:
 
 @dataclass(frozen=True, slots=True)
 class DefinedPlan:
-    """A step as `kernels.reference.paged_attention` takes it: for fp8 caches, which torch's own products on a CPU do not read."""
+    """A step as `kernels.reference.paged_attention` takes it: for fp8 caches, which torch's own products on a CPU do not read, for draft
+    blocks that see all of their own rows, and for caches that lie in memory in another order.
+    """
 
     slots: torch.Tensor
     tables: torch.Tensor
     query_start: torch.Tensor
     kv_lengths: torch.Tensor
     window: int | None
+    causal: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,17 +142,19 @@ def plan_attention(
     cache: torch.Tensor,
     num_heads: int,
     window: int | None = None,
+    causal: bool = True,
 ) -> AttentionPlan | DefinedPlan:
     """Plans one step; arguments as in `engine.batch.ForwardBatch`.
 
     cache: any layer's keys [num_blocks, kv_heads, block_size, head_dim]; only shape, dtype and device are read. window: a
-    query sees itself and `window - 1` tokens before it; None for all. Raises ValueError where num_heads is not a multiple of kv_heads.
+    query sees itself and `window - 1` tokens before it; None for all. causal: False for draft blocks, whose rows also see each other (and
+    with a window what comes after them). Raises ValueError where num_heads is not a multiple of kv_heads.
     """
     num_blocks, kv_heads, block_size, _ = cache.shape
     if num_heads % kv_heads:
         raise ValueError(f"{num_heads} query heads cannot share {kv_heads} key heads evenly")
-    if cache.dtype == torch.float8_e4m3fn:
-        return DefinedPlan(slots, block_tables, query_start, kv_lengths, window)
+    if cache.dtype == torch.float8_e4m3fn or not causal or not cache.is_contiguous():
+        return DefinedPlan(slots, block_tables, query_start, kv_lengths, window, causal)
     tables, bounds, lengths = (array.cpu().numpy().astype(np.int64) for array in (block_tables, query_start, kv_lengths))
     segments, covered = _segments(tables, bounds, lengths, block_size, windowed=window is not None)
     step = _Step(

@@ -132,3 +132,36 @@ def test_keys_and_values_land_in_their_slots_and_nowhere_else() -> None:
         assert torch.equal(v_cache[block, :, offset], v[row])
     assert k_cache.count_nonzero() == k.numel()
     assert v_cache.count_nonzero() == v.numel()
+
+
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("causal", [False, True])
+def test_draft_blocks_over_a_cache_in_another_order(causal: bool, window: int | None) -> None:
+    """Drafters keep the tokens of all heads side by side, and the rows of a block see each other, later ones too."""
+    torch.manual_seed(0)
+    slots, heads, kv_heads, dim, size = (4, 3), 6, 2, 8, 4
+    lengths = [14, 7]
+    k, v = torch.randn(2, 40, kv_heads, dim)
+    pages = [cache.unflatten(0, (-1, size)).transpose(1, 2) for cache in (k, v)]
+    tables = torch.tensor([[7, 2, 9, 1], [4, 5, 0, 0]], dtype=torch.int32)
+    start = torch.tensor([0, slots[0], sum(slots)], dtype=torch.int32)
+    q = torch.randn(sum(slots), heads, dim)
+    rows = torch.zeros(sum(slots), dtype=torch.int64)
+    plan = kernels.plan_attention(
+        tables, start, torch.tensor(lengths, dtype=torch.int32), rows, cache=pages[0], num_heads=heads, window=window, causal=causal
+    )
+    found = kernels.attention(q, *pages, plan, 0.3)
+    texts = [
+        [cache[tables[s].long()[torch.arange(n) // size] * size + torch.arange(n) % size] for s, n in enumerate(lengths)]
+        for cache in (k, v)
+    ]
+    if causal:
+        assert (found - naive_attention(q, *texts, list(slots), 0.3, window, None)).abs().max() < 1e-5
+        return
+    row = 0
+    for keys, values, count, length in zip(*texts, slots, lengths, strict=True):
+        for index in range(count):  # as if it were the last row, with what its window shows from its own place on
+            first = 0 if window is None else max(0, length - count + index - window + 1)
+            expected = naive_attention(q[row : row + 1], [keys[first:]], [values[first:]], [1], 0.3, None, None)
+            assert (found[row] - expected[0]).abs().max() < 1e-5
+            row += 1
