@@ -12,16 +12,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from engine.accounting import charge, estimate
+from engine.accounting import charge, estimate, share_out
 from engine.checkpoints.drafters.errors import DrafterError
 from engine.config import EngineConfig, derive_limits
+from engine.device_decoding import DeviceDecoding
 from engine.device_rules import DeviceRules
 from engine.drafters.base import Host, Progress
 from engine.drafters.builtin import OFF
 from engine.drafters.registry import Catalogue, UnknownDrafterError
-from engine.flight import DeviceClock, Flight, HostClock, Live
+from engine.flight import DeviceClock, Flight, HostClock, Landed, Live
 from engine.grammars import Compiler, GrammarConstraint, GrammarError
 from engine.grammars.vocabulary import Vocabulary
+from engine.graphs import GraphRunner
 from engine.kv_blocks import BlockPool
 from engine.kv_pool import KVPool
 from engine.kv_scales import calibrate
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from engine.batch import TargetModel
     from engine.checkpoints import LoadedModel
     from engine.config import Limits
+    from engine.device_decoding import DeviceFlight
     from engine.logit_rules import Constraint
     from engine.profile import Profiles
     from engine.runner import Runner
@@ -94,7 +97,7 @@ class Engine:
         self._runner = make_runner(loaded.model, kv, self.limits.max_sequences)
         self._judge = make_judge(self._runner)
         self._clock = DeviceClock(spec.device) if spec.device.type == "cuda" else HostClock()
-        self._flight: Flight | None = None
+        self._flight: Flight | DeviceFlight | None = None
         self._pool = BlockPool(self.limits.num_blocks, config.block_size, share_prefixes=config.share_prefixes)
         self._scheduler = Scheduler(
             self._pool,
@@ -142,6 +145,11 @@ class Engine:
                 self._speculator.listen(self._adapting[1].collector)
         self._recorder = Recorder.of(config, spec, self.limits, points, self.drafters)
         self._table = RowTable(self.limits.max_sequences, entropy)
+        self._device = (
+            DeviceDecoding(self._runner, self._scheduler, self._speculator, self._table) if isinstance(self._runner, GraphRunner) else None
+        )
+        self._booked: tuple[bool, float] | None = None
+        """Where the last step was made, and when it was read."""
         late = self._runner.latest is not None
         self._rules: DeviceRules | LogitRules = DeviceRules(spec.vocab_size, spec.device) if late else LogitRules()
         self._logprobs = Logprobs(late=late)
@@ -179,6 +187,7 @@ class Engine:
         source = iter(requests)
         try:
             self._look_for_drafters()
+            self._booked = None
             open_ended = True
             while open_ended or self._live or self._flight is not None:
                 rejected: list[Result] = []
@@ -194,6 +203,8 @@ class Engine:
                     time.sleep(_IDLE_SECONDS)
         finally:
             self._flight = None
+            if self._device is not None:
+                self._device.leave()
             for live in list(self._live.values()):
                 live.sequence.retract()
                 self._remove(live, complete=False)
@@ -284,7 +295,10 @@ class Engine:
             self._reclaim()
             self._adapt()
             self._look_for_drafters()
-        results = [] if self._may_run_ahead() else self._land()
+        results, launched = self._step_on_device()
+        if launched:
+            return results
+        results += [] if self._may_run_ahead() else self._land()
         plan = self._scheduler.schedule()
         for sequence in plan.unfit:
             results += self._close(self._live[sequence.serial], FinishReason.ERROR, self._outgrown(sequence))
@@ -316,10 +330,38 @@ class Engine:
             self._scheduler.promise(chunk)
         return results if before is None else results + self._book(before)
 
+    def _step_on_device(self) -> tuple[list[Result], bool]:
+        """Launches the next step where drafts are made on the device, if it is to be made there. Results, and whether it was launched."""
+        device, results = self._device, list[Result]()
+        if device is None:
+            return results, False
+        if device.running and not device.stays(list(self._live.values())):
+            results += self._land()
+            device.leave()
+        if not device.running and device.wanted(list(self._live.values())):
+            results += self._land()
+            device.enter(list(self._live.values()), self._steps)
+        if not device.running:
+            return results, False
+        try:
+            flight = device.launch(self._steps, self._clock)
+        except (RuntimeError, MemoryError) as error:
+            if not is_exhausted(error):
+                raise
+            results += self._land()
+            device.leave(failed=True)
+            return results, False
+        if flight is None:
+            results += self._land()
+            device.leave()
+            return results, False
+        before, self._flight = self._flight, flight
+        return results if before is None else results + self._book(before), True
+
     def _may_run_ahead(self) -> bool:
         """Whether the next step can be launched while the last one is in flight: nothing in it hangs on a token that is not known yet."""
         flight = self._flight
-        if flight is None:
+        if not isinstance(flight, Flight):
             return False
         if any(live.sequence.promised and self._rules.constraint(live.sequence) is not None for live in flight.lives):
             return False
@@ -425,40 +467,68 @@ class Engine:
         flight, self._flight = self._flight, None
         return [] if flight is None else self._book(flight)
 
-    def _book(self, flight: Flight) -> list[Result]:
+    def _book(self, flight: Flight | DeviceFlight) -> list[Result]:
         """Confirms tokens, ends what has ended, and tells everyone who learns from the step."""
-        work, outcome = flight.work, flight.land()
+        landed = flight.land()
+        results = []
+        for live in (*landed.lives, *landed.resting):
+            live.in_flight -= 1
+        if landed.ran is None:
+            self._pay_for_nothing(landed)
+        else:
+            results += self._book_tokens(flight, landed, *landed.ran)
+        return results + [live.result for live in landed.resting if live.result is not None and not live.in_flight]
+
+    def _book_tokens(self, flight: Flight | DeviceFlight, landed: Landed, work: Work, outcome: Outcome) -> list[Result]:
         step, chunks, accepted = work.step, work.chunks, outcome.accepted
+        promised = isinstance(flight, Flight) and flight.promised
         estimate(work, outcome, self._speculator.cost)  # before the model has seen this step
         self._recorder.ran(work, outcome, self._speculator.cost)
         decoding = [chunk.sequence for chunk in chunks[: work.num_decoding]]
-        self._speculator.learn_cost(work.load, outcome.nanoseconds * 1e-9)
+        if not flight.on_device:  # there drafting is a part of the step
+            self._speculator.learn_cost(work.load, outcome.nanoseconds * 1e-9)
         self._speculator.settle(work.proposal, decoding, accepted[: work.num_decoding], outcome.following[: work.num_decoding])
-        if not flight.promised:
+        if not promised and not flight.on_device:
             self._speculator.observe(Progress(chunks, step.query_start, work.counts + accepted, step.positions, step.slots, outcome.taps))
         charge(work, outcome)
         self._logprobs.book(work, outcome)
         results = []
         generated = 0
-        for index, (chunk, live) in enumerate(zip(chunks, flight.lives, strict=True)):
-            live.in_flight -= 1
-            ended, kept = self._confirm(flight, outcome, index, chunk)
+        for index, (chunk, live) in enumerate(zip(chunks, landed.lives, strict=True)):
+            ended, kept = self._confirm(work, outcome, index, chunk, live, promised=promised)
             generated += kept
             results += ended
         self._measure(work, outcome, generated)
+        self._pace(work, generated, on_device=flight.on_device)
         return results
 
-    def _confirm(self, flight: Flight, outcome: Outcome, index: int, chunk: Chunk) -> tuple[list[Result], int]:
+    def _pay_for_nothing(self, landed: Landed) -> None:
+        """A step was launched that nobody needed any more: its time is theirs with whom it was launched."""
+        shares = share_out(landed.nanoseconds, np.ones(len(landed.resting), np.int64)).tolist()
+        for live, share in zip(landed.resting, shares, strict=True):
+            live.sequence.ledger.decode_ns += share
+        self._count(steps=1, busy_ns=landed.nanoseconds)
+
+    def _pace(self, work: Work, generated: int, *, on_device: bool) -> None:
+        """Learns how fast decoding is, on the device and by the host's leave."""
+        before, self._booked = self._booked, (on_device, time.perf_counter())
+        if self._device is not None and before is not None and before[0] == on_device and work.num_decoding == len(work.chunks):
+            seconds = self._booked[1] - before[1]
+            self._device.ways.add(on_device=on_device, requests=work.num_decoding, tokens=generated, seconds=seconds)
+
+    def _confirm(self, work: Work, outcome: Outcome, index: int, chunk: Chunk, live: Live, *, promised: bool) -> tuple[list[Result], int]:
         """Adds what one chunk brought to its sequence. Returns its result if there is one to give out, and how many tokens it gained."""
-        work, live, sequence = flight.work, flight.lives[index], chunk.sequence
+        sequence = live.sequence
         samples, ledger = bool(work.step.row_counts[index]), sequence.ledger
         accepted = int(outcome.accepted[index])
         if live.result is not None:  # it ended before this step was read
-            for name in ("sampled", "dropped", "steps") if samples else ():
-                setattr(ledger, name, getattr(ledger, name) + 1)
+            if samples:
+                ledger.sampled += accepted + 1
+                ledger.dropped += accepted + 1
+                ledger.steps += 1
             return ([] if live.in_flight else [live.result]), 0
         if not samples:
-            if flight.promised:
+            if promised:
                 self._scheduler.settle(chunk, None)
             else:
                 self._scheduler.complete(chunk, _NOTHING, chunk.count)
@@ -471,7 +541,7 @@ class Engine:
         ledger.generated += kept
         ledger.dropped += len(tokens) - kept
         ledger.steps += 1
-        if flight.promised:
+        if promised:
             self._scheduler.settle(chunk, tokens[0])
         else:
             self._scheduler.complete(chunk, np.array(tokens[:kept], np.int64), chunk.count + min(accepted, kept))
@@ -506,6 +576,8 @@ class Engine:
 
     def _remove(self, live: Live, *, complete: bool) -> None:
         del self._live[live.sequence.serial]
+        if self._device is not None:
+            self._device.retire(live.sequence)
         self._scheduler.finish(live.sequence, complete=complete)
         self._rules.leave(live.sequence)
         self._logprobs.leave(live.sequence)
@@ -529,13 +601,7 @@ class Engine:
         proposal = work.proposal
         sampled = outcome.accepted[work.step.row_counts > 0]
         self._preemptions += work.preempted
-        self._meter.add(
-            time.monotonic(),
-            running=len(self._scheduler.running),
-            waiting=len(self._scheduler.waiting),
-            kv_blocks_held=self._pool.num_held,
-            finished=self._finished,
-            preemptions=self._preemptions,
+        self._count(
             steps=1,
             step_tokens=work.step.num_tokens,
             sampled=int(sampled.sum()) + len(sampled),
@@ -545,6 +611,17 @@ class Engine:
             verified=int(proposal.chosen.sum()),
             accepted=int(outcome.accepted.sum()),
             busy_ns=outcome.nanoseconds + int(proposal.nanoseconds.sum()),
+        )
+
+    def _count(self, **counts: int) -> None:
+        self._meter.add(
+            time.monotonic(),
+            running=len(self._scheduler.running),
+            waiting=len(self._scheduler.waiting),
+            kv_blocks_held=self._pool.num_held,
+            finished=self._finished,
+            preemptions=self._preemptions,
+            **counts,
         )
 
 

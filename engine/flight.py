@@ -104,6 +104,18 @@ class _DeviceTiming:
 
 
 @dataclass(frozen=True, slots=True)
+class Landed:
+    """A step that was read: what ran and what came of it, None where nobody had a token; whose its chunks are; and who had none any more,
+    though the step was launched with them. nanoseconds: of the device.
+    """
+
+    ran: tuple[Work, Outcome] | None
+    lives: list[Live]
+    resting: list[Live]
+    nanoseconds: int
+
+
+@dataclass(frozen=True, slots=True)
 class Flight:
     """`lives`: whose chunks the step has. taps: what is left for drafters to see once it is known which drafts stood.
 
@@ -117,10 +129,13 @@ class Flight:
     taps: dict[int, torch.Tensor]
     kept: Kept | None
     promised: bool
+    on_device = False
 
-    def land(self) -> Outcome:
+    def land(self) -> Landed:
         """Waits for the result."""
         decision, kept = self.pending.read(), self.kept
         if kept is not None and decision.scores is not None:
             kept = replace(kept, answer=decision.scores)
-        return Outcome(decision.accepted, decision.following, decision.finite, self.taps, self.timing.nanoseconds(), kept)
+        nanoseconds = self.timing.nanoseconds()
+        outcome = Outcome(decision.accepted, decision.following, decision.finite, self.taps, nanoseconds, kept)
+        return Landed((self.work, outcome), self.lives, [], nanoseconds)

@@ -195,12 +195,17 @@ class GraphRunner(Runner):
         super().__init__(model, kv, max_sequences)
         device = model.spec.device
         self.tiers = Tiers(MAX_TOKENS, max_sequences)
-        self._capture = capture if capture is not None else CudaCapture(device)
+        self.capture = capture if capture is not None else CudaCapture(device)
         self._memory = memory if memory is not None else int(torch.cuda.get_device_properties(device).total_memory * _MEMORY_SHARE)
         self._width = max(-(-model.spec.max_positions // kv.block_size), -(-MAX_TOKENS // kv.block_size))
         self._graphs: dict[_Key, tuple[StaticInputs, Graph]] = {}
         self._input_bytes = 0
         self.eager_steps = 0
+
+    @property
+    def may_capture(self) -> bool:
+        """Whether there is memory for another graph."""
+        return self.capture.used_bytes + self._input_bytes < self._memory
 
     def spare(self, tokens: int, sequences: int) -> int:
         """See `Tiers.spare`."""
@@ -216,7 +221,7 @@ class GraphRunner(Runner):
             return super().run(step, taps)
         # A step that only decodes has a row a sequence; where there are drafts any token may be one.
         key = _Key(tier, tier.sequences if rows <= tier.sequences else tier.tokens, self._table_width(step), taps)
-        if key not in self._graphs and self._capture.used_bytes + self._input_bytes >= self._memory:
+        if key not in self._graphs and not self.may_capture:
             self.eager_steps += 1
             return super().run(step, taps)
         inputs, graph = self._graphs.get(key) or self._captured(key, step)
@@ -242,5 +247,5 @@ class GraphRunner(Runner):
             token_ids = self.resolve(inputs.batch.token_ids, inputs.sources)
             return self.model.forward(replace(inputs.batch, token_ids=token_ids), self.kv)
 
-        self._graphs[key] = inputs, self._capture(forward)
+        self._graphs[key] = inputs, self.capture(forward)
         return self._graphs[key]

@@ -1,22 +1,22 @@
 """Decoding whose state lives on the device: the host launches a step without knowing what the step before it made.
 
-Everything that the next step needs of the last one (tokens, lengths, drafts) stays where it was made; the host reads results one step late,
-while the device is already at the next. A request that is found to have ended therefore runs one step too many, whose result is dropped.
-Only what the host decides travels to the device: who is in which slot, and where its blocks are.
+Everything that the next step needs of the last one (tokens, lengths, drafts, the hidden states that a drafter reads) stays where it was
+made; the host reads results one step late, while the device is already at the next. A request that is found to have ended therefore runs
+one step too many, whose result is dropped. Only what the host decides travels to the device: who is in which slot, where its blocks are.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
 import kernels
 from engine.batch import ForwardBatch
-from engine.transfer import Arrival
+from engine.transfer import Arrival, to_device
 from engine.types import COLDEST
 from kernels.reference.sampling import NO_DRAFT, Mode, SampleRows
 
@@ -30,12 +30,35 @@ if TYPE_CHECKING:
     from engine.kv_pool import KVPool
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceDrafts:
+    """tokens: int64 [S, D]. survival: float32 [S, D], falling along a row: the chance that a draft and all before it stand, in whatever
+    weight its request has, not computed from that draft or any later one. bins: int64 [S, D], what calibration tells apart, for the host to
+    learn from; None: nothing to learn.
+    """
+
+    tokens: torch.Tensor
+    survival: torch.Tensor
+    bins: torch.Tensor | None = None
+
+
 class DeviceDrafter(Protocol):
     """Drafts without the host: from the state's tensors to tensors."""
 
-    def __call__(self, state: DeviceState) -> tuple[torch.Tensor, torch.Tensor]:
-        """(drafts int64 [S, D], their survival float32 [S, D]: the chance that a draft and all before it stand, not computed from it or any
-        later one); called inside a step, so nothing may be read back.
+    def __call__(self, state: DeviceState) -> DeviceDrafts:
+        """Called inside a step, so nothing may be read back."""
+        ...
+
+
+@runtime_checkable
+class ReadsTarget(Protocol):
+    """A `DeviceDrafter` that goes by the target's hidden states. taps: their indices."""
+
+    taps: tuple[int, ...]
+
+    def observe(self, taps: dict[int, torch.Tensor], positions: torch.Tensor, slots: torch.Tensor) -> None:
+        """The hidden states [T, hidden] of a step, by index; where its rows stand, int64 [T], and where their KV lies, int64 [T]: in block
+        0 for rows that are no confirmed text. Inside a step as well.
         """
         ...
 
@@ -44,7 +67,7 @@ class DeviceDrafter(Protocol):
 class DeviceState:
     """One entry a slot. last: int64 [S], the newest token, whose KV is not there yet; length: int64 [S], its position; left: int64 [S],
     tokens that may still be made (0: the slot rests); made: int64 [S], tokens made so far; tables: int32 [S, W]; attempt: int64 [1].
-    modes, temperatures, seeds: how the slot's tokens are chosen, as in `SampleRows`.
+    modes, temperatures, top_ks, top_ps, seeds: how the slot's tokens are chosen, as in `SampleRows`.
     """
 
     last: torch.Tensor
@@ -55,6 +78,8 @@ class DeviceState:
     attempt: torch.Tensor
     modes: torch.Tensor
     temperatures: torch.Tensor
+    top_ks: torch.Tensor
+    top_ps: torch.Tensor
     seeds: torch.Tensor
 
     @staticmethod
@@ -62,20 +87,26 @@ class DeviceState:
         def longs(size: int) -> torch.Tensor:
             return torch.zeros(size, dtype=torch.int64, device=device)
 
-        tables, modes = (torch.zeros(shape, dtype=torch.int32, device=device) for shape in ((slots, width), (slots,)))
-        temperatures = torch.ones(slots, device=device)
-        return DeviceState(longs(slots), longs(slots), longs(slots), longs(slots), tables, longs(1), modes, temperatures, longs(slots))
+        tables, modes, top_ks = (torch.zeros(shape, dtype=torch.int32, device=device) for shape in ((slots, width), (slots,), (slots,)))
+        last, length, left, made, seeds = (longs(slots) for _ in range(5))
+        temperatures, top_ps = torch.ones(2, slots, device=device)
+        return DeviceState(last, length, left, made, tables, longs(1), modes, temperatures, top_ks, top_ps, seeds)
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """counts: int64 [S], tokens that each slot made in the step (0 for one at rest); tokens: int64 [S, D + 1], the first `counts[s]`
-    of a row; finite: bool [S].
+    of a row; finite: bool [S]. drafted, verified: int64 [S], drafts that were made and those that were judged; drafts, bins: int64 [S, D],
+    as the drafter made them (the first `drafted[s]` of a row).
     """
 
     counts: NDArray[np.int64]
     tokens: NDArray[np.int64]
     finite: NDArray[np.bool_]
+    drafted: NDArray[np.int64]
+    verified: NDArray[np.int64]
+    drafts: NDArray[np.int64]
+    bins: NDArray[np.int64]
 
 
 class DecodePipeline:
@@ -102,23 +133,38 @@ class DecodePipeline:
         if (max_drafts > 0) != (drafter is not None):
             raise ValueError(f"{max_drafts} drafts a step and {'a' if drafter else 'no'} drafter do not go together")
         self._model, self._kv, self._drafter, self._accept = model, kv, drafter, accept
+        self._reader: ReadsTarget | None = drafter if isinstance(drafter, ReadsTarget) else None
         device = model.spec.device
         self._slots, self._drafts = slots, max_drafts
         self.state = DeviceState.empty(slots, width, device)
-        self._result = torch.zeros(slots, max_drafts + 3, dtype=torch.int64, device=device)
+        self._result = torch.zeros(slots, 5 + 2 * max(max_drafts, 1), dtype=torch.int64, device=device)
         self._capture = capture
         self._graphs: dict[int, Graph] = {}
         self._capacities: dict[int, torch.Tensor] = {}
         self._in_flight: deque[Arrival] = deque()
 
     def enter(
-        self, slot: int, *, last: int, length: int, left: int, blocks: list[int], seed: int | None = None, temperature: float = 0.0
+        self,
+        slot: int,
+        *,
+        last: int,
+        length: int,
+        left: int,
+        blocks: list[int],
+        made: int = 0,
+        seed: int | None = None,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        grows: bool = False,
     ) -> None:
         """Puts a prefilled sequence into a slot: KV is valid for `length` tokens, `last` comes after them, `blocks` hold
-        `length + left` tokens and `max_drafts` more. seed: of its noise, with a temperature above 0. Raises ValueError for blocks that are
-        too few, or more than a slot's table holds.
+        `length + left` tokens and `max_drafts` more, or where it `grows` the next step's, and others follow (`set_tables`). made: tokens
+        that it made before. seed: of its noise (int64), with a temperature above 0. Raises ValueError for blocks that are too few, or more
+        than a slot's table holds.
         """
-        needed, width = -(-(length + left + self._drafts) // self._kv.block_size), self.state.tables.shape[1]
+        ahead = min(left, self._drafts + 1) if grows else left + self._drafts
+        needed, width = -(-(length + ahead) // self._kv.block_size), self.state.tables.shape[1]
         if not needed <= len(blocks) <= width:
             raise ValueError(
                 f"{length} + {left} tokens and {self._drafts} drafts need {needed} blocks of at most {width}, got {len(blocks)}"
@@ -132,13 +178,23 @@ class DecodePipeline:
             (state.last, last),
             (state.length, length),
             (state.left, left),
-            (state.made, 0),
+            (state.made, made),
             (state.modes, mode),
             (state.seeds, seed or 0),
+            (state.top_ks, top_k),
+            (state.top_ps, top_p),
         )
         for tensor, value in values:
             tensor[slot].fill_(value)
-        state.temperatures[slot].fill_(temperature or 1.0)
+        state.temperatures[slot].fill_(1.0 if mode == Mode.GREEDY else temperature)
+
+    def begin(self, attempt: int) -> None:
+        """What the next step's noise is numbered; every step after it has the next number."""
+        self.state.attempt.fill_(attempt)
+
+    def set_tables(self, tables: NDArray[np.int32]) -> None:
+        """The blocks of all slots, [S, W], from the next launch on."""
+        self.state.tables.copy_(to_device(tables, self.state.tables.device))
 
     def retire(self, slot: int) -> None:
         """Lets a slot rest from the next launch on; what is in flight of it is the caller's to drop."""
@@ -167,11 +223,24 @@ class DecodePipeline:
     def collect(self) -> StepResult:
         """The oldest result that was not collected yet; waits for it. Raises IndexError if nothing is in flight."""
         (values,) = self._in_flight.popleft().read()
-        return StepResult(values[:, 0].copy(), values[:, 2:].copy(), values[:, 1].astype(bool))
+        counts, finite, drafted, verified, following = values[:, :5].T.copy()
+        drafts, bins = np.split(values[:, 5:], 2, axis=1)
+        tokens = np.concatenate((drafts, following[:, None]), axis=1)[:, : self._drafts + 1]
+        tokens[np.arange(len(tokens)), np.maximum(counts - 1, 0)] = following
+        return StepResult(counts, tokens, finite.astype(bool), drafted, verified, drafts.copy(), bins.copy())
 
     @property
     def in_flight(self) -> int:
         return len(self._in_flight)
+
+    @property
+    def max_drafts(self) -> int:
+        return self._drafts
+
+    @property
+    def table_shape(self) -> tuple[int, int]:
+        """Slots, and blocks that one's table has room for."""
+        return self._slots, self.state.tables.shape[1]
 
     def _tensors(self) -> list[torch.Tensor]:
         state = self.state
@@ -181,15 +250,17 @@ class DecodePipeline:
         """Draft, choose, pack, run, judge, move on: all on the device. capacity: int64 [1], slots * each."""
         state, slots, most = self.state, self._slots, self._drafts
         device = state.last.device
-        drafts = torch.full((slots, max(most, 1)), NO_DRAFT, dtype=torch.int64, device=device)
-        verify = torch.zeros(slots, dtype=torch.int64, device=device)
+        drafts = bins = torch.full((slots, max(most, 1)), NO_DRAFT, dtype=torch.int64, device=device)
+        verify = drafted = torch.zeros(slots, dtype=torch.int64, device=device)
         active = state.left > 0
         if each > 0:
             assert self._drafter is not None
-            drafts, survival = self._drafter(state)
+            made = self._drafter(state)
+            drafts, bins = made.tokens, bins if made.bins is None else made.bins
             # A draft past the limit could only be thrown away.
-            useful = torch.arange(most, device=device)[None] < (state.left - 1)[:, None]
-            verify = kernels.allocate_top(torch.where(useful, survival, 0.0), capacity)
+            drafted = (state.left - 1).clamp(min=0, max=most)
+            useful = torch.arange(most, device=device)[None] < drafted[:, None]
+            verify = kernels.allocate_top(torch.where(useful, made.survival, 0.0), capacity)
         rows = torch.where(active, verify + 1, 0)
         ends = rows.cumsum(0)
         total = slots * (each + 1)
@@ -209,42 +280,46 @@ class DecodePipeline:
         lengths = torch.cat((torch.where(active, state.length + rows, 0), (total - ends[-1])[None])).to(torch.int32)
         tables = torch.cat((state.tables, torch.zeros_like(state.tables[:1])))
         batch = ForwardBatch(
-            token_ids, position, kv_slots, tables, start, lengths, row, max_query=max(most + 1, total), max_kv=tables.shape[1] * size
-        )
+            token_ids, position, kv_slots, tables, start, lengths, row, max_query=max(most + 1, total), max_kv=tables.shape[1] * size,
+            taps=() if self._reader is None else self._reader.taps,
+        )  # fmt: skip
         output = self._model.forward(batch, self._kv)
-        drafted = drafts[owner, index.clamp(min=0, max=drafts.shape[1] - 1)]
-        drafted = torch.where(pads | (index >= verify[owner]), NO_DRAFT, drafted)
-        self._judge(output.logits, drafted, owner, index, start[: slots + 1], drafts, active)
+        judged = drafts[owner, index.clamp(min=0, max=drafts.shape[1] - 1)]
+        judged = torch.where(pads | (index >= verify[owner]), NO_DRAFT, judged)
+        proposed = torch.cat((drafts, bins), 1)
+        accepted = self._judge(output.logits, judged, owner, index, start[: slots + 1], active, proposed, drafted, verify)
+        if self._reader is not None:
+            self._reader.observe(output.taps, position, torch.where(pads | (index > accepted[owner]), 0, kv_slots))
         return output
 
     def _judge(
         self,
         logits: torch.Tensor,
-        drafted: torch.Tensor,
+        judged: torch.Tensor,
         owner: torch.Tensor,
         index: torch.Tensor,
         start: torch.Tensor,
-        drafts: torch.Tensor,
         active: torch.Tensor,
-    ) -> None:
-        """Verdict, result and the state after the step."""
+        proposed: torch.Tensor,
+        drafted: torch.Tensor,
+        verified: torch.Tensor,
+    ) -> torch.Tensor:
+        """Verdict, result and the state after the step. proposed: int64 [S, 2 D], drafts and bins. Returns what stands, int64 [S]."""
         state = self.state
-        count, none = len(owner), torch.ones_like(state.temperatures[owner])
         rows = SampleRows(
-            state.modes[owner], state.temperatures[owner], torch.zeros(count, dtype=torch.int32, device=owner.device), none,
-            state.seeds[owner], state.made[owner] + index, drafted,
+            state.modes[owner], state.temperatures[owner], state.top_ks[owner], state.top_ps[owner], state.seeds[owner],
+            state.made[owner] + index, judged,
         )  # fmt: skip
         verdict = kernels.verify(logits, rows, state.attempt)
         if self._accept is not None:
             verdict.stands.copy_(self._accept(verdict.stands, state))
         accepted, following, finite = kernels.accept_drafts(verdict, start)
         made = torch.where(active, accepted + 1, 0)
-        columns = torch.arange(self._drafts + 1, device=owner.device)[None]
-        padded = torch.cat((drafts, drafts[:, :1]), 1)[:, : self._drafts + 1]
-        tokens = torch.where(columns == accepted[:, None], following[:, None], padded)
-        self._result.copy_(torch.cat((made[:, None], finite[:, None], tokens), 1))
+        head = torch.stack((made, finite, drafted, verified, following), 1)
+        self._result.copy_(torch.cat((head, proposed), 1))
         state.last.copy_(torch.where(active, following, state.last))
         state.length.add_(made)
         state.made.add_(made)
         state.left.sub_(made)
         state.attempt.add_(1)
+        return accepted

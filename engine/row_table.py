@@ -43,6 +43,10 @@ class RowTable:
         else:
             self._seeds[slot] = sample_seed(sampling.seed, sampling.sample)
 
+    def seed(self, slot: int) -> int:
+        """Of the noise of the sequence in a slot, as a signed number."""
+        return int(self._seeds[slot : slot + 1].view(np.int64)[0])
+
     def rows(self, slots: Ints, first_positions: Ints, counts: Ints, drafts: list[Ints]) -> Rows:
         """Rows of the sequences in `slots` [S]: `counts[s]` of them for the s-th, which decide its generated tokens from
         `first_positions[s]` on. drafts: one array a sequence, of `counts[s] - 1` tokens.

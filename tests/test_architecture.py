@@ -127,6 +127,7 @@ PURE_ENGINE = (
     "engine.speculation.calibration",
     "engine.speculation.cost_model",
     "engine.speculation.planner",
+    "engine.speculation.ways",
 )
 
 

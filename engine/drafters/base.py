@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from engine.batch import TargetModel
+    from engine.drafters.parts.on_device import DeviceBlocks
     from engine.scheduler import Chunk
     from engine.sequence import Sequence
     from engine.tokenizer import Tokenizer
@@ -133,6 +134,23 @@ class Rests(Protocol):
 
     def follows(self, sequences: list[Sequence]) -> NDArray[np.bool_]:
         """bool [S]: whether it saw as much of each sequence's end as it needs to be worth asking."""
+        ...
+
+
+@runtime_checkable
+class DraftsOnDevice(Rests, Blocks, Protocol):
+    """A drafter of hidden states that can also draft inside a step, for an `engine.pipeline`, from what it was shown until then."""
+
+    def on_device(self, slots: int) -> DeviceBlocks:
+        """A part of it for a pipeline of so many slots, which keeps what it is shown where the drafter itself finds it."""
+        ...
+
+    def saw(self, slots: NDArray[np.int64]) -> None:
+        """That part took in what lies here."""
+        ...
+
+    def knows_from(self, sequence: Sequence) -> int:
+        """The first block from which on it saw all of the text whose KV is there."""
         ...
 
 

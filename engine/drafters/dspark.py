@@ -16,7 +16,8 @@ from engine.drafters.parts.confidence import CHAINED, ConfidenceBins
 from engine.drafters.parts.draws import Draws
 from engine.drafters.parts.frozen import large, vocabulary
 from engine.drafters.parts.layers import Weights
-from engine.drafters.parts.places import recent_slots
+from engine.drafters.parts.on_device import DeviceBlocks
+from engine.drafters.parts.places import recent_slots, slots_of
 from engine.drafters.parts.spread import Drafted
 from kernels.reference.sequential_head import SequentialHead
 
@@ -122,6 +123,23 @@ class DSparkDrafter:
     def miss(self, progress: Progress) -> None:
         """See `Rests`. Their slots may have held what was seen of another text."""
         self._backbone.overwrite(progress.slots[progress.rows()])
+
+    def on_device(self, slots: int) -> DeviceBlocks:
+        """See `DraftsOnDevice`."""
+        return DeviceBlocks(
+            self._spec, self._backbone, self._vocabulary, self._head, self._bins, block_size=self._host.block_size, slots=slots,
+            device=self._device,
+        )  # fmt: skip
+
+    def saw(self, slots: Ints) -> None:
+        """See `DraftsOnDevice`."""
+        self._backbone.saw(slots)
+
+    def knows_from(self, sequence: Sequence) -> int:
+        """See `DraftsOnDevice`."""
+        size = self._host.block_size
+        missed = np.flatnonzero(~self._backbone.knows(slots_of(sequence, np.arange(sequence.num_computed), size)))
+        return int(missed[-1]) // size + 1 if len(missed) else 0
 
     def follows(self, sequences: list[Sequence]) -> NDArray[np.bool_]:
         """See `Rests`."""

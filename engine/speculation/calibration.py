@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-_HIGHEST = 0.995
+HIGHEST = 0.995
+"""Of a draft's chance to stand if those before it do."""
 _OWN_STRENGTH = 8.0
 
 
@@ -64,11 +65,18 @@ class Calibration:
         """A new request took the slot."""
         self._own_stood[slot] = self._own_expected[slot] = 0.0
 
+    @property
+    def rates(self) -> Floats:
+        """float64 [bins]: the chance that a draft in each bin stands if those before it do."""
+        return np.asarray(self._stood / self._seen)
+
+    def own(self, slots: NDArray[np.int64]) -> Floats:
+        """float64 [S]: what the rates are to be multiplied with for the requests in `slots`."""
+        return np.asarray((self._own_stood[slots] + _OWN_STRENGTH) / (self._own_expected[slots] + _OWN_STRENGTH))
+
     def survival(self, slots: NDArray[np.int64], bins: NDArray[np.int64]) -> Floats:
         """float64 [S, D]: the chance that drafts 0..j of each request all stand. bins: int64 [S, D], -1 past the last draft."""
-        rates = (self._stood / self._seen)[bins]
-        own = (self._own_stood[slots] + _OWN_STRENGTH) / (self._own_expected[slots] + _OWN_STRENGTH)
-        rates = np.where(bins < 0, 0.0, np.minimum(rates * own[:, None], _HIGHEST))
+        rates = np.where(bins < 0, 0.0, np.minimum(self.rates[bins] * self.own(slots)[:, None], HIGHEST))
         return np.asarray(np.cumprod(rates, axis=1), np.float64)
 
     def observe(self, slots: NDArray[np.int64], bins: NDArray[np.int64], stood: NDArray[np.int64], seen: NDArray[np.int64]) -> None:
@@ -81,7 +89,7 @@ class Calibration:
         columns = np.arange(bins.shape[1])
         decided = columns < seen[:, None]
         standing = columns < stood[:, None]
-        expected = np.where(decided, (self._stood / self._seen)[bins], 0.0).sum(axis=1)
+        expected = np.where(decided, self.rates[bins], 0.0).sum(axis=1)
         self._own_stood[slots] = self._own_stood[slots] * self._own_fade + stood
         self._own_expected[slots] = self._own_expected[slots] * self._own_fade + expected
         count = np.bincount(bins[decided], minlength=len(self._seen))

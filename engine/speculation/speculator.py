@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engine.drafters.base import Blocks, DraftBatch, Drafts, Exchangeable, Progress, Remembers, Rests
+from engine.drafters.base import Blocks, DraftBatch, Drafts, DraftsOnDevice, Exchangeable, Progress, Remembers, Rests
 from engine.drafters.builtin import PORTFOLIO, TEXT, TEXT_DRAFTERS
 from engine.speculation.calibration import Calibration, Discount
 from engine.speculation.cost_model import CostModel, Load
@@ -289,6 +289,51 @@ class Speculator:
         most = self._max_draft * len(sequences)
         cost = StepCost.of(self._cost, decoding=len(sequences), prefill=prefill, kv_tokens=kv_tokens, drafts=most)
         return not self._policy.limits(self._weights(sequences, remaining, cost), cost, self._max_draft).any()
+
+    def on_device(self, names: set[str | None]) -> tuple[str, DraftsOnDevice] | None:
+        """The drafter that could draft inside the steps of requests that use `names`: the only one here that reads hidden states.
+
+        None where nobody may, or how many drafts are made or verified was asked for.
+        """
+        readers = [name for name, drafter in self._drafters.items() if drafter.taps]
+        if len(readers) != 1 or not self._selective or self._listener is not None or not self._cost.ready:
+            return None
+        (name,) = readers
+        allowed = {name, PORTFOLIO} if name in self._portfolio.neural else {name}
+        drafter: object = self._drafters[name]
+        if not names <= allowed or not isinstance(drafter, DraftsOnDevice) or drafter.drafts_per_pass > self._max_draft:
+            return None
+        return name, drafter
+
+    def trust(self, name: str, slots: Ints) -> tuple[Floats, Floats]:
+        """What drafter `name`'s confidence is worth: by bin, and in the requests of `slots`; see `Calibration`."""
+        return self._calibrations[name].rates, self._calibrations[name].own(slots)
+
+    def weights(self, sequences: list[Sequence], remaining: Floats | None) -> Floats:
+        """float64 [S]: what a token of each is worth in the next step; see `token_weights`."""
+        return self._weights(sequences, remaining, self._step_cost(sequences, 0))
+
+    def late(self, name: str, sequences: list[Sequence], token_ids: Ints, bins: Ints, drafted: Ints, verified: Ints) -> Proposal:
+        """What was drafted and verified in a step on the device, as if it had been proposed here.
+
+        Of sequences that have left their slots nothing is learned.
+        """
+        slots = np.array([sequence.slot for sequence in sequences], np.int64)
+        bins = np.where(np.arange(bins.shape[1]) < drafted[:, None], bins, -1)
+        survival = self._calibrations[name].survival(slots, bins) * self._discounts[name].factor
+        rows = np.flatnonzero((slots >= 0) & (drafted > 0))
+        groups = [(name, rows)] if len(rows) else []
+        return Proposal(token_ids, bins, drafted, verified, np.zeros_like(drafted), survival, groups)
+
+    def capacity(self, proposal: Proposal, sequences: list[Sequence], weights: Floats) -> int:
+        """How many of a step's drafts would have been worth verifying: for the steps after it, where none is drawn yet."""
+        cost = self._step_cost(sequences, proposal.survival.shape[1] * len(sequences))
+        return int(self._policy.choose(proposal.survival * weights[:, None], cost, random=False).sum())
+
+    def _step_cost(self, sequences: list[Sequence], drafts: int) -> StepCost:
+        """Of a step in which these decode and nothing else happens."""
+        kv_tokens = sum(sequence.num_tokens for sequence in sequences)
+        return StepCost.of(self._cost, decoding=len(sequences), prefill=0, kv_tokens=kv_tokens, drafts=drafts)
 
     def settle(self, proposal: Proposal, sequences: list[Sequence], accepted: Ints, following: Ints) -> None:
         """Learns from a verified step. accepted: int64 [S]; following: int64 [S], the target's token after the accepted ones."""

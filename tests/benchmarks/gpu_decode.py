@@ -24,7 +24,7 @@ import kernels
 from engine.batch import ForwardBatch, ModelSpec, TargetModel
 from engine.graphs import CudaCapture, DirectCapture
 from engine.kv_pool import KVPool
-from engine.pipeline import DecodePipeline, DeviceState
+from engine.pipeline import DecodePipeline, DeviceDrafts, DeviceState
 from engine.speculation.cost_model import CostModel, Load
 from engine.speculation.planner import Offer, StepCost, search
 from kernels.reference.sequential_head import SequentialHead
@@ -73,7 +73,7 @@ class BlockDrafter:
         w1, w2 = (torch.randn(spec.vocab_size, rank, device=spec.device, dtype=spec.dtype) * 0.02 for _ in range(2))
         self._head = SequentialHead("vanilla", w1, w2)
 
-    def __call__(self, state: DeviceState) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, state: DeviceState) -> DeviceDrafts:
         slots, rows = self._slots, self._slots * DRAFTS
         index = torch.arange(DRAFTS, device=state.last.device)
         position = state.length[:, None] + index
@@ -87,7 +87,7 @@ class BlockDrafter:
         )  # fmt: skip
         base = self._model.forward(batch, self._kv).logits.view(slots, DRAFTS, -1)
         drafts = kernels.sequential_head(base, None, state.last, self._head).tokens
-        return drafts, (self.coin**self._powers).expand(slots, DRAFTS)
+        return DeviceDrafts(drafts, (self.coin**self._powers).expand(slots, DRAFTS))
 
     def stands(self, stands: torch.Tensor, state: DeviceState) -> torch.Tensor:
         """The replayed verdict."""

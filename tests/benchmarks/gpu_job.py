@@ -57,7 +57,7 @@ class Watch:
         engine._measure = measured  # type: ignore[method-assign]
         Arrival.read = timed_read  # type: ignore[method-assign]
         if isinstance(runner, GraphRunner):
-            runner._capture = self._timed(runner._capture)
+            runner.capture = self._timed(runner.capture)
             eager = runner.eager_steps
         try:
             yield
@@ -65,7 +65,7 @@ class Watch:
             engine._measure = measure  # type: ignore[method-assign]
             Arrival.read = read  # type: ignore[method-assign]
             if isinstance(runner, GraphRunner):
-                runner._capture = runner._capture.capture  # type: ignore[attr-defined]
+                runner.capture = runner.capture.capture  # type: ignore[attr-defined]
                 self.eager = runner.eager_steps - eager
 
     def _timed(self, capture: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,10 +15,14 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.graphs import GraphRunner
 from engine.kv_pool import KVPool
+from engine.pipeline import DecodePipeline
+from engine.speculation.ways import Ways
 from engine.types import FinishReason, Request, Result, SamplingParams
 from tests.benchmarks.gpu_models import Loaded, NoText, qwen3_config, random_model
 from tests.gpu.requirements import DEVICE, needs_gpu
 from tests.unit.engine.context_hash import BLOCK, ContextHash
+from tests.unit.engine.drafters.layouts import deepspec, write
+from tests.unit.engine.models.tiny import make_hf, make_lean
 
 pytestmark = needs_gpu
 
@@ -129,3 +134,27 @@ def test_a_decoder_runs_ahead_on_either_cache(kv_dtype: str) -> None:
     found = answers(engine, requests)
     assert all(len(result.token_ids) == 30 for result in found.values())
     assert engine._runner.eager_steps < engine.stats().steps
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "seed": 7, "top_p": 0.9}])
+@pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn"])
+def test_drafts_inside_the_steps_leave_the_texts_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, sampling: dict) -> None:
+    hf = make_hf("qwen3", max_position_embeddings=128)
+    folder = write(tmp_path / "drafter", *deepspec(make_lean(hf), kind))
+    requests = jobs(7, ignore_eos=True, **sampling)
+    model = make_lean(hf, DEVICE)
+    monkeypatch.setattr(Ways, "on_device", lambda self, requests: True)
+    launched = []
+    launch = DecodePipeline.launch
+    monkeypatch.setattr(DecodePipeline, "launch", lambda self, drafts: launched.append(drafts) or launch(self, drafts))
+    found = {}
+    for drafter in ("off", str(folder)):
+        engine = Engine(Loaded(model, NoText()), EngineConfig(kv_bytes=8 << 20, max_sequences=8, seed=1, drafter=drafter))
+        results = answers(engine, requests)
+        found[drafter] = {name: result.token_ids for name, result in results.items()}
+        ledgers = [result.ledger for result in results.values()]
+        assert all(ledger.drafted == ledger.verified + ledger.pruned for ledger in ledgers)
+        assert sum(ledger.prefill_ns + ledger.decode_ns + ledger.draft_ns for ledger in ledgers) == engine.stats().busy_ns
+    assert found["off"] == found[str(folder)]
+    assert len(launched) > 10
+    assert engine.stats().verified > 0

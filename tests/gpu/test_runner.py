@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from engine.batch import ModelSpec
+from engine.checkpoints.drafters import read_folder
 from engine.checkpoints.loader import build_lean
+from engine.drafters.base import Host
+from engine.drafters.dspark import DSparkDrafter
 from engine.graphs import CudaCapture, DirectCapture, GraphRunner
 from engine.kv_pool import KVPool
 from engine.pipeline import DecodePipeline
 from engine.runner import PackedStep, Runner
+from engine.tokenizer import Tokenizer
 from kernels.reference.fp8_linear import Fp8Linear
 from tests.benchmarks.gpu_decode import BlockDrafter
 from tests.benchmarks.gpu_models import qwen3_config, random_model
 from tests.gpu.requirements import DEVICE, needs_gpu
+from tests.unit.engine.drafters.layouts import deepspec, write
+from tests.unit.engine.models.tiny import make_hf, make_lean
 
 pytestmark = needs_gpu
 BLOCK = 16
@@ -108,3 +117,24 @@ def test_a_captured_pipeline_makes_what_an_eager_one_makes(drafts: int) -> None:
         made.append([[token for r in results for token in r.tokens[slot, : r.counts[slot]].tolist()] for slot in range(4)])
     assert made[0] == made[1]
     assert all(len(tokens) == 20 for tokens in made[0])
+
+
+def test_a_captured_pipeline_drafts_what_an_eager_one_drafts(tmp_path: Path) -> None:
+    hf = make_hf("qwen3", max_position_embeddings=128)
+    folder = write(tmp_path / "drafter", *deepspec(make_lean(hf)))
+    model = make_lean(hf, DEVICE)
+    made = []
+    for capture in (DirectCapture(), CudaCapture(DEVICE)):
+        host = Host(model, Tokenizer(SimpleNamespace()), None, 40, BLOCK, 8, 5)
+        drafter = DSparkDrafter.load(read_folder(folder), host).on_device(4)
+        pipeline = DecodePipeline(model, pool(model, 40), slots=4, width=8, capture=capture, max_drafts=5, drafter=drafter)
+        for slot in range(3):
+            seed = {"seed": 3 * slot, "temperature": 0.8} if slot else {}
+            pipeline.enter(slot, last=5 + slot, length=0, left=30, blocks=list(range(1 + 8 * slot, 9 + 8 * slot)), **seed)
+        for step in range(20):
+            drafter.trust(np.linspace(0.2, 0.9, len(drafter._rates)), np.ones(4), np.full(4, 1.0 + step % 2))
+            pipeline.launch((5, 1, 0, 3)[step % 4])
+        results = [pipeline.collect() for _ in range(20)]
+        made.append([(r.counts.tolist(), r.drafts[:3].tolist(), r.bins[:3].tolist(), r.verified.tolist()) for r in results])
+        assert any(r.verified.sum() for r in results)
+    assert made[0] == made[1]

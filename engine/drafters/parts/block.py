@@ -57,19 +57,29 @@ class BlockBackbone:
 
     def write(self, taps: list[torch.Tensor], positions: NDArray[np.int64], slots: NDArray[np.int64]) -> None:
         """Takes in confirmed tokens: the target's hidden states [T, hidden] at each tap; where they stand and where their KV lies [T]."""
+        self.take_in(taps, torch.from_numpy(positions).to(self._device), torch.from_numpy(slots).to(self._device))
+        self.saw(slots)
+
+    def take_in(self, taps: list[torch.Tensor], positions: torch.Tensor, slots: torch.Tensor) -> None:
+        """As `write`, with int64 [T] on the device and nothing asked of the host, who says later what was `saw`n.
+
+        What goes to a slot of block 0 is nobody's.
+        """
         layers = self._spec.layers
         features = kernels.linear(torch.cat(taps, dim=-1).to(self._dtype), self._fc)
         features = kernels.rms_norm(features, self._hidden_norm, self._eps)
         rows = kernels.linear(features, self._context).view(len(slots), layers.num_layers, -1, layers.head_dim)
-        angles = self._rope.angles(torch.from_numpy(positions).to(self._device), self._dtype)
-        at = torch.from_numpy(slots).to(self._device)
+        angles = self._rope.angles(positions, self._dtype)
         for index, layer in enumerate(self._layers):
             k, v = finish_keys(layer, layers, rows[:, index, : layers.num_kv_heads], angles)
             if v is None:
                 v = rows[:, index, layers.num_kv_heads :]
                 v = _unweighted(v, self._eps) if layers.sandwich else v
-            self._keys[index].index_copy_(0, at, k)
-            self._values[index].index_copy_(0, at, v)
+            self._keys[index].index_copy_(0, slots, k)
+            self._values[index].index_copy_(0, slots, v)
+
+    def saw(self, slots: NDArray[np.int64]) -> None:
+        """What lies here was taken in."""
         self._known[slots] = True
 
     def overwrite(self, slots: NDArray[np.int64]) -> None:
@@ -113,6 +123,41 @@ class BlockBackbone:
             values = torch.cat((self._gather(self._values[index], blocks, num), v), 2)
             hidden = finish_layer(layer, layers, self._attend(q, keys, values, masks[self._spec.windows[index]], slots), hidden)
         return kernels.rms_norm(hidden, self._norm, self._eps).view(num, slots, -1), kept
+
+    def run_paged(
+        self, embedded: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, tables: torch.Tensor, lengths: torch.Tensor
+    ) -> torch.Tensor:
+        """As `run` for one block, with everything on the device: normalised hidden states [S, G, hidden].
+
+        The block's own keys and values go to `slots` int64 [S * G] behind its context, where the context itself goes once its tokens are
+        confirmed. positions: int64 [S * G]. tables: int32 [S, W], the blocks that are seen; lengths: int32 [S], tokens in them, the block
+        included. All of them were taken in.
+        """
+        num, width, _ = embedded.shape
+        layers, spec = self._spec.layers, self._spec
+        angles = self._rope.angles(positions, self._dtype)
+        starts = torch.arange(0, num * width + 1, width, dtype=torch.int32, device=embedded.device)
+        plans = {
+            window: kernels.plan_attention(
+                tables, starts, lengths, slots, cache=self._pages(self._keys[0]), num_heads=layers.num_heads, window=window,
+                causal=window is not None and spec.causal_windows,
+            )
+            for window in set(spec.windows)
+        }  # fmt: skip
+        hidden = embedded.reshape(num * width, -1)
+        for index, layer in enumerate(self._layers):
+            x = kernels.rms_norm(hidden, layer.input_norm, self._eps)
+            q, k, v = attention_inputs(layer, layers, x, angles)
+            self._keys[index].index_copy_(0, slots, k)
+            self._values[index].index_copy_(0, slots, v)
+            pages = self._pages(self._keys[index]), self._pages(self._values[index])
+            attended = kernels.attention(q, *pages, plans[spec.windows[index]], layers.attention_scale)
+            hidden = finish_layer(layer, layers, attended.reshape(num * width, -1), hidden)
+        return kernels.rms_norm(hidden, self._norm, self._eps).view(num, width, -1)
+
+    def _pages(self, cache: torch.Tensor) -> torch.Tensor:
+        """A layer's keys or values as paged kernels see them: [num_blocks, kv_heads, block_size, head_dim]."""
+        return cache.unflatten(0, (-1, self._block_size)).transpose(1, 2)
 
     def _attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, slots: int) -> torch.Tensor:
         """The query heads of one key head become rows of one product. mask: float [S, 1, G or 1, L]."""

@@ -59,9 +59,11 @@ def vocabulary(weights: Weights, frozen: FrozenParts, *, scale: float = 1.0, sof
         logits = head(hidden)
         return logits if soft_cap is None else torch.tanh(logits / soft_cap) * soft_cap
 
+    factor = torch.tensor(scale, dtype=embedding.dtype, device=embedding.device)  # rounded to the model's type first
+
     def embed(tokens: torch.Tensor) -> torch.Tensor:
         rows = embedding.index_select(0, tokens)
-        return rows if scale == 1.0 else rows * torch.tensor(scale, dtype=rows.dtype, device=rows.device)
+        return rows if scale == 1.0 else rows * factor
 
     target_ids = None
     if "d2t" in weights:

@@ -7,7 +7,7 @@ import torch
 
 from engine.graphs import DirectCapture
 from engine.kv_pool import KVPool
-from engine.pipeline import DecodePipeline, DeviceState
+from engine.pipeline import DecodePipeline, DeviceDrafts, DeviceState
 from tests.unit.engine.models.tiny import make_hf, make_lean
 
 BLOCK, PROMPTS = 4, ((5, 6, 7, 8, 9), (11,), (20, 21, 22))
@@ -35,13 +35,13 @@ class Oracle:
         self.asked = 0
         self.known = torch.tensor([text + padding for text in texts] + [[0] * (len(texts[0]) + 8)])
 
-    def __call__(self, state: DeviceState) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, state: DeviceState) -> DeviceDrafts:
         at = (state.made[:, None] + 1 + torch.arange(3)).clamp(max=self.known.shape[1] - 1)
         drafts = self.known.gather(1, at)
         wrong = at % 3 == 2
         trust = ((7 * state.made + 3 * torch.arange(4)) % 5 + 1) / 6
         self.asked += 1
-        return torch.where(wrong, (drafts + 1) % 50, drafts), trust[:, None] ** torch.arange(1.0, 4.0)
+        return DeviceDrafts(torch.where(wrong, (drafts + 1) % 50, drafts), trust[:, None] ** torch.arange(1.0, 4.0))
 
 
 def start(drafter: Oracle | None, texts: list[list[int]]) -> DecodePipeline:

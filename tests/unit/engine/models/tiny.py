@@ -48,7 +48,10 @@ def make_hf(model_type: str, **changes: Any) -> Any:
     return model
 
 
-def make_spec(config: Any, *, num_kv_heads: int, head_dim: int, parameters: int) -> ModelSpec:
+CPU = torch.device("cpu")
+
+
+def make_spec(config: Any, *, num_kv_heads: int, head_dim: int, parameters: int, device: torch.device = CPU) -> ModelSpec:
     return ModelSpec(
         name="tiny",
         revision="0",
@@ -60,15 +63,15 @@ def make_spec(config: Any, *, num_kv_heads: int, head_dim: int, parameters: int)
         max_positions=max_positions(config),
         eos_token_ids=(2,),
         dtype=torch.float32,
-        device=torch.device("cpu"),
+        device=device,
         parameter_bytes=4 * parameters,
     )
 
 
-def make_lean(hf: Any) -> TargetModel:
+def make_lean(hf: Any, device: torch.device = CPU) -> TargetModel:
     tied = bool(hf.config.tie_word_embeddings)
-    tensors = {name: tensor.clone() for name, tensor in hf.state_dict().items() if not (tied and name == "lm_head.weight")}
-    return build_lean(tensors, hf.config, lambda **shape: make_spec(hf.config, **shape))
+    tensors = {name: tensor.clone().to(device) for name, tensor in hf.state_dict().items() if not (tied and name == "lm_head.weight")}
+    return build_lean(tensors, hf.config, lambda **shape: make_spec(hf.config, device=device, **shape))
 
 
 @dataclass(frozen=True)
