@@ -119,8 +119,8 @@ class DeviceDecoding:
             return False
         return bool(self.ways.on_device(len(lives)) and found[1].follows(sequences).all())
 
-    def enter(self, lives: list[Live], step: int) -> None:
-        """Gives all running sequences, whose texts are known, seats from step number `step` on; nothing changes where that cannot be."""
+    def enter(self, lives: list[Live]) -> None:
+        """Gives all running sequences, whose texts are known, seats; nothing changes where that cannot be."""
         self._pause = _PAUSE
         found = self._speculator.on_device({live.drafter for live in lives})
         if found is None or not lives:
@@ -145,7 +145,6 @@ class DeviceDecoding:
                 temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, grows=True,
             )  # fmt: skip
             blocks.enter(slot, block)
-        pipeline.begin(step)
         sent = np.full(pipeline.table_shape, -1, np.int32)
         self._seats = _Seats(pipeline, blocks, name, dict(enumerate(lives)), pipeline.max_drafts, sent)
         self._pause = 0

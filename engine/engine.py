@@ -340,7 +340,7 @@ class Engine:
             device.leave()
         if not device.running and device.wanted(list(self._live.values())):
             results += self._land()
-            device.enter(list(self._live.values()), self._steps)
+            device.enter(list(self._live.values()))
         if not device.running:
             return results, False
         try:

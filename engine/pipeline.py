@@ -188,10 +188,6 @@ class DecodePipeline:
             tensor[slot].fill_(value)
         state.temperatures[slot].fill_(1.0 if mode == Mode.GREEDY else temperature)
 
-    def begin(self, attempt: int) -> None:
-        """What the next step's noise is numbered; every step after it has the next number."""
-        self.state.attempt.fill_(attempt)
-
     def set_tables(self, tables: NDArray[np.int32]) -> None:
         """The blocks of all slots, [S, W], from the next launch on."""
         self.state.tables.copy_(to_device(tables, self.state.tables.device))

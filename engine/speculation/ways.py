@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 _TRIAL = 16
 """Steps that a way is tried for."""
-_PATIENCE = 512
-"""Steps after which the slower way is first tried again."""
+_PATIENCE, _MOST_PATIENCE = 512, 8192
+"""Steps after which the slower way is tried again, first and at last: the next job may be of another kind."""
 _FADE = 0.97
 _AFRESH = 0.05
 """Of what is known of a way, when it is tried again."""
@@ -48,7 +48,7 @@ class _Record:
 
     def try_again(self) -> None:
         self.tokens, self.seconds, self.weight = _AFRESH * self.tokens, _AFRESH * self.seconds, _AFRESH * self.weight
-        self.steps, self.patience = 0, 2 * self.patience
+        self.steps, self.patience = 0, min(2 * self.patience, _MOST_PATIENCE)
 
 
 @dataclass(slots=True)

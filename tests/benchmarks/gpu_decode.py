@@ -4,8 +4,8 @@
 - `decode replayed`: the same with a DSpark-shaped drafter (5 layers, a block of 7, the whole output head, a Markov head of rank 256), whose
   every operation runs. Weights are random, so what would be accepted says nothing: ACCEPTANCE IS REPLAYED, each draft standing by an
   independent coin whose bias gives the stated acceptance length if all 7 are verified. How many are verified a slot is swept as well.
-  This drafter stays on the device and reads its context through the paged kernel, inside the captured step (`engine.pipeline`). The
-  engine's own (`engine.drafters.dspark`) drafts between steps, from the host, and gathers its context: it is not what these rows measure.
+  This drafter stays on the device and reads its context through the paged kernel, inside the captured step (`engine.pipeline`), as the
+  engine's own does (`engine.drafters.parts.on_device`); that one also takes the target's hidden states in, which these rows leave out.
 - `decode planned`: a cost model is fitted to these step times, the engine's planner chooses with it how many drafts to verify (0 included),
   and what was measured for that choice is set against the best plain throughput: what never drafting would have given.
 """

@@ -135,6 +135,7 @@ def test_greedy_texts_are_plain_decodings(target: TargetModel, folders: Path, on
     results = answers(engine, requests)
     assert texts(results) == plain
     assert on_device.count("launched") > 10
+    assert on_device.count("left") <= 5, "a request that ends sends the others to fewer seats now and then, and nowhere else"
     assert engine.stats().verified > 10
     assert count > 1 or engine.stats().steps == engine._steps, "a step that nobody needed any more is accounted for as well"
     assert_accounts(engine, results)
@@ -155,7 +156,9 @@ def test_seeded_texts_are_plain_decodings(target: TargetModel, folders: Path, on
     assert_accounts(engine, results)
 
 
-def test_requests_that_come_later_and_ends_that_nobody_foresaw(target: TargetModel, folders: Path, on_device: list[str]) -> None:
+def test_requests_that_come_later_and_ends_that_nobody_foresaw(
+    target: TargetModel, folders: Path, on_device: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ends by token and by string are found one step late; a request that comes takes the others off the device for its prompt."""
     requests = jobs(9, max_tokens=40)
     plain = answers(make(target, "off"), requests)
@@ -170,6 +173,16 @@ def test_requests_that_come_later_and_ends_that_nobody_foresaw(target: TargetMod
             yield request
             yield from [None] * 4
 
+    land, collect, last = DeviceDecoding.land, DecodePipeline.collect, []
+
+    def landed(self: DeviceDecoding, flight: Any) -> Any:
+        found = land(self, flight)
+        idle = [slot for slot in range(len(last[-1].counts)) if slot not in flight.lives]
+        assert not last[-1].counts[idle].any(), "who has ended makes nothing any more"
+        return found
+
+    monkeypatch.setattr(DeviceDecoding, "land", landed)
+    monkeypatch.setattr(DecodePipeline, "collect", lambda self: last.append(collect(self)) or last[-1])
     engine = make(target, folders / "dspark")
     results = {result.id: result for result in engine.run(coming())}
     assert texts(results) == texts(expected)
