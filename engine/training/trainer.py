@@ -60,7 +60,8 @@ class TrainConfig:
 
 @dataclass(frozen=True, slots=True)
 class _Blocks:
-    """logits and wanted (the target's) [N, G, vocab], confidence [N, G], targets int64 and valid bool [N, G]; N anchors a text."""
+    """logits and wanted (the target's) [N, G, vocab], confidence [N, G], targets int64 (the text's own tokens) and valid bool
+    [N, G]; N anchors a text."""
 
     logits: torch.Tensor
     confidence: torch.Tensor | None
@@ -71,10 +72,9 @@ class _Blocks:
 
 @dataclass(frozen=True, slots=True)
 class _Columns:
-    """tokens: int64 [C]. place: int64 [vocab], where a token is in them. offset: [C], added to logits. head: [C, hidden]."""
+    """tokens: int64 [C]. offset: [C], added to logits. head: [C, hidden]."""
 
     tokens: torch.Tensor
-    place: torch.Tensor
     offset: torch.Tensor
     head: torch.Tensor
 
@@ -114,10 +114,10 @@ class Trainer:
         self._spec, self._store, self._folder, self._config, self._held = spec, store, folder, config, held
         self._device = frozen.embedding.device
         self._dtype = torch.bfloat16 if _bfloat16_is_fast(self._device) else torch.float32
-        # A step's matrices are small: two cores do more with a text each than with both at one product.
+        # A step's matrices are small: two cores do more with texts of their own than with both at one product.
         on_cpu = self._device.type == "cpu"
         self._workers = workers or (torch.get_num_threads() if on_cpu else 1)
-        self._together = 1 if on_cpu else config.texts
+        self._together = -(-config.texts // self._workers)
         self._embedding = frozen.embedding.to(self._dtype)
         self._head = frozen.head_weight().to(self._dtype)
         self._names = store.names()
@@ -228,7 +228,6 @@ class Trainer:
         """The part of the vocabulary that a step compares; None for all of it. Found on the CPU, so that no device is waited for."""
         if self._frequent is None or self._progress() >= self._config.full_from:
             return None
-        size = len(self._head)
         certain = self._frequent.clone()
         for states in texts:
             certain[states.tokens] = True
@@ -236,12 +235,10 @@ class Trainer:
         drawn = others[torch.randperm(len(others), generator=generator)[: self._config.vocabulary // 4]]
         kept = certain.nonzero().squeeze(1)
         tokens = torch.cat((kept, drawn))
-        place = torch.zeros(size, dtype=torch.int64)
-        place[tokens] = torch.arange(len(tokens))
         offset = torch.zeros(len(tokens))
         offset[len(kept) :] = math.log(len(others) / max(len(drawn), 1))
         tokens = tokens.to(self._device)
-        return _Columns(tokens, place.to(self._device), offset.to(self._device, self._dtype), self._head[tokens])
+        return _Columns(tokens, offset.to(self._device, self._dtype), self._head[tokens])
 
     def _read(self, step: int) -> tuple[list[States], torch.Generator]:
         generator = torch.Generator().manual_seed(self._config.seed * 1_000_003 + step)
@@ -266,7 +263,7 @@ class Trainer:
             for first in range(0, len(part), self._together):
                 group = part[first : first + self._together]
                 made = self._forward(group, columns)
-                found = block_losses(made.logits, made.confidence, made.wanted, made.targets, made.valid, self._config.decay)
+                found = block_losses(made.logits, made.confidence, made.wanted, made.valid, self._config.decay)
                 gradients = torch.autograd.grad(found.total * (len(group) / len(texts)), self._parameters, allow_unused=True)
                 total = [new if old is None else old if new is None else old.add_(new) for old, new in zip(total, gradients, strict=True)]
                 losses.append(found)
@@ -320,7 +317,7 @@ class Trainer:
             base = functional.linear(hidden, head, bias)
             logits, confidence = self.module.sequential(base, hidden, held_tokens, None if columns is None else columns.tokens)
         targets = tokens.gather(1, held.flatten(1) + 1).view_as(held_tokens)
-        return _Blocks(logits, confidence, wanted, targets if columns is None else columns.place[targets], valid.flatten(0, 1))
+        return _Blocks(logits, confidence, wanted, targets, valid.flatten(0, 1))
 
     def _entry(self, step: int, losses: Losses) -> dict[str, Any]:
         values = {"loss": losses.total, "ce": losses.ce, "tv": losses.tv, "confidence": losses.confidence, "length": losses.length}

@@ -117,25 +117,26 @@ def test_drafter_quality(run, model, tmp_path):
     loaded = load_model(str(model))
     texts = [f"count to {number}" for number in range(80)]
     prompts = [Prompt(text, ("math", "code")[number % 2]) for number, text in enumerate(texts)]
-    for name, rank in (("spark", 4), ("flash", 0)):
-        recipe, config = Recipe(layers=1, block_size=4, rank=rank, samples=1, max_tokens=12), TrainConfig(steps=2, checkpoint_every=1)
+    for name, rank, steps in (("spark", 4, 2), ("flash", 0, 2), ("longer", 4, 3)):
+        recipe, config = Recipe(layers=1, block_size=4, rank=rank, samples=1, max_tokens=12), TrainConfig(steps=steps, checkpoint_every=1)
         train(loaded, prompts, tmp_path / name, recipe=recipe, config=config, data=tmp_path, tell=lambda _: None)
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": prompt.text, "domain": prompt.domain}) + "\n" for prompt in prompts))
-    drafters = [f"--drafter={tmp_path / name}" for name in ("spark", "flash")]
+    drafters = [f"--drafter={tmp_path / name}" for name in ("spark", "flash", "longer")]
     options = ["--prompts", path, "--each", 3, "--max-tokens", 24, "--out", tmp_path / "out", *drafters]
     result = run(drafter_quality, *options)
     kept_out = sum(part_of(text) == 0 for text in texts)
     assert 2 <= sum(result["prompts"].values()) <= min(6, kept_out)
     assert set(result["temperatures"]) == {"0", "1"}
     rows = result["temperatures"]["1"]["drafters"]
-    assert set(rows) == {"ngram", "suffix", "spark", "flash", "portfolio"}
+    assert set(rows) == {"ngram", "suffix", "spark", "flash", "longer", "portfolio"}
     assert rows["spark"]["macro"] >= 1.0
+    assert set(result["temperatures"]["0"]["over_dflash"]) == {"spark"}
     low, high = result["temperatures"]["0"]["over_dflash"]["spark"][1:]
     assert low <= result["temperatures"]["0"]["over_dflash"]["spark"][0] <= high
     assert len(rows["spark"]["details"]["calibration"]["auc"]) == 7
     assert any("macro" in problem for problem in result["missed"]) == (result["temperatures"]["0"]["drafters"]["spark"]["macro"] < 2)
-    assert [len(rows) for rows in result["curves"].values()] == [2, 2]
+    assert [len(rows) for rows in result["curves"].values()] == [2, 2, 3]
     files = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     assert {"evaluation.json", "evaluation.md", "acceptance.png", "reliability-0.png", "reliability-1.png"} <= set(files)
     assert run(drafter_quality, *options) == result

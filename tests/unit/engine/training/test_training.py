@@ -88,38 +88,43 @@ def test_the_trainable_module_computes_the_papers_equations(loaded: LoadedModel,
             assert hidden[text, row].detach().numpy() == pytest.approx(plain.numpy(), abs=2e-4)
 
 
-def test_losses_are_the_papers() -> None:
+@pytest.mark.parametrize("likeness", [0.0, 0.99])
+def test_losses_are_the_papers_once_drafts_are_accepted(likeness: float) -> None:
+    """Before, the cross entropy weighs more, slot by slot."""
     torch.manual_seed(0)
-    logits, wanted, confidence = torch.randn(5, 3, 7), torch.randn(5, 3, 7), torch.randn(5, 3)
-    targets, valid = torch.randint(7, (5, 3)), torch.rand(5, 3) > 0.3
-    losses = block_losses(logits, confidence, wanted, targets, valid, 4.0)
-    ce = tv = bce = weight = 0.0
-    for row in range(5):
-        for slot in range(3):
+    wanted, confidence = torch.randn(5, 3, 7) * 3.0, torch.randn(5, 3)
+    logits = torch.lerp(torch.randn(5, 3, 7) * 3.0, wanted, likeness)
+    valid = torch.rand(5, 3) > 0.3
+    losses = block_losses(logits, confidence, wanted, valid, 4.0)
+    apart = (wanted.softmax(-1) - logits.softmax(-1)).abs().sum(-1) / 2
+    total = bce = weight = 0.0
+    for slot in range(3):
+        accepted = float((1 - apart[:, slot])[valid[:, slot]].mean())
+        share = max(0.1, float(np.exp(-3.0 * accepted)))
+        assert (share == 0.1) == (likeness > 0.5)
+        for row in range(5):
             if valid[row, slot]:
                 w = np.exp(-slot / 4.0)
                 p, q = wanted[row, slot].softmax(-1), logits[row, slot].softmax(-1)
-                apart = float((p - q).abs().sum() / 2)
-                c = float(confidence[row, slot].sigmoid())
-                ce += w * float(-q[targets[row, slot]].log())
-                tv += w * apart
-                bce -= w * ((1 - apart) * np.log(c) + apart * np.log(1 - c))
+                a, c = float(apart[row, slot]), float(confidence[row, slot].sigmoid())
+                total += w * (share * float(-(p * q.log()).sum()) + (1 - share) * a)
+                bce -= w * ((1 - a) * np.log(c) + a * np.log(1 - c))
                 weight += w
-    assert float(losses.total) == pytest.approx((0.1 * ce + 0.9 * tv + bce) / weight, rel=1e-4)
+    assert float(losses.total) == pytest.approx((total + bce) / weight, rel=1e-4)
 
 
 def test_the_gradients_written_out_are_those_of_autograd() -> None:
     torch.manual_seed(1)
-    wanted, targets = torch.randn(6, 11), torch.randint(11, (6,))
+    wanted = torch.randn(6, 11)
     weights = torch.rand(2, 6)
     found = []
     for plain in (True, False):
         logits = torch.randn(6, 11, generator=torch.Generator().manual_seed(2)).requires_grad_()
         if plain:
-            ce = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+            ce = torch.nn.functional.cross_entropy(logits, wanted.softmax(-1), reduction="none")
             tv = 0.5 * (logits.softmax(-1) - wanted.softmax(-1)).abs().sum(-1)
         else:
-            ce, tv = Divergences.apply(logits, wanted, targets)
+            ce, tv = Divergences.apply(logits, wanted)
         (weights[0] * ce + weights[1] * tv).sum().backward()
         found.append((ce.detach(), tv.detach(), logits.grad))
     for plain_one, own in zip(*found, strict=True):
