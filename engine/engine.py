@@ -112,7 +112,9 @@ class Engine:
         cost = CostModel(self.limits.max_step_tokens)
         self.profile_reused = False
         points: list[tuple[Load, float]] = []
-        if config.drafter != OFF or config.trace is not None:  # a trace says what this machine could do, whoever drafted
+        # Without drafts it is for the batch size alone, which is not worth a measurement that nobody keeps. A trace says what this machine
+        # could do, whoever drafted.
+        if config.drafter != OFF or config.trace is not None or profiles is not None:
             sizes = (self.limits.max_sequences, self.limits.max_step_tokens)
             memory.join()
             points, self.profile_reused = (
