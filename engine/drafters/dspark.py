@@ -38,9 +38,20 @@ class DSparkDrafter:
 
     Reads the target's hidden states as they pass by (no second pass), and keeps keys and values for confirmed tokens only. Output head and
     sequential head run only for the slots that are asked for. Everything stays on the device until the drafts are read back, once.
+
+    prompt_window: of a longer prompt, only so many of its last tokens are taken in. A drafter that was trained on texts of that length
+    gains nothing from what lies before, and to take in thousands of tokens costs some percent of their prefill. None: all of it.
     """
 
-    def __init__(self, name: str, spec: BlockSpec, weights: Weights, host: Host, calibration: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        name: str,
+        spec: BlockSpec,
+        weights: Weights,
+        host: Host,
+        calibration: dict[str, Any],
+        prompt_window: int | None = None,
+    ) -> None:
         self.name = name
         self.folder: DrafterFolder | None = None
         self.taps = tuple(sorted(set(spec.taps)))
@@ -52,6 +63,7 @@ class DSparkDrafter:
         self.prior = self._bins.prior
         self._backbone = BlockBackbone(spec, weights, num_blocks=host.num_blocks, block_size=host.block_size)
         self._device = weights.device
+        self._prompt_window = prompt_window
 
     @classmethod
     def load(cls, folder: DrafterFolder, host: Host) -> DSparkDrafter:
@@ -64,7 +76,7 @@ class DSparkDrafter:
         tensors = folder.tensors()
         check_tensors(tensors, *block_shapes(spec), spec.format)
         weights = Weights(tensors, target.dtype, target.device)
-        made = cls(folder.name, spec, weights, host, folder.calibration)
+        made = cls(folder.name, spec, weights, host, folder.calibration, folder.record.get("training", {}).get("max_length"))
         made.folder = folder
         return made
 
@@ -116,6 +128,13 @@ class DSparkDrafter:
     @torch.inference_mode()
     def observe(self, progress: Progress) -> None:
         rows = progress.rows()
+        if self._prompt_window is not None:
+            ends = np.repeat([chunk.sequence.prompt_length for chunk in progress.chunks], progress.valid)
+            far = progress.positions[rows] < ends - self._prompt_window
+            self._backbone.overwrite(progress.slots[rows[far]])
+            rows = rows[~far]
+        if not len(rows):
+            return
         at = torch.from_numpy(rows).to(self._device)
         taps = [progress.taps[tap].index_select(0, at) for tap in self._spec.taps]
         self._backbone.write(taps, progress.positions[rows], progress.slots[rows])
@@ -177,14 +196,22 @@ class DSparkDrafter:
         return torch.cat(tokens, 1), torch.cat(scores, 1).float()
 
     def _context(self, sequences: list[Sequence]) -> tuple[Ints, Ints]:
-        """Block tables int64 [S, W] of what is computed, and its lengths int64 [S]."""
-        lengths = np.array([sequence.num_computed for sequence in sequences], np.int64)
-        width = -(-int(lengths.max()) // self._host.block_size)
+        """Block tables int64 [S, W] of what is computed and may be attended to, and how many tokens that are, int64 [S]."""
+        size = self._host.block_size
+        first = np.array([self._first_block(sequence) for sequence in sequences], np.int64)
+        lengths = np.array([sequence.num_computed for sequence in sequences], np.int64) - first * size
+        width = -(-int(lengths.max()) // size)
         tables = np.zeros((len(sequences), width), np.int64)
-        for row, sequence in enumerate(sequences):
-            blocks = sequence.blocks[:width]
+        for row, (sequence, start) in enumerate(zip(sequences, first.tolist(), strict=True)):
+            blocks = sequence.blocks[start : start + width]
             tables[row, : len(blocks)] = blocks
         return tables, lengths
+
+    def _first_block(self, sequence: Sequence) -> int:
+        """Blocks before it were never taken in. Sliding windows count from a text's start, so there it is the first."""
+        if self._prompt_window is None or any(window is not None for window in self._spec.windows):
+            return 0
+        return max(sequence.prompt_length - self._prompt_window, 0) // self._host.block_size
 
 
 def _sequential_head(spec: BlockSpec, weights: Weights, token_ids: torch.Tensor | None) -> SequentialHead:

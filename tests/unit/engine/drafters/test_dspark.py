@@ -193,6 +193,25 @@ def test_what_it_missed_hides_what_it_saw_of_another_text_in_the_same_place(tmp_
     assert late[1] == pytest.approx(fresh[1])
 
 
+def test_of_a_prompt_longer_than_what_it_was_trained_on_it_takes_in_the_end(tmp_path: Path, target: TargetModel) -> None:
+    config, t = deepspec(target)
+    folder = write(tmp_path / "d", config, t)
+    whole, scene = Scene(target), Scene(target)
+    everything = DSparkDrafter.load(read_folder(folder), whole.host)
+    (folder / "longdraft_drafter.json").write_text('{"training": {"max_length": 12}}')
+    windowed = DSparkDrafter.load(read_folder(folder), scene.host)
+    length = whole.sequences[0].prompt_length
+    whole.feed(everything, [[(0, 0, length - 12)]], seen=False)
+    whole.feed(everything, [[(0, length - 12, length - 1)]])
+    scene.feed(windowed, [[(0, 0, 5)], [(0, 5, length - 1)]])
+    batch = DraftBatch(scene.sequences[:1], np.array([5]), 1)
+    of_end, of_window = (drafter.propose_scored(batch) for drafter in (everything, windowed))
+    assert of_window[0].token_ids.tolist() == of_end[0].token_ids.tolist()
+    assert of_window[1] == pytest.approx(of_end[1], abs=1e-4)
+    whole.feed(everything, [[(0, 0, length - 1)]])
+    assert np.abs(everything.propose_scored(batch)[1] - of_end[1]).max() > 1e-3
+
+
 def test_it_follows_a_text_whose_end_it_saw(tmp_path: Path, target: TargetModel) -> None:
     scene = Scene(target)
     drafter = DSparkDrafter.load(read_folder(write(tmp_path / "d", *deepspec(target))), scene.host)
