@@ -1,8 +1,9 @@
 """DSpark's training loss (arXiv 2607.05147, section 3.4): 0.1 cross entropy + 0.9 total variation + 1.0 confidence, early slots first.
 
-Two things are ours, for runs of hours instead of weeks. The cross entropy is to the target's whole distribution, whose expectation is that to
-its sampled token. And it weighs more where drafts are seldom accepted yet: the total variation hardly moves a draft that the target would
-refuse, for its gradient over a token is proportional to the draft's own chance of it.
+Two things are ours, for runs of hours instead of weeks. In place of the cross entropy to the target's sampled token stands the divergence
+(Kullback-Leibler) from its whole distribution: the same gradient on average, with less noise. And it weighs more where drafts are seldom
+accepted yet: the total variation hardly moves a draft that the target would refuse, for its gradient over a token is proportional to the
+draft's own chance of it.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from torch.nn import functional
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-CE, CONFIDENCE = 0.1, 1.0
-"""The cross entropy's weight in the end; the total variation has the rest of 1."""
+KL, CONFIDENCE = 0.1, 1.0
+"""The divergence's weight in the end; the total variation has the rest of 1."""
 _TURN = 3.0
-"""The cross entropy weighs exp(-_TURN * acceptance) until that is less than `CE`."""
+"""The divergence weighs exp(-_TURN * acceptance) until that is less than `KL`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ class Losses:
     """
 
     total: torch.Tensor
-    ce: torch.Tensor
+    kl: torch.Tensor
     tv: torch.Tensor
     confidence: torch.Tensor
     acceptance: torch.Tensor
@@ -39,7 +40,7 @@ class Losses:
     @staticmethod
     def mean(several: Sequence[Losses]) -> Losses:
         """Of several texts, without gradient."""
-        columns = zip(*((one.total.detach(), one.ce, one.tv, one.confidence, one.acceptance, one.length) for one in several), strict=True)
+        columns = zip(*((one.total.detach(), one.kl, one.tv, one.confidence, one.acceptance, one.length) for one in several), strict=True)
         return Losses(*(torch.stack(column).mean(0) for column in columns))
 
 
@@ -56,23 +57,23 @@ def block_losses(
     """
     weight = valid.float() * torch.exp(-torch.arange(valid.shape[1], device=valid.device) / decay)
     total_weight = weight.sum().clamp_min(1e-6)
-    ce, tv = (rows.view_as(weight) for rows in Divergences.apply(logits.flatten(0, 1), target_logits.flatten(0, 1)))
+    kl, tv = (rows.view_as(weight) for rows in Divergences.apply(logits.flatten(0, 1), target_logits.flatten(0, 1)))
     accepted = (1.0 - tv.detach()).clamp(0.0, 1.0)
     acceptance = (accepted * valid).sum(0) / valid.float().sum(0).clamp_min(1.0)
-    early = torch.exp(-_TURN * acceptance).clamp_min(CE)
-    total = ((early * ce + (1.0 - early) * tv) * weight).sum() / total_weight
-    ce_loss, tv_loss = ((rows.detach() * weight).sum() / total_weight for rows in (ce, tv))
+    early = torch.exp(-_TURN * acceptance).clamp_min(KL)
+    total = ((early * kl + (1.0 - early) * tv) * weight).sum() / total_weight
+    kl_loss, tv_loss = ((rows.detach() * weight).sum() / total_weight for rows in (kl, tv))
     confidence_loss = torch.zeros((), device=valid.device)
     if confidence is not None:
         bce = functional.binary_cross_entropy_with_logits(confidence.float(), accepted, reduction="none")
         confidence_loss = (bce * weight).sum() / total_weight
         total = total + CONFIDENCE * confidence_loss
     length = 1.0 + torch.cumprod(accepted * valid, 1).sum(1).mean()
-    return Losses(total, ce_loss, tv_loss, confidence_loss.detach(), acceptance, length)
+    return Losses(total, kl_loss, tv_loss, confidence_loss.detach(), acceptance, length)
 
 
 class Divergences(torch.autograd.Function):
-    """(cross entropy, total variation), float32 [N], of draft logits [N, vocab] to target logits.
+    """(Kullback-Leibler divergence, total variation), float32 [N], of draft logits [N, vocab] from target logits.
 
     With the draft distribution q, the target's p and s = sign(q - p), the gradients over the logits are q - p and q (s - sum(q s)) / 2.
     Written out because the vocabulary is what a step's time goes into: autograd's own keeps and reads three times as much. Only the draft
@@ -81,20 +82,20 @@ class Divergences(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, target_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        log_draft = torch.log_softmax(logits, -1, dtype=torch.float32)
-        target = torch.softmax(target_logits, -1, dtype=torch.float32)
-        ce = torch.linalg.vecdot(target, log_draft).neg_()
+        log_draft, log_target = (torch.log_softmax(rows, -1, dtype=torch.float32) for rows in (logits, target_logits))
+        target = log_target.exp()
+        kl = torch.linalg.vecdot(target, log_target.sub_(log_draft))
         draft = log_draft.exp_()
         difference = target.neg_().add_(draft)
         ctx.save_for_backward(draft, difference)
         ctx.dtype = logits.dtype
-        return ce, 0.5 * torch.linalg.vector_norm(difference, 1, dim=-1)
+        return kl, 0.5 * torch.linalg.vector_norm(difference, 1, dim=-1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
         draft, difference = ctx.saved_tensors
-        of_ce, of_tv = gradients[0], 0.5 * gradients[1]
+        of_kl, of_tv = gradients[0], 0.5 * gradients[1]
         signed = difference.sign()
         lean = torch.linalg.vecdot(draft, signed)
-        signed.mul_(of_tv[:, None]).sub_((of_tv * lean)[:, None]).mul_(draft).addcmul_(difference, of_ce[:, None])
+        signed.mul_(of_tv[:, None]).sub_((of_tv * lean)[:, None]).mul_(draft).addcmul_(difference, of_kl[:, None])
         return signed.to(ctx.dtype), None

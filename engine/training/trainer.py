@@ -320,7 +320,7 @@ class Trainer:
         return _Blocks(logits, confidence, wanted, targets, valid.flatten(0, 1))
 
     def _entry(self, step: int, losses: Losses) -> dict[str, Any]:
-        values = {"loss": losses.total, "ce": losses.ce, "tv": losses.tv, "confidence": losses.confidence, "length": losses.length}
+        values = {"loss": losses.total, "kl": losses.kl, "tv": losses.tv, "confidence": losses.confidence, "length": losses.length}
         entry: dict[str, Any] = {"step": step} | {name: round(float(value), 5) for name, value in values.items()}
         return entry | {"acceptance": [round(value, 4) for value in losses.acceptance.tolist()]}
 
@@ -367,7 +367,7 @@ def plot(folder: Path) -> Path | None:
     of_loss, of_slots, *of_held = figure.subplots(1, 3 if held else 2)
     width = max(len(rows) // 50, 1)
     steps = _smoothed([row["step"] for row in rows], width)
-    for name in ("loss", "ce", "tv", "confidence"):
+    for name in ("loss", "kl", "tv", "confidence"):
         of_loss.plot(steps, _smoothed([row[name] for row in rows], width), label=name, linewidth=1)
     of_loss.set(title="loss", yscale="log")
     for slot in range(len(rows[0]["acceptance"])):

@@ -145,8 +145,8 @@ def _unpack(stored: dict[str, Any]) -> Measured:
 
 
 def summary(found: dict[str, dict[str, Judged]], folders: dict[str, Path], options: Any, prompts: list[Prompt]) -> dict[str, Any]:
-    """Every figure, and the goals that were missed. The goals are those of the first given drafter; one over DFlash is for every Markov head
-    that was trained for as many steps.
+    """Every figure, and the goals that were missed. The goals are those of the first given drafter; that over DFlash is for every Markov
+    head that was trained for as many steps.
     """
     specs = {name: block_spec(read_folder(folder).config) for name, folder in folders.items() if "eagle" not in read_folder(folder).layout}
     flash = next((name for name, spec in specs.items() if spec.markov_rank == 0), None)

@@ -90,7 +90,7 @@ def test_the_trainable_module_computes_the_papers_equations(loaded: LoadedModel,
 
 @pytest.mark.parametrize("likeness", [0.0, 0.99])
 def test_losses_are_the_papers_once_drafts_are_accepted(likeness: float) -> None:
-    """Before, the cross entropy weighs more, slot by slot."""
+    """Before, the divergence weighs more, slot by slot."""
     torch.manual_seed(0)
     wanted, confidence = torch.randn(5, 3, 7) * 3.0, torch.randn(5, 3)
     logits = torch.lerp(torch.randn(5, 3, 7) * 3.0, wanted, likeness)
@@ -107,7 +107,7 @@ def test_losses_are_the_papers_once_drafts_are_accepted(likeness: float) -> None
                 w = np.exp(-slot / 4.0)
                 p, q = wanted[row, slot].softmax(-1), logits[row, slot].softmax(-1)
                 a, c = float(apart[row, slot]), float(confidence[row, slot].sigmoid())
-                total += w * (share * float(-(p * q.log()).sum()) + (1 - share) * a)
+                total += w * (share * float((p * (p / q).log()).sum()) + (1 - share) * a)
                 bce -= w * ((1 - a) * np.log(c) + a * np.log(1 - c))
                 weight += w
     assert float(losses.total) == pytest.approx((total + bce) / weight, rel=1e-4)
@@ -121,12 +121,12 @@ def test_the_gradients_written_out_are_those_of_autograd() -> None:
     for plain in (True, False):
         logits = torch.randn(6, 11, generator=torch.Generator().manual_seed(2)).requires_grad_()
         if plain:
-            ce = torch.nn.functional.cross_entropy(logits, wanted.softmax(-1), reduction="none")
+            kl = torch.nn.functional.kl_div(logits.log_softmax(-1), wanted.softmax(-1), reduction="none").sum(-1)
             tv = 0.5 * (logits.softmax(-1) - wanted.softmax(-1)).abs().sum(-1)
         else:
-            ce, tv = Divergences.apply(logits, wanted)
-        (weights[0] * ce + weights[1] * tv).sum().backward()
-        found.append((ce.detach(), tv.detach(), logits.grad))
+            kl, tv = Divergences.apply(logits, wanted)
+        (weights[0] * kl + weights[1] * tv).sum().backward()
+        found.append((kl.detach(), tv.detach(), logits.grad))
     for plain_one, own in zip(*found, strict=True):
         torch.testing.assert_close(own, plain_one)
 
@@ -141,7 +141,7 @@ def test_a_drawn_part_of_the_vocabulary_stands_for_all_of_it(loaded: LoadedModel
         trainer = Trainer(spec, loaded.model.frozen(), store, tmp_path / str(vocabulary), config)
         trainer.train(lambda _: None)
         rows = [json.loads(line) for line in (tmp_path / str(vocabulary) / "log.jsonl").read_text().splitlines()]
-        means.append((np.mean([row["ce"] for row in rows]), np.mean([row["tv"] for row in rows])))
+        means.append((np.mean([row["kl"] for row in rows]), np.mean([row["tv"] for row in rows])))
     assert means[1][0] == pytest.approx(means[0][0], abs=0.1)
     assert means[1][1] == pytest.approx(means[0][1], abs=0.1)
 
