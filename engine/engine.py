@@ -13,15 +13,16 @@ import numpy as np
 import torch
 
 from engine.accounting import charge, estimate, share_out
-from engine.checkpoints.drafters.errors import DrafterError
+from engine.admission import check_vocabulary, constraint_of
 from engine.config import EngineConfig, derive_limits
 from engine.device_decoding import DeviceDecoding
 from engine.device_rules import DeviceRules
+from engine.drafter_changes import DrafterChanges
 from engine.drafters.base import Host, Progress
 from engine.drafters.builtin import OFF
 from engine.drafters.registry import Catalogue, UnknownDrafterError
 from engine.flight import DeviceClock, Flight, HostClock, Landed, Live
-from engine.grammars import Compiler, GrammarConstraint, GrammarError
+from engine.grammars import Compiler, GrammarError
 from engine.grammars.vocabulary import Vocabulary
 from engine.graphs import GraphRunner
 from engine.kv_blocks import BlockPool
@@ -53,20 +54,16 @@ if TYPE_CHECKING:
     from engine.checkpoints import LoadedModel
     from engine.config import Limits
     from engine.device_decoding import DeviceFlight
-    from engine.logit_rules import Constraint
     from engine.profile import Profiles
     from engine.runner import Runner
     from engine.sequence import Sequence
     from engine.speculation.judge import Judge
-    from engine.training.adapt import Adapter
     from engine.work import Outcome
 
 _log = logging.getLogger(__name__)
 
 _IDLE_SECONDS = 0.005
 _RECLAIM_EVERY = 64
-_LOOK_SECONDS = 5.0
-"""Between two looks for drafters that came or changed."""
 _FIRST_TOKENS = 192
 """Tokens a sequence that the KV cache has memory for before the first request."""
 _NOTHING = np.empty(0, np.int64)
@@ -138,13 +135,12 @@ class Engine:
         self._speculator = Speculator(
             config.max_draft_tokens, self.limits.max_sequences, cost, self.drafters, fixed_drafts=config.fixed_drafts
         )
-        self._adapting: tuple[str, Adapter] | None = None
+        adapting = None
         if config.adapt:
             from engine.training.adapt import adapter_for
 
-            self._adapting = adapter_for(self.drafters.made(), loaded.model.frozen(), seed=config.seed or 0)
-            if self._adapting is not None:
-                self._speculator.listen(self._adapting[1].collector)
+            adapting = adapter_for(self.drafters.made(), loaded.model.frozen(), seed=config.seed or 0)
+        self._changes = DrafterChanges(self.drafters, self._speculator, adapting)
         self._recorder = Recorder.of(config, spec, self.limits, points, self.drafters)
         self._table = RowTable(self.limits.max_sequences, entropy)
         self._device = (
@@ -163,7 +159,6 @@ class Engine:
         self._finished = 0
         self._preemptions = 0
         self._steps = 0
-        self._next_look = time.monotonic() + _LOOK_SECONDS
         self._running = threading.Lock()
         self._aborts: set[str] = set()
         self._aborts_lock = threading.Lock()
@@ -188,7 +183,7 @@ class Engine:
             raise RuntimeError("this engine is already running; one engine serves one run at a time")
         source = iter(requests)
         try:
-            self._look_for_drafters()
+            self._changes.look()
             self._booked = None
             open_ended = True
             while open_ended or self._live or self._flight is not None:
@@ -241,8 +236,8 @@ class Engine:
                 return True
             try:
                 drafter = self.drafters.resolve(request.drafter)
-                self._check_vocabulary(request)
-                constraint = self._constraint(request)
+                check_vocabulary(request, self.spec.vocab_size)
+                constraint = constraint_of(request, self.spec, self.grammars, self.tokenizer)
                 sequence = self._scheduler.add(request)
             except (UnfitRequestError, UnknownDrafterError, GrammarError) as error:
                 self._finished += 1
@@ -255,32 +250,6 @@ class Engine:
             self._logprobs.enter(sequence)
             self._live[sequence.serial] = Live(sequence, watch, drafter)
         return True
-
-    def _constraint(self, request: Request) -> Constraint | None:
-        """Waits until the request's grammar is compiled. Raises GrammarError, UnfitRequestError."""
-        grammar = request.sampling.grammar
-        if grammar is None:
-            return None
-        if not self.spec.eos_token_ids:
-            raise UnfitRequestError("this model has no end token, so no answer of a given form could end")
-        compiled = self.grammars.compile(grammar)
-        from engine.grammars.backend import Matcher
-
-        vocabulary = self.grammars.vocabulary
-        return GrammarConstraint(Matcher(compiled, len(vocabulary.tokens)), vocabulary, self.tokenizer.encode_piece)
-
-    def _check_vocabulary(self, request: Request) -> None:
-        sampling = request.sampling
-        named = {
-            "prompt": request.prompt_token_ids,
-            "logit_bias": tuple(token for token, _ in sampling.logit_bias),
-            "stop_token_ids": sampling.stop_token_ids,
-        }
-        for name, tokens in named.items():
-            low, high = min(tokens, default=0), max(tokens, default=0)
-            if low < 0 or high >= self.spec.vocab_size:
-                wrong = low if low < 0 else high
-                raise UnfitRequestError(f"{name} token {wrong} is outside the model's vocabulary of {self.spec.vocab_size}")
 
     def _take_aborts(self) -> list[Result]:
         if not self._aborts:
@@ -295,8 +264,8 @@ class Engine:
         self._steps += 1
         if self._steps % _RECLAIM_EVERY == 0:
             self._reclaim()
-            self._adapt()
-            self._look_for_drafters()
+            self._changes.learn()
+            self._changes.look()
         results, launched = self._step_on_device()
         if launched:
             return results
@@ -388,32 +357,6 @@ class Engine:
         self._preemptions += preempted + plan.preempted
         _log.warning("a step of %d tokens got no memory: steps hold %d now", num_tokens, self._scheduler.max_step_tokens)
         return []
-
-    def _adapt(self) -> None:
-        """Goes on with better weights of a drafter, where a round of learning from this job found some."""
-        if self._adapting is not None and (better := self._adapting[1].tend()) is not None:
-            exchanged = self._speculator.exchange(self._adapting[0], better)
-            _log.info(
-                "drafter %s %s", self._adapting[0], "goes on with what it learned from this job" if exchanged else "is not used any more"
-            )
-
-    def _look_for_drafters(self) -> None:
-        """Drafters that were registered, packed with the model or exchanged while this engine runs draft from the next step on."""
-        if (now := time.monotonic()) < self._next_look:
-            return
-        self._next_look = now + _LOOK_SECONDS
-        for name in self.drafters.changed():
-            try:
-                self._speculator.add(name)
-            except (DrafterError, ValueError, OSError, RuntimeError) as error:
-                if not self._speculator.drafts(name):  # else it goes on as it was
-                    self.drafters.retire(name)
-                _log.warning("the drafter %s is not used as it is now: %s", name, error)
-                continue
-            _log.info("the drafter %s takes part as it is now", name)
-            if self._adapting is not None and self._adapting[0] == name:
-                self._speculator.listen(None)
-                self._adapting = None
 
     def _reclaim(self) -> None:
         """Memory of drafters that do not pay goes to the KV cache, once none of them is left."""

@@ -33,7 +33,7 @@ def target() -> TargetModel:
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A model's folder without drafters; its engines look for some before every step, and use every one as much as they can."""
     monkeypatch.setattr(sources, "registry_folders", lambda: [tmp_path / "registry"])
-    monkeypatch.setattr("engine.engine._LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("engine.drafter_changes._LOOK_SECONDS", 0.0)
     monkeypatch.setattr("engine.engine._RECLAIM_EVERY", 1)
     (tmp_path / "model" / "drafters").mkdir(parents=True)
     return tmp_path / "model"

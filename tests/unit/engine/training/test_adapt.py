@@ -58,8 +58,8 @@ def made(loaded: LoadedModel, drafter: Path, **changes: object) -> Engine:
 def test_what_is_kept_of_a_request_are_its_hidden_states(loaded: LoadedModel, drafter: Path) -> None:
     engine = made(loaded, drafter, adapt=True, share_prefixes=False, fixed_drafts=3)
     results = {result.id: result for result in engine.run(iter(job(6)))}
-    assert engine._adapting is not None
-    texts = engine._adapting[1].collector.texts()
+    assert engine._changes.adapting is not None
+    texts = engine._changes.adapting[1].collector.texts()
     assert 4 <= len(texts) <= 6
     said = {(*request.prompt_token_ids, *results[request.id].token_ids) for request in job(6)}
     for states in texts.values():
@@ -74,9 +74,9 @@ def test_what_is_kept_of_a_request_are_its_hidden_states(loaded: LoadedModel, dr
 def test_new_weights_are_given_only_where_they_are_better_on_texts_that_were_not_trained_on(loaded: LoadedModel, drafter: Path) -> None:
     engine = made(loaded, drafter, adapt=True)
     list(engine.run(iter(job(24))))
-    assert engine._adapting is not None
-    texts, spec = engine._adapting[1].collector.texts(), engine._adapting[1]._spec
-    tensors = engine._adapting[1]._tensors
+    assert engine._changes.adapting is not None
+    texts, spec = engine._changes.adapting[1].collector.texts(), engine._changes.adapting[1]._spec
+    tensors = engine._changes.adapting[1]._tensors
     learned = Adapter(spec, tensors, loaded.model.frozen(), AdaptConfig(**QUICK)).improve(texts)  # type: ignore[arg-type]
     assert learned is not None
     assert learned.keys() == tensors.keys()
@@ -107,8 +107,8 @@ def test_a_drafter_that_learns_beside_the_job_is_exchanged_and_changes_no_answer
     monkeypatch.setattr(adapt, "_yield_to_others", lambda: None)
     monkeypatch.setattr(adapt, "AdaptConfig", functools.partial(AdaptConfig, **QUICK))
     engine = made(loaded, drafter, adapt=True, fixed_drafts=3)
-    assert engine._adapting is not None
-    adapter = engine._adapting[1]
+    assert engine._changes.adapting is not None
+    adapter = engine._changes.adapting[1]
     learned = 0.0
     for part in range(8):
         swapped, drafted = adapter.swaps, (engine.stats().verified, engine.stats().accepted)
