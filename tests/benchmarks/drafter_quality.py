@@ -262,8 +262,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
         for name, rows in result["curves"].items():
             axes[-1].plot(*zip(*rows, strict=True), marker="o", markersize=3, label=name)
         axes[-1].set(title="Held-out acceptance length in training", xlabel="step", ylim=(1, None))
-    for panel in axes:
-        panel.legend(fontsize="small")
+        axes[-1].legend(fontsize="small")
+    # Below the panels: bars are high where a legend within would lie.
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
     figure.savefig(path, dpi=120)
 
 
