@@ -60,8 +60,9 @@ class TrainConfig:
 
 @dataclass(frozen=True, slots=True)
 class _Blocks:
-    """logits and wanted (the target's) [N, G, vocab], confidence [N, G], targets int64 (the text's own tokens) and valid bool
-    [N, G]; N anchors a text."""
+    """logits and wanted (the target's) [N, G, vocab], confidence [N, G], targets int64 (the text's own tokens) and valid bool [N, G]; N
+    anchors a text.
+    """
 
     logits: torch.Tensor
     confidence: torch.Tensor | None
