@@ -20,7 +20,7 @@ from service.ports import BlobInfo
 
 INCOMING = ".incoming"
 """Unfinished puts; on the same file system as the objects, since only there a rename is atomic."""
-RENAME_TRIES = 5
+RENAME_TRIES = 100
 
 
 class LocalBlobStore:
@@ -135,11 +135,11 @@ class LocalWriter:
 
     def _move(self) -> None:
         for attempt in range(RENAME_TRIES):
-            self._target.parent.mkdir(parents=True, exist_ok=True)
             try:
+                self._target.parent.mkdir(parents=True, exist_ok=True)
                 self._temporary.rename(self._target)
                 break
-            except FileNotFoundError:  # `delete` tidied the empty folder away in between
+            except (FileNotFoundError, FileExistsError):  # `delete` tidied the empty folder away, here or within mkdir
                 if attempt == RENAME_TRIES - 1:
                     raise
         for folder in self._target.parents:  # a name survives a power cut only when its folder is synced
