@@ -108,14 +108,14 @@ class _Attention:
         self.peaks, self.totals = e.scratch(MOST_LINES), e.scratch(MOST_LINES)
         self.low, self.high = e.scratch_integers(MOST_LINES), e.scratch_integers(MOST_LINES)
         self.scores = e.scratch(_TILE * CHUNK)
-        # Where the keys and the values of each 16 tokens of the chunk begin; one more, for what is asked for ahead.
-        self.key_blocks, self.value_blocks = (e.scratch_integers(CHUNK // KEYS + 1) for _ in range(2))
+        # Where the keys and the values of each 16 tokens of the chunk begin, and the keys of the chunk after it.
+        self.key_blocks, self.value_blocks, self.next_key_blocks = (e.scratch_integers(CHUNK // KEYS) for _ in range(3))
 
     def emit(self) -> None:
         e = self.e
-        with e.shares(self.counter, e.mul(self.num_jobs, self.kv_heads), 1) as (item, _):
-            job = e.at(self.jobs, e.mul(e.div(item, self.kv_heads), 6), I64)
-            self.kv_head = e.b.urem(item, self.kv_heads)
+        items = e.mul(self.num_jobs, self.kv_heads)
+        with e.shares_ahead(self.counter, items, e.const(1)) as (item, _, following):
+            job, self.kv_head = self._job_of(item)
             first_row, num_rows, table, first_chunk, last_chunk, self.flags = (e.load_i64(job, field) for field in range(6))
             count = e.mul(num_rows, self.group)
             top = e.variable(e.const(0))
@@ -123,10 +123,15 @@ class _Attention:
                 self._begin(line, first_row, top)
             table_row = e.mul(table, self.table_width)
             last = e.least(last_chunk, e.div(e.add(top.get(), CHUNK - 1), CHUNK))
+            after = self._first_chunk_of(e.least(following, e.sub(items, 1)))
             with e.range(first_chunk, last) as chunk:
                 start = e.mul(chunk, CHUNK)
                 num_keys = e.least(e.sub(top.get(), start), CHUNK)
-                self._find_blocks(table_row, start, num_keys)
+                self._find_blocks(table_row, self.kv_head, start, num_keys, self.key_blocks, self.value_blocks)
+                more = e.less(e.add(chunk, 1), last)
+                own = (table_row, self.kv_head, e.add(start, CHUNK), e.least(e.sub(top.get(), e.add(start, CHUNK)), CHUNK))
+                next_row, next_head, next_start, next_seen = (e.b.select(more, *pair) for pair in zip(own, after, strict=True))
+                self._find_blocks(next_row, next_head, next_start, next_seen, self.next_key_blocks)
                 whole = e.mul(e.div(count, _TILE), _TILE)
                 with e.range(0, whole, _TILE) as line:
                     self._tile(_TILE, line, start, num_keys)
@@ -135,6 +140,20 @@ class _Attention:
                         self._tile(rest, whole, start, num_keys)
             with e.range(0, count) as line:
                 self._end(line, first_row)
+
+    def _job_of(self, item: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """A job and a key head."""
+        e = self.e
+        return e.at(self.jobs, e.mul(e.div(item, self.kv_heads), 6), I64), e.b.urem(item, self.kv_heads)
+
+    def _first_chunk_of(self, item: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value]:
+        """What `_find_blocks` wants to know of the first chunk of an item, going by the last of its rows, which sees most."""
+        e = self.e
+        job, kv_head = self._job_of(item)
+        first_row, num_rows, table, first_chunk = (e.load_i64(job, field) for field in range(4))
+        row = e.load_i32(self.rows, e.sub(e.add(first_row, num_rows), 1))
+        start = e.mul(first_chunk, CHUNK)
+        return e.mul(table, self.table_width), kv_head, start, e.least(e.sub(e.load_i64(self.visible_to, row), start), CHUNK)
 
     def _place(self, line: ir.Value, first_row: ir.Value) -> tuple[ir.Value, ir.Value]:
         """The packed row and the query head of a line."""
@@ -188,18 +207,21 @@ class _Attention:
     def _flag(self, bit: int) -> ir.Value:
         return self.e.b.icmp_signed("!=", self.e.b.and_(self.flags, self.e.const(bit)), self.e.const(0))
 
-    def _find_blocks(self, table_row: ir.Value, start: ir.Value, num_keys: ir.Value) -> None:
-        """Fills `key_blocks` and `value_blocks`, in cache elements; past the last token they repeat its block."""
+    def _find_blocks(
+        self, table_row: ir.Value, kv_head: ir.Value, start: ir.Value, num_keys: ir.Value, keys: ir.Value, values: ir.Value | None = None
+    ) -> None:
+        """Fills `keys` and `values`, in cache elements; past the last token they repeat its block."""
         e = self.e
         last = e.sub(num_keys, 1)
-        with e.range(0, e.add(num_keys, KEYS), KEYS) as key:
+        with e.range(0, CHUNK, KEYS) as key:
             position = e.add(start, e.mul(e.div(e.least(key, last), KEYS), KEYS))
             block = e.load_i32(self.tables, e.add(table_row, e.div(position, self.block_size)))
-            base = e.mul(e.add(e.mul(block, self.kv_heads), self.kv_head), e.mul(self.head_dim, self.block_size))
+            base = e.mul(e.add(e.mul(block, self.kv_heads), kv_head), e.mul(self.head_dim, self.block_size))
             inside = e.b.urem(position, self.block_size)
             index = e.div(key, KEYS)
-            e.b.store(e.add(base, inside), e.at(self.key_blocks, index, I64))
-            e.b.store(e.add(base, e.mul(inside, self.head_dim)), e.at(self.value_blocks, index, I64))
+            e.b.store(e.add(base, inside), e.at(keys, index, I64))
+            if values is not None:
+                e.b.store(e.add(base, e.mul(inside, self.head_dim)), e.at(values, index, I64))
 
     def _keys_at(self, key: ir.Value) -> ir.Value:
         """Keys of the 16 tokens that begin at `key` of the chunk."""
@@ -231,14 +253,13 @@ class _Attention:
         """Scores of 16 keys or 32, and the highest so far in each lane."""
         e = self.e
         blocks = [self._keys_at(e.add(key, number * KEYS)) for number in range(at_once)]
-        # Blocks lie anywhere, so the processor cannot guess the next ones: ask for the next keys, and for the values of these.
-        ahead = [self._keys_at(e.least(e.add(key, (at_once + number) * KEYS), CHUNK)) for number in range(at_once)]
+        # Blocks lie anywhere, so the processor cannot guess the next ones: ask for the values of these keys. The next keys are asked for
+        # while values are gathered, so that memory has work all along.
         values = [self._values_at(e.add(key, number * KEYS)) for number in range(at_once)]
         sums = [[e.variable(e.splat(0.0)) for _ in range(self.vectors * at_once)] for _ in queries]
         with e.range(0, self.head_dim) as column:
             row = e.mul(column, self.block_size)
-            for next_keys, next_values in zip(ahead, values, strict=True):
-                e.prefetch(next_keys, row)
+            for next_values in values:
                 e.prefetch(next_values, e.mul(column, KEYS))
             keys = [e.load_vector(block, e.add(row, half * e.lanes)) for block in blocks for half in range(self.vectors)]
             for query, row_sums in zip(queries, sums, strict=True):
@@ -291,8 +312,12 @@ class _Attention:
         ]
         with e.range(0, num_keys, KEYS) as key:
             values = e.at(self._values_at(key), column)
+            next_keys = e.at(self.keys, e.load_i64(self.next_key_blocks, e.div(key, KEYS)))
             # Past the last key that any line sees lies what earlier owners of the block left: not even times zero.
             with e.range(0, e.least(e.sub(num_keys, key), KEYS)) as number:
+                for line in range(at_once):  # over all columns, every line of the block once
+                    asked = e.add(e.add(column, e.mul(number, at_once)), line)
+                    e.prefetch(next_keys, e.mul(asked, self.block_size), near=False)
                 loaded = [e.load_vector(values, e.add(e.mul(number, self.head_dim), half * e.lanes)) for half in vectors]
                 for place, row_sums in enumerate(sums):
                     weight = e.splat(e.load(self.scores, e.add(e.add(key, number), place * CHUNK)))
