@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from engine.accounting import charge, estimate, share_out
 from engine.admission import check_vocabulary, constraint_of
+from engine.booking import Booking
 from engine.config import EngineConfig, derive_limits
 from engine.device_decoding import DeviceDecoding
 from engine.device_rules import DeviceRules
@@ -21,21 +21,21 @@ from engine.drafter_changes import DrafterChanges
 from engine.drafters.base import Host, Progress
 from engine.drafters.builtin import OFF
 from engine.drafters.registry import Catalogue, UnknownDrafterError
-from engine.flight import DeviceClock, Flight, HostClock, Landed, Live
+from engine.flight import DeviceClock, Flight, HostClock
 from engine.grammars import Compiler, GrammarError
 from engine.grammars.vocabulary import Vocabulary
 from engine.graphs import GraphRunner
 from engine.kv_blocks import BlockPool
-from engine.kv_pool import KVPool
-from engine.kv_scales import calibrate
+from engine.kv_scales import make_pool
 from engine.lab.recorder import Recorder
+from engine.live_requests import LiveRequests
 from engine.logit_rules import LogitRules
 from engine.logprobs import Logprobs
 from engine.memory import free_bytes, is_exhausted
 from engine.profile import measure_steps, warm_up
 from engine.row_table import RowTable
 from engine.runner import make_runner
-from engine.scheduler import Chunk, Scheduler, StepPlan, UnfitRequestError
+from engine.scheduler import Scheduler, StepPlan, UnfitRequestError
 from engine.speculation.cost_model import CostModel, Load, best_batch, best_chunk
 from engine.speculation.judge import DeviceJudge, HostJudge
 from engine.speculation.speculator import Proposal, Speculator
@@ -43,22 +43,19 @@ from engine.stats import EngineStats, Meter
 from engine.stopping import StopWatch
 from engine.tiers import fill
 from engine.tokenizer import Tokenizer
-from engine.types import FinishReason, Request, Result, TokenLedger
+from engine.types import FinishReason, Request, Result
 from engine.work import Work
 from kernels import pages
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from engine.batch import TargetModel
     from engine.checkpoints import LoadedModel
-    from engine.config import Limits
     from engine.device_decoding import DeviceFlight
     from engine.profile import Profiles
     from engine.runner import Runner
     from engine.sequence import Sequence
     from engine.speculation.judge import Judge
-    from engine.work import Outcome
 
 _log = logging.getLogger(__name__)
 
@@ -66,7 +63,6 @@ _IDLE_SECONDS = 0.005
 _RECLAIM_EVERY = 64
 _FIRST_TOKENS = 192
 """Tokens a sequence that the KV cache has memory for before the first request."""
-_NOTHING = np.empty(0, np.int64)
 
 
 class Engine:
@@ -146,18 +142,24 @@ class Engine:
         self._device = (
             DeviceDecoding(self._runner, self._scheduler, self._speculator, self._table) if isinstance(self._runner, GraphRunner) else None
         )
-        self._booked: tuple[bool, float] | None = None
-        """Where the last step was made, and when it was read."""
         late = self._runner.latest is not None
         self._rules: DeviceRules | LogitRules = DeviceRules(spec.vocab_size, spec.device) if late else LogitRules()
         self._logprobs = Logprobs(late=late)
         tokenizer = self.tokenizer
         self.grammars = Compiler(lambda: Vocabulary.of(tokenizer, spec.vocab_size, spec.eos_token_ids))
         """Compiles what requests want their answers to look like; who submits a grammar early finds it ready."""
-        self._live: dict[int, Live] = {}
         self._meter = Meter(self._pool.capacity)
-        self._finished = 0
-        self._preemptions = 0
+        self._requests = LiveRequests(self._scheduler, self._speculator, self._rules, self._logprobs, self._recorder, self._device)
+        self._booking = Booking(
+            self._requests,
+            self._scheduler,
+            self._speculator,
+            self._rules,
+            self._logprobs,
+            self._recorder,
+            self._meter,
+            ways=None if self._device is None else self._device.ways,
+        )
         self._steps = 0
         self._running = threading.Lock()
         self._aborts: set[str] = set()
@@ -184,15 +186,15 @@ class Engine:
         source = iter(requests)
         try:
             self._changes.look()
-            self._booked = None
+            self._booking.begin()
             open_ended = True
-            while open_ended or self._live or self._flight is not None:
+            while open_ended or self._requests or self._flight is not None:
                 rejected: list[Result] = []
                 if open_ended:
                     open_ended = self._pull(source, rejected)
                 yield from rejected
                 yield from self._take_aborts()
-                if self._live:
+                if self._requests:
                     yield from self._step()
                 elif self._flight is not None:
                     yield from self._land()
@@ -202,9 +204,7 @@ class Engine:
             self._flight = None
             if self._device is not None:
                 self._device.leave()
-            for live in list(self._live.values()):
-                live.sequence.retract()
-                self._remove(live, complete=False)
+            self._requests.drop()
             self._recorder.flush()
             self._running.release()
 
@@ -226,7 +226,7 @@ class Engine:
 
     def _pull(self, source: Iterator[Request | None], rejected: list[Result]) -> bool:
         """Fills up to the look-ahead. Returns whether the source may still have more."""
-        while len(self._live) < self.limits.max_sequences + self.config.look_ahead:
+        while len(self._requests) < self.limits.max_sequences + self.config.look_ahead:
             try:
                 request = next(source)
             except StopIteration:
@@ -240,15 +240,9 @@ class Engine:
                 constraint = constraint_of(request, self.spec, self.grammars, self.tokenizer)
                 sequence = self._scheduler.add(request)
             except (UnfitRequestError, UnknownDrafterError, GrammarError) as error:
-                self._finished += 1
-                ledger = TokenLedger(prompt=len(request.prompt_token_ids))
-                rejected.append(Result(request.id, (), "", FinishReason.ERROR, ledger, error=str(error), choice=request.choice))
+                rejected.append(self._requests.refuse(request, str(error)))
                 continue
-            self._recorder.pulled(sequence)
-            watch = StopWatch(sequence, self.tokenizer, self.spec.eos_token_ids)
-            self._rules.enter(sequence, watch.end_tokens, constraint)
-            self._logprobs.enter(sequence)
-            self._live[sequence.serial] = Live(sequence, watch, drafter)
+            self._requests.enter(sequence, StopWatch(sequence, self.tokenizer, self.spec.eos_token_ids), drafter, constraint)
         return True
 
     def _take_aborts(self) -> list[Result]:
@@ -256,8 +250,8 @@ class Engine:
             return []
         with self._aborts_lock:
             ids, self._aborts = self._aborts, set()
-        hit = [live for live in self._live.values() if live.sequence.request.id in ids]
-        return [result for live in hit for result in self._close(live, FinishReason.ABORTED)]
+        hit = [live for live in self._requests if live.sequence.request.id in ids]
+        return [result for live in hit for result in self._requests.close(live, FinishReason.ABORTED)]
 
     def _step(self) -> list[Result]:
         """Schedule, draft, run, verify, book; or all but the last, and book the step before this one."""
@@ -272,12 +266,12 @@ class Engine:
         results += [] if self._may_run_ahead() else self._land()
         plan = self._scheduler.schedule()
         for sequence in plan.unfit:
-            results += self._close(self._live[sequence.serial], FinishReason.ERROR, self._outgrown(sequence))
+            results += self._requests.close(self._requests[sequence], FinishReason.ERROR, self._outgrown(sequence))
         if plan.num_tokens == 0:
             if self._flight is not None:
                 return results + self._land()
-            if self._live and not results:
-                raise RuntimeError(f"the scheduler found nothing to run for {len(self._live)} requests")
+            if self._requests and not results:
+                raise RuntimeError(f"the scheduler found nothing to run for {len(self._requests)} requests")
             return results
         for sequence in plan.admitted:
             self._enter(sequence)
@@ -299,19 +293,19 @@ class Engine:
             return results + self._land()
         for chunk in flight.work.chunks:
             self._scheduler.promise(chunk)
-        return results if before is None else results + self._book(before)
+        return results if before is None else results + self._booking.book(before)
 
     def _step_on_device(self) -> tuple[list[Result], bool]:
         """Launches the next step where drafts are made on the device, if it is to be made there. Results, and whether it was launched."""
         device, results = self._device, list[Result]()
         if device is None:
             return results, False
-        if device.running and not device.stays(list(self._live.values())):
+        if device.running and not device.stays(list(self._requests)):
             results += self._land()
             device.leave()
-        if not device.running and device.wanted(list(self._live.values())):
+        if not device.running and device.wanted(list(self._requests)):
             results += self._land()
-            device.enter(list(self._live.values()))
+            device.enter(list(self._requests))
         if not device.running:
             return results, False
         try:
@@ -327,7 +321,7 @@ class Engine:
             device.leave()
             return results, False
         before, self._flight = self._flight, flight
-        return results if before is None else results + self._book(before), True
+        return results if before is None else results + self._booking.book(before), True
 
     def _may_run_ahead(self) -> bool:
         """Whether the next step can be launched while the last one is in flight: nothing in it hangs on a token that is not known yet."""
@@ -339,7 +333,7 @@ class Engine:
         if not self._scheduler.grows_freely():  # who is preempted starts again from its text
             return False
         going = [sequence for sequence in self._scheduler.running if sequence.decoding and sequence.room > 0]
-        names = [self._live[sequence.serial].drafter for sequence in going]
+        names = [self._requests[sequence].drafter for sequence in going]
         prefill = len(flight.work.step.token_ids) - flight.work.num_decoding
         return self._speculator.idle(going, names, step=self._steps, prefill=prefill, remaining=self._scheduler.remaining(going))
 
@@ -351,10 +345,10 @@ class Engine:
         if num_tokens < 2:
             words = reason.partition("\n")[0]
             message = f"there is not enough memory for a step of one token: {words}"
-            closing = [live for chunk in plan.decoding + plan.prefill if (live := self._live.get(chunk.sequence.serial)) is not None]
-            return [result for live in closing for result in self._close(live, FinishReason.ERROR, message)]
+            closing = [self._requests[chunk.sequence] for chunk in plan.decoding + plan.prefill if chunk.sequence in self._requests]
+            return [result for live in closing for result in self._requests.close(live, FinishReason.ERROR, message)]
         preempted = self._scheduler.give_up(plan, num_tokens)
-        self._preemptions += preempted + plan.preempted
+        self._booking.preemptions += preempted + plan.preempted
         _log.warning("a step of %d tokens got no memory: steps hold %d now", num_tokens, self._scheduler.max_step_tokens)
         return []
 
@@ -366,12 +360,12 @@ class Engine:
 
     def _enter(self, sequence: Sequence) -> None:
         self._table.enter(sequence)
-        if (name := self._live[sequence.serial].drafter) is not None:
+        if (name := self._requests[sequence].drafter) is not None:
             self._speculator.start(name, sequence.slot)
 
     def _draft(self, plan: StepPlan) -> Proposal:
         sequences = [chunk.sequence for chunk in plan.decoding]
-        names = [self._live[sequence.serial].drafter for sequence in sequences]
+        names = [self._requests[sequence].drafter for sequence in sequences]
         budget = self._scheduler.max_step_tokens - plan.num_tokens
         proposal = self._speculator.propose(
             sequences,
@@ -402,7 +396,7 @@ class Engine:
         if promised:
             # Every row is of confirmed text, and the next step overwrites what is tapped.
             self._speculator.observe(Progress(work.chunks, step.query_start, work.counts, step.positions, step.slots, output.taps))
-        lives = [self._live[chunk.sequence.serial] for chunk in work.chunks]
+        lives = [self._requests[chunk.sequence] for chunk in work.chunks]
         for live in lives:
             live.in_flight += 1
         return Flight(work, lives, pending, timing, {} if promised else output.taps, kept, promised)
@@ -410,131 +404,7 @@ class Engine:
     def _land(self) -> list[Result]:
         """Reads the step that is in flight, if any."""
         flight, self._flight = self._flight, None
-        return [] if flight is None else self._book(flight)
-
-    def _book(self, flight: Flight | DeviceFlight) -> list[Result]:
-        """Confirms tokens, ends what has ended, and tells everyone who learns from the step."""
-        landed = flight.land()
-        results = []
-        for live in (*landed.lives, *landed.resting):
-            live.in_flight -= 1
-        if landed.ran is None:
-            self._pay_for_nothing(landed)
-        else:
-            results += self._book_tokens(flight, landed, *landed.ran)
-        return results + [live.result for live in landed.resting if live.result is not None and not live.in_flight]
-
-    def _book_tokens(self, flight: Flight | DeviceFlight, landed: Landed, work: Work, outcome: Outcome) -> list[Result]:
-        step, chunks, accepted = work.step, work.chunks, outcome.accepted
-        promised = isinstance(flight, Flight) and flight.promised
-        estimate(work, outcome, self._speculator.cost)  # before the model has seen this step
-        self._recorder.ran(work, outcome, self._speculator.cost)
-        decoding = [chunk.sequence for chunk in chunks[: work.num_decoding]]
-        if not flight.on_device:  # there drafting is a part of the step
-            self._speculator.learn_cost(work.load, outcome.nanoseconds * 1e-9)
-        self._speculator.settle(work.proposal, decoding, accepted[: work.num_decoding], outcome.following[: work.num_decoding])
-        if not promised and not flight.on_device:
-            self._speculator.observe(Progress(chunks, step.query_start, work.counts + accepted, step.positions, step.slots, outcome.taps))
-        charge(work, outcome)
-        self._logprobs.book(work, outcome)
-        results = []
-        generated = 0
-        for index, (chunk, live) in enumerate(zip(chunks, landed.lives, strict=True)):
-            ended, kept = self._confirm(work, outcome, index, chunk, live, promised=promised)
-            generated += kept
-            results += ended
-        self._measure(work, outcome, generated)
-        self._pace(work, generated, on_device=flight.on_device)
-        return results
-
-    def _pay_for_nothing(self, landed: Landed) -> None:
-        """A step was launched that nobody needed any more: its time is theirs with whom it was launched."""
-        shares = share_out(landed.nanoseconds, np.ones(len(landed.resting), np.int64)).tolist()
-        for live, share in zip(landed.resting, shares, strict=True):
-            live.sequence.ledger.decode_ns += share
-        self._count(steps=1, busy_ns=landed.nanoseconds)
-
-    def _pace(self, work: Work, generated: int, *, on_device: bool) -> None:
-        """Learns how fast decoding is, on the device and by the host's leave."""
-        before, self._booked = self._booked, (on_device, time.perf_counter())
-        if self._device is not None and before is not None and before[0] == on_device and work.num_decoding == len(work.chunks):
-            seconds = self._booked[1] - before[1]
-            self._device.ways.add(on_device=on_device, requests=work.num_decoding, tokens=generated, seconds=seconds)
-
-    def _confirm(self, work: Work, outcome: Outcome, index: int, chunk: Chunk, live: Live, *, promised: bool) -> tuple[list[Result], int]:
-        """Adds what one chunk brought to its sequence. Returns its result if there is one to give out, and how many tokens it gained."""
-        sequence = live.sequence
-        samples, ledger = bool(work.step.row_counts[index]), sequence.ledger
-        accepted = int(outcome.accepted[index])
-        if live.result is not None:  # it ended before this step was read
-            if samples:
-                ledger.sampled += accepted + 1
-                ledger.dropped += accepted + 1
-                ledger.steps += 1
-            return ([] if live.in_flight else [live.result]), 0
-        if not samples:
-            if promised:
-                self._scheduler.settle(chunk, None)
-            else:
-                self._scheduler.complete(chunk, _NOTHING, chunk.count)
-            return [], 0
-        if not outcome.finite[index]:
-            return self._close(live, FinishReason.ERROR, self._no_number(sequence)), 0
-        tokens = [*work.drafts[index][:accepted].tolist(), int(outcome.following[index])]
-        kept, reason = live.watch.scan(tokens, sequence.room + sequence.promised)
-        ledger.sampled += len(tokens)
-        ledger.generated += kept
-        ledger.dropped += len(tokens) - kept
-        ledger.steps += 1
-        if promised:
-            self._scheduler.settle(chunk, tokens[0])
-        else:
-            self._scheduler.complete(chunk, np.array(tokens[:kept], np.int64), chunk.count + min(accepted, kept))
-        if reason is None and self._rules.too_slow(sequence):
-            return self._close(
-                live, FinishReason.ERROR, "following the answer's form takes too long: ask for a simpler pattern or schema"
-            ), kept
-        return ([] if reason is None else self._close(live, reason)), kept
-
-    def _close(self, live: Live, reason: FinishReason, error: str | None = None) -> list[Result]:
-        """Takes a request out. Its result, or nothing as long as a step with it is in flight, whose time it will be charged."""
-        sequence = live.sequence
-        sequence.retract()
-        answered = reason in (FinishReason.STOP, FinishReason.LENGTH)
-        self._recorder.ended(sequence, reason)
-        prompt_logprobs, logprobs = self._logprobs.leave(sequence)
-        self._remove(live, complete=answered)
-        self._finished += 1
-        live.result = Result(
-            id=sequence.request.id,
-            token_ids=tuple(sequence.output.tolist()) if answered else (),
-            text=live.watch.text(sequence) if answered else "",
-            finish_reason=reason,
-            ledger=sequence.ledger,
-            drafter=live.drafter,
-            error=error,
-            choice=sequence.request.choice,
-            logprobs=logprobs if answered else (),
-            prompt_logprobs=prompt_logprobs if answered else (),
-        )
-        return [] if live.in_flight else [live.result]
-
-    def _remove(self, live: Live, *, complete: bool) -> None:
-        del self._live[live.sequence.serial]
-        if self._device is not None:
-            self._device.retire(live.sequence)
-        self._scheduler.finish(live.sequence, complete=complete)
-        self._rules.leave(live.sequence)
-        self._logprobs.leave(live.sequence)
-        if live.drafter is not None:
-            self._speculator.finish(live.drafter, live.sequence, complete=complete)
-
-    def _no_number(self, sequence: Sequence) -> str:
-        if sequence.request.sampling.grammar is not None:
-            return (
-                "none of the tokens that the answer's form allows next has a number, or the model's vocabulary cannot spell what must come"
-            )
-        return "the model's output for this request is not a number (NaN or infinite logits)"
+        return [] if flight is None else self._booking.book(flight)
 
     def _outgrown(self, sequence: Sequence) -> str:
         return (
@@ -542,47 +412,7 @@ class Engine:
             f"{self._pool.capacity * self._pool.block_size}; lower max_tokens or give the worker more memory for KV"
         )
 
-    def _measure(self, work: Work, outcome: Outcome, generated: int) -> None:
-        proposal = work.proposal
-        sampled = outcome.accepted[work.step.row_counts > 0]
-        self._preemptions += work.preempted
-        self._count(
-            steps=1,
-            step_tokens=work.step.num_tokens,
-            sampled=int(sampled.sum()) + len(sampled),
-            sampling_steps=len(sampled),
-            generated=generated,
-            drafted=int(proposal.drafted.sum()),
-            verified=int(proposal.chosen.sum()),
-            accepted=int(outcome.accepted.sum()),
-            busy_ns=outcome.nanoseconds + int(proposal.nanoseconds.sum()),
-        )
-
-    def _count(self, **counts: int) -> None:
-        self._meter.add(
-            time.monotonic(),
-            running=len(self._scheduler.running),
-            waiting=len(self._scheduler.waiting),
-            kv_blocks_held=self._pool.num_held,
-            finished=self._finished,
-            preemptions=self._preemptions,
-            **counts,
-        )
-
 
 def make_judge(runner: Runner) -> Judge:
     """Where the host does not wait for steps, their verdicts stay on the device as well."""
     return HostJudge() if runner.latest is None else DeviceJudge(runner.latest)
-
-
-def make_pool(model: TargetModel, config: EngineConfig, limits: Limits) -> KVPool:
-    """The KV cache that `config` asks for. Raises ValueError where the model cannot use it."""
-    spec = model.spec
-    fp8 = config.kv_dtype == "fp8"
-    if fp8 and not getattr(model, "reads_fp8", False):
-        raise ValueError(f"kv_dtype fp8: {spec.name} runs on transformers' own modules, whose attention reads no scaled cache; use auto")
-    dtype = torch.float8_e4m3fn if fp8 else spec.dtype
-    kv = KVPool(spec.num_layers, limits.max_blocks, config.block_size, spec.num_kv_heads, spec.head_dim, dtype, spec.device)
-    if fp8:
-        calibrate(model, kv)
-    return kv

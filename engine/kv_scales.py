@@ -1,12 +1,18 @@
-"""Keys and values in eight bits: what their numbers are divided by, measured on the model itself."""
+"""The KV cache in the number format that was asked for; in eight bits, what its numbers are divided by, measured on the model itself."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
+import torch
 
 from engine.batch import ForwardBatch, TargetModel
 from engine.kv_pool import KVPool
 from engine.transfer import to_device
+
+if TYPE_CHECKING:
+    from engine.config import EngineConfig, Limits
 
 _TOKENS = 256
 _HEADROOM = 2.0
@@ -42,3 +48,16 @@ def calibrate(model: TargetModel, kv: KVPool) -> None:
         for cache, scale in zip(caches, scales, strict=True):
             assert scale is not None
             scale.copy_((cache.abs().amax((0, 2, 3)).float() * (_HEADROOM / _LARGEST)).clamp(min=1e-6))
+
+
+def make_pool(model: TargetModel, config: EngineConfig, limits: Limits) -> KVPool:
+    """The KV cache that `config` asks for. Raises ValueError where the model cannot use it."""
+    spec = model.spec
+    fp8 = config.kv_dtype == "fp8"
+    if fp8 and not getattr(model, "reads_fp8", False):
+        raise ValueError(f"kv_dtype fp8: {spec.name} runs on transformers' own modules, whose attention reads no scaled cache; use auto")
+    dtype = torch.float8_e4m3fn if fp8 else spec.dtype
+    kv = KVPool(spec.num_layers, limits.max_blocks, config.block_size, spec.num_kv_heads, spec.head_dim, dtype, spec.device)
+    if fp8:
+        calibrate(model, kv)
+    return kv

@@ -41,8 +41,8 @@ class Watch:
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
-        engine, read, runner = self._engine, Arrival.read, self._engine._runner
-        measure = engine._measure
+        booking, read, runner = self._engine._booking, Arrival.read, self._engine._runner
+        measure = booking._measure
 
         def measured(work: Any, outcome: Any, generated: int) -> None:
             self.steps.append((work.num_decoding, work.step.num_tokens - work.num_decoding, outcome.nanoseconds * 1e-9))
@@ -54,7 +54,7 @@ class Watch:
             self.waited += time.perf_counter() - started
             return found
 
-        engine._measure = measured  # type: ignore[method-assign]
+        booking._measure = measured  # type: ignore[method-assign]
         Arrival.read = timed_read  # type: ignore[method-assign]
         if isinstance(runner, GraphRunner):
             runner.capture = self._timed(runner.capture)
@@ -62,7 +62,7 @@ class Watch:
         try:
             yield
         finally:
-            engine._measure = measure  # type: ignore[method-assign]
+            booking._measure = measure  # type: ignore[method-assign]
             Arrival.read = read  # type: ignore[method-assign]
             if isinstance(runner, GraphRunner):
                 runner.capture = runner.capture.capture  # type: ignore[attr-defined]

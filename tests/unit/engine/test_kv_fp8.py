@@ -7,9 +7,9 @@ import torch
 
 from engine.batch import ForwardBatch
 from engine.config import EngineConfig, derive_limits
-from engine.engine import Engine, make_pool
+from engine.engine import Engine
 from engine.kv_pool import KVPool
-from engine.kv_scales import calibrate
+from engine.kv_scales import calibrate, make_pool
 from engine.types import Request, SamplingParams
 from tests.unit.engine.hash_model import HashModel
 from tests.unit.engine.hash_model import Loaded as Hashed
