@@ -38,7 +38,8 @@ from engine.runner import make_runner
 from engine.scheduler import Scheduler, StepPlan, UnfitRequestError
 from engine.speculation.cost_model import CostModel, Load, best_batch, best_chunk
 from engine.speculation.judge import DeviceJudge, HostJudge
-from engine.speculation.speculator import Proposal, Speculator
+from engine.speculation.proposal import Proposal
+from engine.speculation.speculator import Speculator
 from engine.stats import EngineStats, Meter
 from engine.stopping import StopWatch
 from engine.tiers import fill

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from engine.logprobs import Kept
     from engine.row_table import RowTable
     from engine.scheduler import Chunk, StepPlan
-    from engine.speculation.speculator import Proposal
+    from engine.speculation.proposal import Proposal
     from engine.speculation.verify import Rows
 
     Ints = NDArray[np.int64]

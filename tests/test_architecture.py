@@ -125,8 +125,10 @@ PURE_ENGINE = (
     "engine.waiting",
     "engine.row_table",
     "engine.speculation.calibration",
+    "engine.speculation.choices",
     "engine.speculation.cost_model",
     "engine.speculation.planner",
+    "engine.speculation.track_record",
     "engine.speculation.ways",
 )
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from engine.lab.trace import StepRecord, Trace
-    from engine.speculation.speculator import Proposal
+    from engine.speculation.proposal import Proposal
 
 
 class CurveMachine:

@@ -15,7 +15,7 @@ from engine.drafters.builtin import AUTO, OFF, TEXT
 from engine.kv_blocks import BlockPool
 from engine.scheduler import Scheduler
 from engine.speculation.cost_model import Load
-from engine.speculation.speculator import Proposal
+from engine.speculation.proposal import Proposal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

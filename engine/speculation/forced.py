@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from engine.logit_rules import Constraint
     from engine.sequence import Sequence
-    from engine.speculation.speculator import Proposal
+    from engine.speculation.proposal import Proposal
 
     Ints = NDArray[np.int64]
 

@@ -227,7 +227,7 @@ def most_confident(
     self: Speculator, choice: Any, asked: str, rows: Any, sequences: Any, limits: Any, step: int, proposal: Any, *_: Any
 ) -> None:
     """The mutant: everybody draws, and the drafts that look best are kept."""
-    asked = {name: self._ask(name, rows, sequences, limits, step, proposal) for name in self._portfolio.neural}
+    asked = {name: self._ask(name, rows, sequences, limits, step, proposal) for name in self._choices.portfolio.neural}
     looks = {name: self._survival(name, rows, drafts, sequences).sum() for name, drafts in asked.items()}
     best = max(looks, key=lambda name: looks[name])
     self._take(best, rows, asked[best], sequences, proposal)
@@ -400,7 +400,7 @@ def test_a_drafter_sees_nothing_in_a_crowd_and_drafts_again_when_it_is_over(
     seen, missed, drafted = [], [], []
 
     def foresee(self: Speculator, count: int, context: float) -> None:
-        self._crowded = count > 3
+        self._drafters.crowded = count > 3
 
     def watched(name: str, into: list[int]) -> None:
         wrapped = getattr(kind, name)
