@@ -84,6 +84,11 @@ def balanced(prompts: Iterable[Prompt], each: int) -> list[Prompt]:
     return [prompt for row in zip_longest(*by_domain.values()) for prompt in row if prompt is not None]
 
 
+def spread(prompts: Iterable[Prompt], each: int) -> list[Prompt]:
+    """`balanced`, but from all over the file, which may list one source after the other: in the order of their digests."""
+    return balanced(sorted(prompts, key=lambda prompt: digest(prompt.text)), each)
+
+
 def read_prompts(path: Path) -> list[Prompt]:
     """JSONL: lines with `prompt` and perhaps `domain`, or OpenAI batch lines, whose user messages are taken.
 

@@ -23,7 +23,7 @@ from engine.training.calibrate import fit, quality, reliability
 from engine.training.evaluate import measure
 from engine.training.export import new_config, set_calibration, write_folder, write_record
 from engine.training.own_prompts import invent, with_own
-from engine.training.prompts import balanced, split
+from engine.training.prompts import balanced, split, spread
 from engine.training.provenance import note_prompts
 from engine.training.states import LiveStates, StateStore
 from engine.training.trainer import TrainConfig, Trainer, plot
@@ -42,8 +42,8 @@ _ANSWERS = {"states": "answers.jsonl", "held": "held.jsonl"}
 """Where the texts lie whose hidden states a folder of that name holds."""
 _WATCHED_EACH = 8
 """Prompts of each domain whose acceptance length is followed while training; none of them is trained on or judged by."""
-_CALIBRATED_EACH = 60
-"""Prompts of each domain that fit the confidence: how sure a drafter may be differs by domain, and most prompts may be of one."""
+_CALIBRATED_EACH = 200
+"""Prompts of each domain that fit the confidence, at most: how sure a drafter may be differs by domain, and most prompts may be of one."""
 FITTED_AT = (0.0, 1.0)
 """Temperatures whose buckets are calibrated; the others begin uncalibrated and learn from every outcome."""
 
@@ -110,7 +110,7 @@ def train(
     write_record(out, record)
     note_trained(out, parts, data, benchmarks)
     if parts.calibrate:
-        calibrate(loaded, out, balanced(parts.calibrate, _CALIBRATED_EACH), max_tokens=recipe.max_tokens, tell=tell)
+        calibrate(loaded, out, spread(parts.calibrate, _CALIBRATED_EACH), max_tokens=recipe.max_tokens, tell=tell)
     return record
 
 

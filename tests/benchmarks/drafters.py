@@ -232,13 +232,16 @@ def judge(setting: Setting, runs: Runs) -> dict[str, Any]:
     cold = {}
     for size in setting.sizes:
         cell = (TEMPLATES, size)
-        drafts = accepted(cell, "suffix") / max(accepted(cell, COLD), 1e-9)
-        cold[str(size)] = {"accepted": round(drafts, 3), "tokens_per_second": ratio(speeds(cell, "suffix"), speeds(cell, COLD)).row()}
+        cold[str(size)] = {
+            "accepted": round(accepted(cell, "suffix"), 3),
+            "accepted_cold": round(accepted(cell, COLD), 3),
+            "tokens_per_second": ratio(speeds(cell, "suffix"), speeds(cell, COLD)).row(),
+        }
     of_first = cold[str(setting.sizes[0])]
-    pairs = (("accepted drafts a step", of_first["accepted"]), ("tokens a second", of_first["tokens_per_second"]["median"]))
-    missed += [
-        f"the suffix lookup has {value:.2f} times a cold one's {what} (goal {OVER_COLD})" for what, value in pairs if value < OVER_COLD
-    ]
+    if (ours := of_first["accepted"]) < OVER_COLD * (theirs := of_first["accepted_cold"]) or ours == 0.0:
+        missed.append(f"the suffix lookup has {ours} drafts accepted a step, a cold one {theirs} (goal {OVER_COLD} times as many)")
+    if (faster := of_first["tokens_per_second"]["median"]) < OVER_COLD:
+        missed.append(f"the suffix lookup has {faster:.2f} times a cold one's tokens a second (goal {OVER_COLD})")
     return {
         "benchmark": "drafters",
         "rows": rows,

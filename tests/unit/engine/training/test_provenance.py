@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from engine.checkpoints import load_model
-from engine.training.prompts import Prompt, balanced, digest, part_of, part_of_digest, split
+from engine.training.prompts import Prompt, balanced, digest, part_of, part_of_digest, split, spread
 from engine.training.provenance import leaks, note_prompts, read_provenance
 from engine.training.run import Recipe, train
 from engine.training.trainer import TrainConfig
@@ -66,3 +66,11 @@ def test_a_balanced_choice_has_as_many_of_each_domain() -> None:
     assert Counter(prompt.domain for prompt in chosen) == {"math": 3, "code": 2, "chat": 3}
     assert [prompt.domain for prompt in chosen[:3]] == ["math", "code", "chat"]
     assert [prompt.text for prompt in chosen if prompt.domain == "math"] == ["0", "1", "2"]
+
+
+def test_a_spread_choice_comes_from_all_over_the_file() -> None:
+    prompts = [Prompt(f"{number}", domain) for domain in ("math", "code") for number in range(200)]
+    chosen = spread(prompts, 40)
+    assert Counter(prompt.domain for prompt in chosen) == {"math": 40, "code": 40}
+    assert 10 <= sum(int(prompt.text) < 100 for prompt in chosen if prompt.domain == "math") <= 30
+    assert {*chosen} == {*spread(reversed(prompts), 40)}, "the order of the file does not matter"
