@@ -303,7 +303,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
             list(row["chosen"]), [count / total for count in row["chosen"].values()], style, marker="o", markersize=3, label=label
         )
     axes[-1].set(title="Share of steps by drafts verified", xlabel="drafts", ylim=(0, None))
-    axes[-1].legend(fontsize="x-small")
+    axes[-1].legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=120)
 
 
