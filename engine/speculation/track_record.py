@@ -91,7 +91,8 @@ class TrackRecord:
         accepted: int64 [S]; following: int64 [S], the target's token after the accepted ones.
         """
         slots = np.array([sequence.slot for sequence in sequences], np.int64)
-        self._paces[slots] = _PACE * self._paces[slots] + (1.0 - _PACE) * (1.0 + accepted)
+        there = slots >= 0  # the others ended before this step was read
+        self._paces[slots[there]] = _PACE * self._paces[slots[there]] + (1.0 - _PACE) * (1.0 + accepted[there])
         if not proposal.groups:
             return
         stood, seen = _decided(proposal, accepted, following)
