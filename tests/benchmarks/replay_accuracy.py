@@ -1,7 +1,8 @@
 """Does a replay predict live runs? `python -m tests.benchmarks.replay_accuracy [JOB.jsonl ...] [--repeats 3] [--json]`.
 
 Two policies run live, taking turns; each run records a trace. From every trace both policies are replayed. Goals: the median prediction of
-a policy is within 10% of the median live throughput, also from the other policy's traces, and both are ranked as they are live.
+a policy is within 10% of the median live throughput, also from the other policy's traces, and both are ranked as they are live. Policies
+whose live runs overlap have no rank (`tied_live`): give others.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ GOAL = 0.10
 def main() -> int:
     parser = live.arguments(__doc__)
     parser.add_argument("jobs", nargs="*", type=Path, default=live.EXAMPLES, help="OpenAI batch files (default: the examples)")
-    parser.add_argument("--policies", default="plain,auto", help="two of plain, auto, fixed-K (default: %(default)s)")
+    parser.add_argument("--policies", default="plain,fixed-8", help="two of plain, auto, fixed-K (default: %(default)s)")
     parser.add_argument("--lines", type=int, default=None, help="only the first N")
     parser.add_argument("--max-sequences", type=int, default=None)
     parser.add_argument("--max-tokens", type=int, default=None)
@@ -50,15 +51,18 @@ def main() -> int:
         rows.append({"trace of": source, "policy": name, "live": round(measured, 2), "predicted": round(median(predicted), 2)})
         rows[-1] |= {"error": round(error, 4)}
     order = sorted(names, key=lambda name: median(speeds[name]))
+    slower, faster = order[0], order[-1]
+    tied = max(speeds[slower]) >= min(speeds[faster])
     ranked = {source: sorted(names, key=lambda name: median(predictions[source, name])) == order for source in names}
     result = {
         "benchmark": "replay accuracy",
         "lines": len(requests),
         "rows": rows,
         "worst_error": max(abs(row["error"]) for row in rows),
-        "ranked_right_from": ranked,
+        "tied_live": tied,
+        "ranked_right_from": None if tied else ranked,
         "goal": GOAL,
-        "pass": all(abs(row["error"]) <= GOAL for row in rows) and all(ranked.values()),
+        "pass": all(abs(row["error"]) <= GOAL for row in rows) and not tied and all(ranked.values()),
     }
     return live.report(result, as_json=options.as_json)
 
