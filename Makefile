@@ -68,11 +68,11 @@ $(STAMP): $(VENV)/bin/python pyproject.toml constraints.txt Makefile
 	@echo "==> installing torch $(TORCH_VERSION) ($(TORCH_BUILD)) and the dependencies; the first time this takes a few minutes"
 	@$(INSTALL) setuptools
 	@case "$(TORCH_BUILD)" in \
-	  cpu) $(INSTALL) "torch==$(TORCH_VERSION)+cpu" 2>/dev/null \
-	    || $(INSTALL) --extra-index-url "$(TORCH_INDEX)" "torch==$(TORCH_VERSION)+cpu" 2>/dev/null \
-	    || { echo "    no CPU build of torch found; taking the default one, which may bring GPU libraries (gigabytes)"; \
-	         $(INSTALL) "torch==$(TORCH_VERSION)"; }; \
-	    $(INSTALL) "triton==$(TRITON_VERSION)" ;; \
+	  cpu) if $(INSTALL) "torch==$(TORCH_VERSION)+cpu" 2>/dev/null \
+	      || $(INSTALL) --extra-index-url "$(TORCH_INDEX)" "torch==$(TORCH_VERSION)+cpu" 2>/dev/null; \
+	    then $(INSTALL) "triton==$(TRITON_VERSION)"; \
+	    else echo "    no CPU build of torch found; taking the default one, which may bring GPU libraries (gigabytes) and its own triton"; \
+	         $(INSTALL) "torch==$(TORCH_VERSION)"; fi ;; \
 	  cuda) $(INSTALL) "torch==$(TORCH_VERSION)" ;; \
 	  *) echo "TORCH=$(TORCH) is not one of auto, cpu, cuda" >&2; exit 2 ;; \
 	esac
