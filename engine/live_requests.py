@@ -95,6 +95,7 @@ class LiveRequests:
         """Takes all out, without results."""
         for live in self:
             live.sequence.retract()
+            self._logprobs.leave(live.sequence)
             self._remove(live, complete=False)
 
     def _remove(self, live: Live, *, complete: bool) -> None:
@@ -103,6 +104,5 @@ class LiveRequests:
             self._device.retire(live.sequence)
         self._scheduler.finish(live.sequence, complete=complete)
         self._rules.leave(live.sequence)
-        self._logprobs.leave(live.sequence)
         if live.drafter is not None:
             self._speculator.finish(live.drafter, live.sequence, complete=complete)

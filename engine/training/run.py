@@ -20,13 +20,14 @@ from engine.drafters.sources import registry_folders
 from engine.engine import Engine
 from engine.training.answers import answer, hash_of, read
 from engine.training.calibrate import fit, quality, reliability
+from engine.training.curves import plot
 from engine.training.evaluate import measure
 from engine.training.export import new_config, set_calibration, write_folder, write_record
 from engine.training.own_prompts import invent, with_own
 from engine.training.prompts import balanced, split, spread
 from engine.training.provenance import note_prompts
 from engine.training.states import LiveStates, StateStore
-from engine.training.trainer import TrainConfig, Trainer, plot
+from engine.training.trainer import TrainConfig, Trainer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -91,7 +91,7 @@ class Texts(Protocol):
 
 
 class Trainer:
-    """folder: gets `state.pt`, `log.jsonl` and `loss.png`. All randomness is a function of (seed, step): a resumed run is the same.
+    """folder: gets `state.pt` and `log.jsonl`. All randomness is a function of (seed, step): a resumed run is the same.
 
     Trains where the target's embedding lies; where bfloat16 is fast, products are in it, and weights, norms, losses and the optimiser in
     float32.
@@ -356,52 +356,12 @@ class Trainer:
         log.write_text("".join(kept), encoding="utf-8")
 
 
-def plot(folder: Path) -> Path | None:
-    """`loss.png` from `log.jsonl`; None where matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    held = [(row["step"], row["held_length"]) for row in rows if "held_length" in row]
-    figure = Figure(figsize=(14 if held else 9, 4), layout="constrained")
-    of_loss, of_slots, *of_held = figure.subplots(1, 3 if held else 2)
-    width = max(len(rows) // 50, 1)
-    steps = _smoothed([row["step"] for row in rows], width)
-    for name in ("loss", "kl", "tv", "confidence"):
-        of_loss.plot(steps, _smoothed([row[name] for row in rows], width), label=name, linewidth=1)
-    of_loss.set(title="loss", yscale="log")
-    for slot in range(len(rows[0]["acceptance"])):
-        chances = [row["acceptance"][slot] for row in rows]
-        of_slots.plot(steps, _smoothed(chances, width), label=f"slot {slot + 1}", linewidth=1)
-    of_slots.set(title="chance of acceptance, given the slots before", ylim=(0, 1))
-    for axes in of_held:
-        for name in held[-1][1]:
-            lengths = [lengths[name] for _, lengths in held]
-            axes.plot([step for step, _ in held], lengths, marker="o", label=name, linewidth=2.5 if name == "macro" else 1)
-        axes.set(title="tokens a step on held-out prompts, temperature 0")
-    for axes in (of_loss, of_slots):
-        axes.set_title(f"{axes.get_title()} (means of {width} steps)", fontsize="medium")
-    for axes in (of_loss, of_slots, *of_held):
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
-    path = folder / "loss.png"
-    figure.savefig(path, dpi=120)
-    return path
-
-
 def _walk(runs: list[int]) -> float:
     """Tokens a step over a text where a block at place i has `runs[i]` drafts that stand."""
     place = steps = 0
     while place < len(runs):
         place, steps = place + 1 + runs[place], steps + 1
     return place / steps
-
-
-def _smoothed(values: list[float], width: int) -> list[float]:
-    """Means of `width` values in a row, a last shorter group included."""
-    return [sum(part) / len(part) for start in range(0, len(values), width) if (part := values[start : start + width])]
 
 
 def _bfloat16_is_fast(device: torch.device) -> bool:
