@@ -59,7 +59,7 @@ class DSparkDrafter:
         self._host = host
         self._vocabulary: Vocabulary = vocabulary(weights, host.target.frozen(), scale=spec.embedding_scale, soft_cap=spec.logit_soft_cap)
         self._head = _sequential_head(spec, weights, self._vocabulary.target_ids)
-        self._bins = ConfidenceBins(spec.drafts_per_block * CHAINED, calibration, known=spec.confidence)
+        self._bins = ConfidenceBins(spec.drafts_per_block * CHAINED, calibration, known=spec.confidence or "sharpness" in calibration)
         self.prior = self._bins.prior
         self._backbone = BlockBackbone(spec, weights, num_blocks=host.num_blocks, block_size=host.block_size)
         self._device = weights.device
@@ -108,10 +108,10 @@ class DSparkDrafter:
 
     @torch.inference_mode()
     def propose_scored(self, batch: DraftBatch) -> tuple[Drafts, NDArray[np.float64]]:
-        """Also the raw confidence logits, float64 [S, D] (0 where there is none), which calibration is fitted on."""
+        """Also the evidence that calibration is fitted on, float64 [S, D, 2]; see `parts.confidence.scaled`."""
         rows = np.flatnonzero(batch.limits > 0)
         if not len(rows):
-            return Drafted.nothing(len(batch.sequences)), np.zeros((len(batch.sequences), 0))
+            return Drafted.nothing(len(batch.sequences)), np.zeros((len(batch.sequences), 0, 2))
         sequences, limits = [batch.sequences[row] for row in rows], batch.limits[rows]
         width = int(limits.max())
         draws = Draws(
@@ -122,8 +122,7 @@ class DSparkDrafter:
             vocab=self._spec.needs.vocab_size,
             device=self._device,
         )
-        drafted, scores = self._draft(sequences, width, draws)
-        return Drafted(rows, limits, drafted, scores).spread(len(batch.sequences), self._bins, draws)
+        return Drafted(rows, limits, *self._draft(sequences, width, draws)).spread(len(batch.sequences), self._bins, draws)
 
     @torch.inference_mode()
     def observe(self, progress: Progress) -> None:
@@ -167,8 +166,8 @@ class DSparkDrafter:
     def finish(self, sequence: Sequence, *, complete: bool) -> None:
         """Nothing to forget: the context lies in the target's blocks."""
 
-    def _draft(self, sequences: list[Sequence], width: int, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
-        """int64 [S, width] tokens and float32 [S, width] confidences."""
+    def _draft(self, sequences: list[Sequence], width: int, draws: Draws) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tokens int64 [S, width], and float32 [S, width] confidences and chances of the likeliest tokens."""
         spec = self._spec
         tables, lengths = self._context(sequences)
         starts = np.array([sequence.num_tokens - 1 for sequence in sequences], np.int64)
@@ -176,6 +175,7 @@ class DSparkDrafter:
         carried: Carried | None = None
         tokens: list[torch.Tensor] = []
         scores: list[torch.Tensor] = []
+        peaks: list[torch.Tensor] = []
         drafted = 0
         while drafted < width:
             inputs = torch.full((len(sequences), spec.block_size), spec.mask_token_id, device=self._device)
@@ -189,11 +189,12 @@ class DSparkDrafter:
             block = draws.draw(logits, slots, anchors, drafted, self._head)
             tokens.append(block.tokens)
             scores.append(block.confidence if block.confidence is not None else torch.full_like(block.lse, 0.5))
+            peaks.append(block.peak)
             drafted += count
             anchors = block.tokens[:, -1]
             spare = spec.block_size - spec.drafts_per_block  # a last slot whose place the next block's anchor takes
             carried = [(k[:, :, : k.shape[2] - spare], v[:, :, : v.shape[2] - spare]) for k, v in kept]
-        return torch.cat(tokens, 1), torch.cat(scores, 1).float()
+        return torch.cat(tokens, 1), torch.cat(scores, 1).float(), torch.cat(peaks, 1).exp()
 
     def _context(self, sequences: list[Sequence]) -> tuple[Ints, Ints]:
         """Block tables int64 [S, W] of what is computed and may be attended to, and how many tokens that are, int64 [S]."""

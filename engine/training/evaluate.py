@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class Scored(Protocol):
-    """A drafter that also gives raw confidence logits, float64 [S, D]."""
+    """A drafter that also gives the evidence for its drafts, float64 [S, D, 2]; see `engine.drafters.parts.confidence.scaled`."""
 
     def propose_scored(self, batch: DraftBatch) -> tuple[Drafts, Floats]: ...
 
@@ -39,7 +39,7 @@ class Watched:
 
     drafter: Drafter
     width: int
-    logits: list[Floats] = field(default_factory=list)
+    evidence: list[Floats] = field(default_factory=list)
     stood: list[Floats] = field(default_factory=list)
     _pending: dict[int, list[tuple[int, NDArray[np.int64], Floats]]] = field(default_factory=dict)
 
@@ -53,10 +53,10 @@ class Watched:
     def propose(self, batch: DraftBatch) -> Drafts:
         if not isinstance(self.drafter, Scored):
             return self.drafter.propose(batch)
-        drafts, logits = self.drafter.propose_scored(batch)
+        drafts, evidence = self.drafter.propose_scored(batch)
         for row, sequence in enumerate(batch.sequences):
             if drafts.lengths[row] >= self.width:
-                block = (sequence.num_tokens, drafts.token_ids[row, : self.width].copy(), logits[row, : self.width].copy())
+                block = (sequence.num_tokens, drafts.token_ids[row, : self.width].copy(), evidence[row, : self.width].copy())
                 self._pending.setdefault(sequence.serial, []).append(block)
         return drafts
 
@@ -64,29 +64,30 @@ class Watched:
         self.drafter.observe(progress)
 
     def finish(self, sequence: EngineSequence, *, complete: bool) -> None:
-        for start, tokens, logits in self._pending.pop(sequence.serial, []):
+        for start, tokens, evidence in self._pending.pop(sequence.serial, []):
             text = sequence.tokens[start : start + self.width]
             if complete and len(text) == self.width:
-                self.logits.append(logits)
+                self.evidence.append(evidence)
                 self.stood.append(np.cumprod(text == tokens).astype(np.float64))
         self.drafter.finish(sequence, complete=complete)
 
     def blocks(self) -> tuple[Floats, Floats]:
-        """(confidence logits, whether drafts 1..k stood), float64 [N, width] each."""
-        empty = np.zeros((0, self.width))
-        return (np.stack(self.logits), np.stack(self.stood)) if self.logits else (empty, empty)
+        """(evidence [N, width, 2], whether drafts 1..k stood [N, width]), float64."""
+        if not self.stood:
+            return np.zeros((0, self.width, 2)), np.zeros((0, self.width))
+        return np.stack(self.evidence), np.stack(self.stood)
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
     """tokens, steps: float64 [requests] of each domain, what the target said and in how many steps; requests in the prompts' order.
 
-    logits, stood: of all blocks; empty without confidence.
+    evidence, stood: of all blocks; empty for drafters that give no evidence.
     """
 
     tokens: dict[str, Floats]
     steps: dict[str, Floats]
-    logits: Floats
+    evidence: Floats
     stood: Floats
 
     @property
@@ -173,8 +174,7 @@ def measure(
     for request in requests:
         if request.id in ended:
             made.setdefault(domains[request.id], []).append(ended[request.id])
-    logits, stood = watched[0].blocks() if watched else (np.zeros((0, drafts)), np.zeros((0, drafts)))
+    evidence, stood = watched[0].blocks() if watched else (np.zeros((0, drafts, 2)), np.zeros((0, drafts)))
     columns = {domain: np.array(rows, np.float64) for domain, rows in made.items()}
-    return Measured(
-        {domain: rows[:, 0] for domain, rows in columns.items()}, {domain: rows[:, 1] for domain, rows in columns.items()}, logits, stood
-    )
+    sampled, walked = ({domain: rows[:, part] for domain, rows in columns.items()} for part in range(2))
+    return Measured(sampled, walked, evidence, stood)

@@ -15,7 +15,7 @@ from engine.checkpoints.drafters.folder import read_folder
 from engine.checkpoints.drafters.formats import block_spec
 from engine.checkpoints.tensors import read_tensors
 from engine.config import EngineConfig
-from engine.drafters.parts.confidence import CHAINED, bucket_of
+from engine.drafters.parts.confidence import CHAINED, SCALES, bucket_of, spread_out
 from engine.drafters.sources import registry_folders
 from engine.engine import Engine
 from engine.training.answers import answer, hash_of, read
@@ -212,32 +212,31 @@ def fit_drafter(
 def calibrate(
     loaded: LoadedModel, folder: Path, prompts: Sequence[Prompt], *, max_tokens: int, tell: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Fits a temperature and an offset a position and bucket on these prompts and writes them beside the drafter; returns what was written.
+    """Fits the scales of every position and bucket (`parts.confidence`) on these prompts and writes them beside the drafter.
+
+    Returns what was written.
 
     Drafts of a second, chained block have temperatures of their own: what it is anchored at is a draft itself.
-
-    Raises DrafterError for a drafter without a confidence head.
+    A drafter without a confidence head is calibrated by how sharp its distributions are.
     """
     found = read_folder(folder)
     spec = block_spec(found.config)
-    if not spec.confidence:
-        raise DrafterError(f"{folder} has no confidence head: there is nothing to calibrate")
-    temperatures: dict[str, list[float]] = {}
-    offsets: dict[str, list[float]] = {}
+    calibration: dict[str, dict[str, Any]] = {name: {} for name in SCALES}
     quality_of: dict[str, dict[str, Any]] = {}
     for temperature in FITTED_AT:
         width = spec.drafts_per_block * CHAINED
         got = measure(loaded, str(folder), prompts, temperature=temperature, drafts=width, max_tokens=max_tokens)
-        if not len(got.logits):
+        if not len(got.stood):
             tell(f"calibration at temperature {temperature}: no whole block was drafted, so nothing is fitted")
             continue
         bucket = str(int(bucket_of(np.array([temperature]))[0]))
-        scales = fit(got.logits, got.stood)
-        before, after = quality(got.logits, got.stood), quality(got.logits, got.stood, scales)
-        temperatures[bucket], offsets[bucket] = ([round(float(value), 4) for value in row] for row in scales)
-        quality_of[bucket] = {"blocks": len(got.logits), "ece_before": float(before.ece.mean()), "ece_after": float(after.ece.mean())}
+        scales = fit(got.evidence, got.stood)
+        before, after = quality(got.evidence, got.stood), quality(got.evidence, got.stood, scales)
+        for name, row in zip(SCALES, scales, strict=True):
+            calibration[name][bucket] = [round(float(value), 4) for value in row]
+        quality_of[bucket] = {"blocks": len(got.stood), "ece_before": float(before.ece.mean()), "ece_after": float(after.ece.mean())}
         tell(f"calibration at temperature {temperature}: error {before.ece.mean():.4f} before, {after.ece.mean():.4f} after")
-    calibration = {"temperatures": temperatures, "offsets": offsets, "fitted": quality_of}
+    calibration["fitted"] = quality_of
     set_calibration(found, calibration)
     note_prompts(folder, calibrated=[prompt.text for prompt in prompts])
     return calibration
@@ -285,17 +284,17 @@ def evaluate(
     found: dict[str, Judged] = {}
     for drafter in drafters:
         got = measure(loaded, drafter, prompts, temperature=temperature, drafts=drafts, max_tokens=max_tokens, max_sequences=max_sequences)
-        found[_name(drafter)] = judged = Judged(got, fitted(drafter, temperature))
+        found[_name(drafter)] = judged = Judged(got, fitted(drafter, temperature, drafts))
         tell(f"{_name(drafter)}: {judged.row()}")
     return found
 
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """One drafter's figures. fit: temperatures and offsets of its confidence, by position, as they were fitted; empty where not."""
+    """One drafter's figures. scales: float64 [3, K] as `calibrate.fit` gives them."""
 
     got: Measured
-    fit: tuple[list[float], list[float]]
+    scales: np.ndarray
 
     def row(self) -> dict[str, float | None]:
         """Acceptance length (bonus token included) by domain and `macro`; the calibration error, mean over positions, None without one."""
@@ -307,19 +306,9 @@ class Judged:
 
     def qualities(self) -> tuple[Quality, Quality] | None:
         """Before and after temperature scaling."""
-        if not len(self.got.logits):
+        if not len(self.got.stood):
             return None
-        return quality(self.got.logits, self.got.stood), quality(self.got.logits, self.got.stood, self.scales())
-
-    def scales(self) -> np.ndarray:
-        """[2, K] as `calibrate.fit` gives them; positions past the fitted ones are like the last, as they are when drafting."""
-        width = self.got.logits.shape[1]
-        scales = np.stack([np.ones(width), np.zeros(width)])
-        for row, values in zip(scales, self.fit, strict=True):
-            if values:
-                row[: len(values)] = values[:width]
-                row[len(values) :] = values[-1]
-        return scales
+        return quality(self.got.evidence, self.got.stood), quality(self.got.evidence, self.got.stood, self.scales)
 
     def details(self) -> dict[str, Any]:
         """Intervals of the acceptance lengths, requests behind them, and by position the calibration's quality.
@@ -340,21 +329,21 @@ class Judged:
                 "auc": after.auc,
             }
             found["calibration"] = {name: [_rounded(value) for value in column] for name, column in columns.items()}
-            found["blocks"] = len(self.got.logits)
+            found["blocks"] = len(self.got.stood)
         return found
 
 
 def plot_reliability(judged: Mapping[str, Judged], path: Path) -> None:
-    """Of every drafter with a confidence head: predicted chance that drafts 1..k stand against how many did, before and after."""
+    """Of every drafter that gives evidence: predicted chance that drafts 1..k stand against how many did, before and after."""
     from matplotlib.figure import Figure
 
-    shown = {name: one for name, one in judged.items() if len(one.got.logits)}
-    width = max((one.got.logits.shape[1] for one in shown.values()), default=1)
+    shown = {name: one for name, one in judged.items() if len(one.got.stood)}
+    width = max((one.got.stood.shape[1] for one in shown.values()), default=1)
     figure = Figure(figsize=(2.4 * width, 2.6 * max(len(shown), 1)), layout="constrained")
     grid = figure.subplots(max(len(shown), 1), width, squeeze=False, sharex=True, sharey=True)
     for row, (name, one) in enumerate(shown.items()):
-        for label, scales in (("before", None), ("after", one.scales())):
-            for position, (predicted, stood) in enumerate(reliability(one.got.logits, one.got.stood, scales)):
+        for label, scales in (("before", None), ("after", one.scales)):
+            for position, (predicted, stood) in enumerate(reliability(one.got.evidence, one.got.stood, scales)):
                 axes = grid[row, position]
                 axes.plot([0, 1], [0, 1], color="0.8", linewidth=1)
                 axes.plot(predicted, stood, marker="o", markersize=3, linewidth=1, label=label)
@@ -370,12 +359,11 @@ def _rounded(value: float) -> float | None:
     return None if np.isnan(value) else round(float(value), 5)
 
 
-def fitted(drafter: str, temperature: float) -> tuple[list[float], list[float]]:
-    """Temperatures and offsets of a drafter's confidence at a temperature of sampling, by position; empty where none were fitted."""
+def fitted(drafter: str, temperature: float, drafts: int) -> np.ndarray:
+    """float64 [3, drafts]: the scales of a drafter's evidence at a temperature of sampling, as they are when drafting."""
     path = _folder(drafter)
     calibration = {} if path is None else read_folder(path).calibration
-    bucket = str(int(bucket_of(np.array([temperature]))[0]))
-    return list(calibration.get("temperatures", {}).get(bucket, [])), list(calibration.get("offsets", {}).get(bucket, []))
+    return spread_out(calibration, int(bucket_of(np.array([temperature]))[0]), drafts)
 
 
 def _folder(drafter: str) -> Path | None:

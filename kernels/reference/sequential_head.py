@@ -65,12 +65,15 @@ class SequentialHead:
 class DraftBlock:
     """tokens: int64 [S, K]. lse: float32 [S, K], log-sum-exp of the tempered logits. confidence: float32 [S, K] or None.
 
+    peak: float32 [S, K], log-probability of the likeliest token under what each token was drawn from. Like the confidence it depends on
+    the tokens before, not on the one that was drawn.
     log_weights: [S, K, V_d], the tempered logits (the raw ones of greedy rows), or None where they were not asked for; the
     distribution that was sampled from is exp(log_weights - lse).
     """
 
     tokens: torch.Tensor
     lse: torch.Tensor
+    peak: torch.Tensor
     confidence: torch.Tensor | None
     log_weights: torch.Tensor | None
 
@@ -99,7 +102,12 @@ def sequential_head(
     """
     check_block(logits, hidden, head, temperatures, keys)
     state = None if head.w1 is None else torch.zeros(len(anchors), head.rank, dtype=head.w1.dtype, device=logits.device)
-    previous, steps = anchors, []
+    previous = anchors
+    tokens: list[torch.Tensor] = []
+    lses: list[torch.Tensor] = []
+    peaks: list[torch.Tensor] = []
+    confidences: list[torch.Tensor] = []
+    kept: list[torch.Tensor] = []
     for k in range(logits.shape[1]):
         bias, state, confidence = _step(head, previous, state, None if hidden is None else hidden[:, k])
         weights = logits[:, k] if bias is None else logits[:, k] + bias
@@ -107,17 +115,27 @@ def sequential_head(
         greedy = None if temperatures is None else temperatures == 0.0
         if greedy is not None and temperatures is not None:
             weights = weights / torch.where(greedy, 1.0, temperatures)[:, None]
-        columns = weights.argmax(1)
+        highest, columns = weights.max(1)
         if greedy is not None and keys is not None:
             ids = torch.arange(weights.shape[1], device=weights.device) if head.token_ids is None else head.token_ids
             # argmin of E / p without forming p: the largest of log p - log E.
             columns = torch.where(greedy, columns, (weights - exponential(keys[:, k], ids).log()).argmax(1))
         previous = columns if head.token_ids is None else head.token_ids[columns]
-        steps.append((previous, weights.logsumexp(1), confidence, weights))
-    tokens, lse = torch.stack([s[0] for s in steps], 1), torch.stack([s[1] for s in steps], 1)
-    confidences = [s[2] for s in steps if s[2] is not None]
-    kept = torch.stack([s[3] for s in steps], 1) if keep_weights else None
-    return DraftBlock(tokens, lse, torch.stack(confidences, 1) if confidences else None, kept)
+        lse = weights.logsumexp(1)
+        tokens.append(previous)
+        lses.append(lse)
+        peaks.append(highest - lse)
+        if confidence is not None:
+            confidences.append(confidence)
+        if keep_weights:
+            kept.append(weights)
+    return DraftBlock(
+        torch.stack(tokens, 1),
+        torch.stack(lses, 1),
+        torch.stack(peaks, 1),
+        torch.stack(confidences, 1) if confidences else None,
+        torch.stack(kept, 1) if keep_weights else None,
+    )
 
 
 def check_block(

@@ -32,7 +32,7 @@ _KINDS = {"none": 0, "vanilla": 1, "gated": 2, "rnn": 3}
 
 @triton.jit(do_not_specialize=["step", "length", "parts"])
 def _embed(
-    anchors, tokens, lse, best_value, best_column, part_peak, part_mass, token_ids, w1, mix, mixed_hidden, confidence_weight,
+    anchors, tokens, lse, peak_out, best_value, best_column, part_peak, part_mass, token_ids, w1, mix, mixed_hidden, confidence_weight,
     confidence_hidden, confidence, state, features, step, length, parts, stride_mix, rank,
     KIND: tl.constexpr, MAPPED: tl.constexpr, CONFIDENT: tl.constexpr, WITH_EMBEDDING: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr,
@@ -54,6 +54,7 @@ def _embed(
             token = tl.load(token_ids + column)
         tl.store(tokens + sequence * length + step - 1, token)
         tl.store(lse + sequence * length + step - 1, peak + tl.log(mass))
+        tl.store(peak_out + sequence * length + step - 1, -tl.log(mass))
     if step < length:
         at_step = sequence * length + step
         inner = tl.arange(0, BLOCK_R)
@@ -207,11 +208,11 @@ def _token(at, token_ids, vocab, real, MAPPED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["size", "length", "parts"])
 def _finish(
-    anchors, winners, tokens, lse, part_peak, part_mass, token_ids, w1, confidence_weight, confidence_hidden, confidence, size, length,
-    parts, vocab, rank, MAPPED: tl.constexpr, CONFIDENT: tl.constexpr, WITH_EMBEDDING: tl.constexpr, BLOCK_T: tl.constexpr,
+    anchors, winners, tokens, lse, peak_out, part_peak, part_mass, token_ids, w1, confidence_weight, confidence_hidden, confidence, size,
+    length, parts, vocab, rank, MAPPED: tl.constexpr, CONFIDENT: tl.constexpr, WITH_EMBEDDING: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Of one position of one sequence: its token, the sum of its weights, and how sure the draft is."""
+    """Of one position of one sequence: its token, the sum of its weights, the largest share of it, and how sure the draft is."""
     sequence, step = tl.program_id(0), tl.program_id(1)
     at_step = sequence * length + step
     tl.store(tokens + at_step, _token(winners + at_step, token_ids, vocab, True, MAPPED))
@@ -220,7 +221,9 @@ def _finish(
     peaks = tl.load(part_peak + p_at, mask=index < parts, other=float("-inf"))
     masses = tl.load(part_mass + p_at, mask=index < parts, other=0.0)
     peak = tl.max(peaks, axis=0)
-    tl.store(lse + at_step, peak + tl.log(tl.sum(masses * tl.exp(peaks - peak), axis=0)))
+    mass = tl.sum(masses * tl.exp(peaks - peak), axis=0)
+    tl.store(lse + at_step, peak + tl.log(mass))
+    tl.store(peak_out + at_step, -tl.log(mass))
     if CONFIDENT:
         score = tl.load(confidence_hidden + at_step)
         if WITH_EMBEDDING:
@@ -250,11 +253,11 @@ def sequential_head(
         raise ValueError(f"a row of logits must lie side by side, got strides {logits.stride()}")
     device = logits.device
     tokens = torch.empty(size, length, dtype=torch.int64, device=device)
-    lse = torch.empty(size, length, dtype=torch.float32, device=device)
+    lse, largest = torch.empty(2, size, length, dtype=torch.float32, device=device)
     kept = torch.empty(logits.shape if keep_weights else (1,), dtype=torch.float32, device=device)
     confident = head.confidence_weight is not None
     confidence = torch.empty(size, length, dtype=torch.float32, device=device)
-    result = DraftBlock(tokens, lse, confidence if confident else None, kept if keep_weights else None)
+    result = DraftBlock(tokens, lse, largest, confidence if confident else None, kept if keep_weights else None)
     if size == 0:
         return result
     rank = head.rank
@@ -292,7 +295,7 @@ def sequential_head(
     for step in range(length + 1):
         if not direct:
             _embed[(size,)](
-                anchors, tokens, lse, best, column, peak, mass, ids, w1, logits if mix is None else mix,
+                anchors, tokens, lse, largest, best, column, peak, mass, ids, w1, logits if mix is None else mix,
                 lse if mixed_hidden is None else mixed_hidden, *confidences, state, features, step, length, parts,
                 0 if mix is None else mix.stride(0), rank, KIND=_KINDS[head.kind], BLOCK_O=min(block_r, 16), num_warps=4, **about,
             )  # fmt: skip
@@ -311,8 +314,9 @@ def sequential_head(
         tuning.run("sequential_head", f"{block_s}/{block_v}/{block_r}/{str(features.dtype)[6:]}", device, configs, launch)
     if direct:
         _finish[(size, length)](
-            anchors, winners, tokens, lse, peak, mass, ids, w1, *confidences, size, length, parts, vocab, rank, num_warps=1, **about
-        )
+            anchors, winners, tokens, lse, largest, peak, mass, ids, w1, *confidences, size, length, parts, vocab, rank, num_warps=1,
+            **about,
+        )  # fmt: skip
     return result
 
 

@@ -72,13 +72,13 @@ def main() -> int:
             for name, source in names.items():
                 label = f"{name} at temperature {temperature:g}"
                 got = kept(options, packed if name == PORTFOLIO else loaded, name, source, prompts, temperature, steps, label)
-                rows[name] = Judged(got, fitted(source, temperature))
+                rows[name] = Judged(got, fitted(source, temperature, options.drafts))
             found[f"{temperature:g}"] = rows
     result = summary(found, folders, options, prompts)
     (options.out / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
     (options.out / "evaluation.md").write_text(markdown(result))
     for temperature, rows in found.items():
-        if any(len(one.got.logits) for one in rows.values()):
+        if any(len(one.got.stood) for one in rows.values()):
             plot_reliability(rows, options.out / f"reliability-{temperature}.png")
     plot(result, options.out / "acceptance.png")
     if options.as_json:
@@ -116,7 +116,7 @@ def kept(
     path = options.out / f"{name}-{temperature:g}.npz"
     if path.exists():
         with np.load(path) as stored:
-            if json.loads(str(stored["about"])) == about:
+            if json.loads(str(stored["about"])) == about and "evidence" in stored:
                 steps.skip()
                 return _unpack(dict(stored))
     with steps.one(label) as tick:
@@ -131,7 +131,7 @@ def kept(
             tick=tick,
         )
     columns = {f"{kind}:{domain}": values for kind in ("tokens", "steps") for domain, values in getattr(got, kind).items()}
-    np.savez_compressed(path, about=json.dumps(about), logits=got.logits, stood=got.stood, **columns)
+    np.savez_compressed(path, about=json.dumps(about), evidence=got.evidence, stood=got.stood, **columns)
     return got
 
 
@@ -141,7 +141,7 @@ def _unpack(stored: dict[str, Any]) -> Measured:
         kind, colon, domain = key.partition(":")
         if colon:
             tables[kind][domain] = values
-    return Measured(tables["tokens"], tables["steps"], stored["logits"], stored["stood"])
+    return Measured(tables["tokens"], tables["steps"], stored["evidence"], stored["stood"])
 
 
 def summary(found: dict[str, dict[str, Judged]], folders: dict[str, Path], options: Any, prompts: list[Prompt]) -> dict[str, Any]:

@@ -32,14 +32,15 @@ def draft_chain(
     """tokens int64 [S, width] and confidences float32 [S, width].
 
     logits: float32 [S, draft vocab] of the first draft. advance(tokens [S], column) gives those of the draft after draft `column`.
-    The confidence is the largest probability of the draft distribution, which knows earlier drafts but not its own.
+    The confidence is the chance of the draft distribution's likeliest token, which knows earlier drafts but not its own.
     """
     tokens: list[torch.Tensor] = []
     confidences: list[torch.Tensor] = []
     nothing = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
     for column in range(width):
-        confidences.append((logits.amax(1) - logits.logsumexp(1)).exp())
-        tokens.append(draws.draw(logits[:, None], None, nothing, column, head).tokens[:, 0])
+        block = draws.draw(logits[:, None], None, nothing, column, head)
+        confidences.append(block.peak[:, 0].exp())
+        tokens.append(block.tokens[:, 0])
         if column + 1 < width:
             logits = advance(tokens[-1], column)
     return torch.stack(tokens, 1), torch.stack(confidences, 1).float()

@@ -59,9 +59,7 @@ class DeviceBlocks:
         self._block_size, self._positions = block_size, bins.positions
         count = spec.drafts_per_block
         self._edges = torch.tensor(EDGES, device=device)
-        self._temperatures, self._offsets = (
-            torch.from_numpy(table[:, :count].astype(np.float32)).to(device) for table in (bins.temperatures, bins.offsets)
-        )
+        self._scales = torch.from_numpy(bins.scales[..., :count].astype(np.float32)).to(device)
         self._rates = torch.from_numpy(bins.prior.astype(np.float32)).to(device)
         self._own, self._weights = torch.ones(2, slots, device=device)
         self._first = torch.zeros(slots, dtype=torch.int64, device=device)
@@ -105,13 +103,14 @@ class DeviceBlocks:
         keys = row_keys(state.seeds[:, None], state.made[:, None] + places, Stream.TOKEN, 0)
         block = kernels.sequential_head(logits, hidden, state.last, self._head, temperatures=temperatures, keys=keys)
         confidence = torch.full_like(block.lse, _UNSURE) if block.confidence is None else block.confidence
-        bins = self._bins(confidence.float(), temperatures, places)
+        bins = self._bins(confidence.float(), block.peak.exp(), temperatures, places)
         rates = (self._rates[bins] * self._own[:, None]).clamp(max=HIGHEST)
         return DeviceDrafts(block.tokens, rates.cumprod(1) * self._weights[:, None], bins)
 
-    def _bins(self, confidence: torch.Tensor, temperatures: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """As `ConfidenceBins.bins`; the confidence of a draft has not seen it."""
+    def _bins(self, confidence: torch.Tensor, peak: torch.Tensor, temperatures: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """As `ConfidenceBins.bins`; neither number has seen the draft that it is about."""
         bucket = torch.bucketize(temperatures, self._edges)
-        tempered = torch.sigmoid((torch.logit(confidence, _EPS) - self._offsets[bucket]) / self._temperatures[bucket])
+        temperature, offset, weight = self._scales[:, bucket]
+        tempered = torch.sigmoid((torch.logit(confidence, _EPS) + weight * torch.logit(peak, _EPS) - offset) / temperature)
         level = (tempered * LEVELS).long().clamp(max=LEVELS - 1)
         return (bucket[:, None] * self._positions + places) * LEVELS + level

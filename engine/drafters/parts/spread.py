@@ -20,12 +20,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Drafted:
-    """Rows `rows` of a batch, each with its first `limits` of the drafts. tokens: int64 [R, D]; confidences: float32 [R, D]."""
+    """Rows `rows` of a batch, each with its first `limits` of the drafts. tokens: int64 [R, D].
+
+    confidences, peaks: float32 [R, D], chances; see `parts.confidence`. peaks: None where the confidence is that already.
+    """
 
     rows: NDArray[np.int64]
     limits: NDArray[np.int64]
     tokens: torch.Tensor
     confidences: torch.Tensor
+    peaks: torch.Tensor | None = None
 
     @staticmethod
     def nothing(count: int) -> Drafts:
@@ -33,10 +37,13 @@ class Drafted:
         return Drafts.certain([([], [])] * count)
 
     def spread(self, count: int, bins: ConfidenceBins, draws: Draws) -> tuple[Drafts, NDArray[np.float64]]:
-        """Drafts of all `count` sequences, and their raw confidence logits float64 [count, D]; one read back from the device."""
-        packed = torch.stack((self.tokens.double(), self.confidences.double())).cpu().numpy()
-        tokens, logits = packed[0].astype(np.int64), logit(packed[1])
-        found = bins.bins(logits, draws.temperatures, self.limits)
+        """Drafts of all `count` sequences, and the evidence for them, float64 [count, D, 2] (`parts.confidence.scaled`); one read back from
+        the device.
+        """
+        peaks = self.confidences if self.peaks is None else self.peaks
+        packed = torch.stack((self.tokens.double(), self.confidences.double(), peaks.double()), -1).cpu().numpy()
+        tokens, evidence = packed[..., 0].astype(np.int64), logit(packed[..., 1:])
+        found = bins.bins(evidence, draws.temperatures, self.limits)
         lengths = np.zeros(count, np.int64)
         lengths[self.rows] = self.limits
         probabilities = draws.probabilities
@@ -45,9 +52,9 @@ class Drafted:
             full[torch.from_numpy(self.rows).to(full.device)] = probabilities
             probabilities = full
         drafts = Drafts(self._scatter(count, tokens, 0), lengths, self._scatter(count, found, -1), probabilities)
-        return drafts, self._scatter(count, logits, 0.0)
+        return drafts, self._scatter(count, evidence, 0.0)
 
     def _scatter(self, count: int, values: NDArray[Any], fill: float) -> NDArray[Any]:
-        full = np.full((count, values.shape[1]), fill, values.dtype)
+        full = np.full((count, *values.shape[1:]), fill, values.dtype)
         full[self.rows] = values
         return full

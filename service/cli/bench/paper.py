@@ -216,14 +216,14 @@ def _calibration(loaded: LoadedModel, drafter: str, lines: Sequence[BenchLine], 
     ]
     prompts = [Prompt(text) for text in asked if isinstance(text, str)]
     (judged,) = evaluate(loaded, [drafter], prompts, drafts=plan.block, max_tokens=plan.max_tokens).values()
-    if not len(judged.got.logits):
+    if not len(judged.got.stood):
         return {}
     points = {
         name: [
             [[round(float(value), 4) for value in axis] for axis in pair]
-            for pair in reliability(judged.got.logits, judged.got.stood, scales)
+            for pair in reliability(judged.got.evidence, judged.got.stood, scales)
         ]
-        for name, scales in (("before", None), ("after", judged.scales()))
+        for name, scales in (("before", None), ("after", judged.scales))
     }
     return {**judged.details()["calibration"], **points}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -55,6 +56,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory, target: TargetModel) -> Pa
     write(root / "gated", *deepspec(target, "gated"))
     write(root / "dflash", *zlab())
     write(root / "small", *speculators_block("dspark"))
+    for name in ("gated", "dflash"):  # bins by how sharp a draft is, differently at each position and temperature
+        scales = {"temperatures": [1.5, 0.7], "offsets": [0.3, -0.4, 0.1], "sharpness": [0.5, 2.0, 1.0]}
+        calibration = {key: {bucket: [value + 0.1 * int(bucket) for value in row] for bucket in "02"} for key, row in scales.items()}
+        (root / name / "calibration.json").write_text(json.dumps(calibration))
     return root
 
 

@@ -70,6 +70,7 @@ def test_every_kind_follows_its_equation(kind: Kind, ids: bool) -> None:
             assert int(block.tokens[s, k]) == x
             np.testing.assert_allclose(block.log_weights[s, k].numpy(), tempered, rtol=1e-6)
             assert float(block.lse[s, k]) == pytest.approx(np.log(np.exp(tempered).sum()), rel=1e-6)
+            assert float(block.peak[s, k]) == pytest.approx(tempered.max() - np.log(np.exp(tempered).sum()), rel=1e-6)
             score = float(head.confidence_weight.numpy() @ features + float(head.confidence_bias))
             assert float(block.confidence[s, k]) == pytest.approx(float(sigmoid(np.array(score))), rel=1e-6)
     torch.testing.assert_close(block.probabilities().sum(-1), torch.ones(S, K, dtype=torch.float64))

@@ -79,9 +79,10 @@ def test_deepspec_layout_drafts_what_the_paper_says(tmp_path: Path, hf: Any, tar
     scene, drafter = load(write(tmp_path / "d", config, t), target)
     drafts, scores = propose(scene, drafter, [5, 5, 5])
     for row, text in enumerate(scene.texts.tokens):
-        tokens, confidences, _ = expected(hf, text, t, config, [0, 3], [None, None], 0, t["lm_head.weight"], t["embed_tokens.weight"])
+        tokens, confidences, logits = expected(hf, text, t, config, [0, 3], [None, None], 0, t["lm_head.weight"], t["embed_tokens.weight"])
         assert drafts.token_ids[row].tolist() == tokens
-        assert sigmoid(scores[row]) == pytest.approx(confidences, abs=1e-4)
+        assert sigmoid(scores[row, :, 0]) == pytest.approx(confidences, abs=1e-4)
+        assert sigmoid(scores[row, :, 1]) == pytest.approx([float(one.softmax(0).max()) for one in logits], abs=1e-4)
     assert drafts.probabilities is None
 
 

@@ -384,14 +384,21 @@ def _head_cases(*, full: bool) -> Iterator[Case]:
                 yield Case("sequential_head", f"{kind} {shape}{' mapped' if mapped else ''}", run, 1e-4)
     run = partial(_sequential_head, (3, 2, 3000, 10, 24), "vanilla", torch.float32, mapped=False)
     yield Case("sequential_head", "several tiles a program", run, 1e-4)
+    for kind in ("vanilla", "gated"):
+        run = partial(_sequential_head, (5, 1, 300, 10, 24), kind, torch.float32, mapped=False, clear=False)
+        yield Case("sequential_head", f"{kind}, no clear winner", run, 1e-4)
     for dtype in (torch.bfloat16,) if not full else HALF_TYPES:
         yield Case(
             "sequential_head", f"vanilla, {str(dtype)[6:]}", partial(_sequential_head, sizes[-1], "vanilla", dtype, mapped=False), 0.02
         )
 
 
-def _sequential_head(shape: tuple[int, ...], kind: Any, dtype: torch.dtype, device: torch.device, *, mapped: bool) -> Results:
-    """One position's tokens decide the next one's logits, so positions are checked with the op's own tokens fed to the reference."""
+def _sequential_head(
+    shape: tuple[int, ...], kind: Any, dtype: torch.dtype, device: torch.device, *, mapped: bool, clear: bool = True
+) -> Results:
+    """One position's tokens decide the next one's logits: of several positions, winners must be `clear`, or rounding would send the two
+    down different paths.
+    """
     from kernels.reference.sequential_head import SequentialHead
     from kernels.reference.sequential_head import sequential_head as reference
     from kernels.triton.sequential_head import sequential_head
@@ -414,15 +421,15 @@ def _sequential_head(shape: tuple[int, ...], kind: Any, dtype: torch.dtype, devi
     )
     ids = torch.randperm(2 * vocab, device=device)[:vocab] if mapped else None
     logits, hidden = 3 * normal(size, length, vocab), normal(size, length, hidden_size)
-    # Clear winners, or rounding would send the two down different paths.
-    logits[torch.arange(size)[:, None], torch.arange(length), torch.randint(0, vocab, (size, length), device=device)] += 40.0
+    if clear:
+        logits[torch.arange(size)[:, None], torch.arange(length), torch.randint(0, vocab, (size, length), device=device)] += 40.0
     anchors = torch.randint(0, vocab, (size,), device=device)
     keys = torch.randint(-(2**62), 2**62, (size, length), device=device)
     options = {"temperatures": torch.tensor([0.0, 0.7, 1.0], device=device).repeat(size)[:size], "keys": keys, "keep_weights": True}
     exact = reference(logits.double(), hidden.double(), anchors, SequentialHead(kind, *map(_double, tensors), ids), **options)
     with poisoned_allocations():
         made = sequential_head(logits, hidden, anchors, SequentialHead(kind, *tensors, ids), **options)
-    parts = [(block.tokens, block.lse, block.confidence, block.log_weights) for block in (made, exact)]
+    parts = [(block.tokens, block.lse, block.peak, block.confidence, block.log_weights) for block in (made, exact)]
     return parts[0], parts[1]
 
 
