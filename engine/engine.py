@@ -129,8 +129,15 @@ class Engine:
                 entropy=entropy,
             )
         )
+        # Where drafts are made inside steps, what they take is not known apart from these.
+        records = None if profiles is None or isinstance(self._runner, GraphRunner) else profiles.drafters(spec, self.drafters.stamp)
         self._speculator = Speculator(
-            config.max_draft_tokens, self.limits.max_sequences, cost, self.drafters, fixed_drafts=config.fixed_drafts
+            config.max_draft_tokens,
+            self.limits.max_sequences,
+            cost,
+            self.drafters,
+            fixed_drafts=config.fixed_drafts,
+            records=records,
         )
         adapting = None
         if config.adapt:
@@ -207,6 +214,7 @@ class Engine:
                 self._device.leave()
             self._requests.drop()
             self._recorder.flush()
+            self._speculator.keep()
             self._running.release()
 
     def abort(self, ids: Iterable[str]) -> None:
@@ -278,7 +286,7 @@ class Engine:
             self._enter(sequence)
         running = self._scheduler.running
         crowd = min(len(running) + len(self._scheduler.waiting), self._scheduler.batch)
-        self._speculator.foresee(crowd, sum(sequence.num_tokens for sequence in running) / max(len(running), 1))
+        self._speculator.foresee(crowd, running, self._scheduler.answers())
         proposal = Proposal.empty(len(plan.decoding))
         try:
             if self._flight is None:

@@ -17,11 +17,12 @@ import torch
 
 import kernels
 from engine.checkpoints.cache import make_once
+from engine.drafter_records import DrafterRecords
 from engine.runner import PackedStep, Runner
 from engine.speculation.cost_model import Load
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from engine.batch import ModelSpec
     from engine.checkpoints.cache import SharedFolders
@@ -63,6 +64,10 @@ class Profiles:
                 _log.warning("launch configurations of kernels cannot be kept: %s", error)
             yield
 
+    def drafters(self, spec: ModelSpec, stamp: Callable[[str], tuple[object, ...]]) -> DrafterRecords:
+        """What was learned of drafters for this model on this device in earlier jobs, beside the profiles. stamp: see `DrafterRecords`."""
+        return DrafterRecords(self._directory.parent / "drafter-records", describe(spec), stamp)
+
     def steps(self, runner: Runner, spec: ModelSpec, max_sequences: int, max_tokens: int) -> tuple[list[tuple[Load, float]], bool]:
         """What `measure_steps` returns, and whether it was there already. A cache that cannot be used costs the measurement only."""
         measured: list[tuple[Load, float]] = []
@@ -71,7 +76,12 @@ class Profiles:
             measured.extend(measure_steps(runner, max_sequences, max_tokens))
             (folder / _FILE).write_text(to_json(measured))
 
-        about = [*describe(spec, max_sequences, max_tokens), *(["fp8 KV"] if runner.kv.keys[0].dtype == torch.float8_e4m3fn else [])]
+        about = [
+            *describe(spec),
+            str(max_sequences),
+            str(max_tokens),
+            *(["fp8 KV"] if runner.kv.keys[0].dtype == torch.float8_e4m3fn else []),
+        ]
         name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
         try:
             with self.tuned(spec.device):
@@ -83,11 +93,11 @@ class Profiles:
         return measured or measure_steps(runner, max_sequences, max_tokens), False
 
 
-def describe(spec: ModelSpec, max_sequences: int, max_tokens: int) -> list[str]:
-    """Everything that a step's time depends on, as far as it can be named."""
+def describe(spec: ModelSpec) -> list[str]:
+    """Everything that the time of steps of a size depends on, as far as it can be named."""
     on_cuda = spec.device.type == "cuda"
     device = torch.cuda.get_device_name(spec.device) if on_cuda else f"{_processor()}, {torch.get_num_threads()} threads"
-    return [str(PROFILE), spec.name, spec.revision, spec.precision, device, torch.__version__, str(max_sequences), str(max_tokens)]
+    return [str(PROFILE), spec.name, spec.revision, spec.precision, device, torch.__version__]
 
 
 def to_json(points: list[tuple[Load, float]]) -> str:

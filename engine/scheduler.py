@@ -173,6 +173,10 @@ class Scheduler:
         room = np.array([sequence.room for sequence in sequences], np.float64)
         return np.asarray(np.maximum(np.minimum(np.maximum(left, expected / 2), room), 1.0))
 
+    def answers(self) -> float:
+        """Tokens that the answers of those who run will probably have, together."""
+        return sum(self._lengths.expected(sequence.request) for sequence in self.running)
+
     def grant_drafts(self, sequence: Sequence, wanted: int) -> int:
         """Makes room for up to `wanted` drafted tokens after the next one; returns how many fit without preempting anyone."""
         missing = self.pool.blocks_for(sequence.num_tokens + wanted) - len(sequence.blocks)

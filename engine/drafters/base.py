@@ -138,6 +138,24 @@ class Rests(Protocol):
 
 
 @runtime_checkable
+class PutsOff(Protocol):
+    """A drafter of hidden states that keeps what it was shown until it is to draft, or told to work through it.
+
+    backlog: tokens that it was shown and has not taken in. prompt_window: of a longer prompt it takes in only so many of the last tokens.
+    """
+
+    @property
+    def backlog(self) -> int: ...
+
+    @property
+    def prompt_window(self) -> int | None: ...
+
+    def catch_up(self) -> None:
+        """Takes in what is left, if anything."""
+        ...
+
+
+@runtime_checkable
 class DraftsOnDevice(Rests, Blocks, Protocol):
     """A drafter of hidden states that can also draft inside a step, for an `engine.pipeline`, from what it was shown until then."""
 

@@ -11,6 +11,7 @@ import kernels
 from engine.checkpoints.drafters.check import block_shapes, check_target, check_tensors
 from engine.checkpoints.drafters.errors import DrafterError
 from engine.checkpoints.drafters.formats import block_spec
+from engine.drafters.parts.backlog import Backlog
 from engine.drafters.parts.block import BlockBackbone, Carried
 from engine.drafters.parts.confidence import CHAINED, ConfidenceBins
 from engine.drafters.parts.draws import Draws
@@ -36,8 +37,9 @@ if TYPE_CHECKING:
 class DSparkDrafter:
     """Drafts blocks of `spec.block_size` slots; longer drafts chain blocks, each anchored at the last draft before it.
 
-    Reads the target's hidden states as they pass by (no second pass), and keeps keys and values for confirmed tokens only. Output head and
-    sequential head run only for the slots that are asked for. Everything stays on the device until the drafts are read back, once.
+    Reads the target's hidden states as they pass by (no second pass), and keeps keys and values for confirmed tokens only. On a CPU it
+    works through them when it is to draft: few rows take as long as many, and where it is never chosen, nothing. Output head and sequential
+    head run only for the slots that are asked for. Everything stays on the device until the drafts are read back, once.
 
     prompt_window: of a longer prompt, only so many of its last tokens are taken in. A drafter that was trained on texts of that length
     gains nothing from what lies before, and to take in thousands of tokens costs some percent of their prefill. None: all of it.
@@ -63,7 +65,8 @@ class DSparkDrafter:
         self.prior = self._bins.prior
         self._backbone = BlockBackbone(spec, weights, num_blocks=host.num_blocks, block_size=host.block_size)
         self._device = weights.device
-        self._prompt_window = prompt_window
+        self.prompt_window = prompt_window
+        self._backlog = Backlog()
 
     @classmethod
     def load(cls, folder: DrafterFolder, host: Host) -> DSparkDrafter:
@@ -112,6 +115,7 @@ class DSparkDrafter:
         rows = np.flatnonzero(batch.limits > 0)
         if not len(rows):
             return Drafted.nothing(len(batch.sequences)), np.zeros((len(batch.sequences), 0, 2))
+        self.catch_up()
         sequences, limits = [batch.sequences[row] for row in rows], batch.limits[rows]
         width = int(limits.max())
         draws = Draws(
@@ -127,16 +131,32 @@ class DSparkDrafter:
     @torch.inference_mode()
     def observe(self, progress: Progress) -> None:
         rows = progress.rows()
-        if self._prompt_window is not None:
+        if self.prompt_window is not None:
             ends = np.repeat([chunk.sequence.prompt_length for chunk in progress.chunks], progress.valid)
-            far = progress.positions[rows] < ends - self._prompt_window
+            far = progress.positions[rows] < ends - self.prompt_window
             self._backbone.overwrite(progress.slots[rows[far]])
             rows = rows[~far]
         if not len(rows):
             return
         at = torch.from_numpy(rows).to(self._device)
         taps = [progress.taps[tap].index_select(0, at) for tap in self._spec.taps]
-        self._backbone.write(taps, progress.positions[rows], progress.slots[rows])
+        positions, slots = progress.positions[rows], progress.slots[rows]
+        self._backlog.add(taps, positions, slots)
+        self._backbone.saw(slots)
+        if self._device.type != "cpu":  # there it waits for nobody
+            self.catch_up()
+
+    @property
+    def backlog(self) -> int:
+        """See `PutsOff`."""
+        return len(self._backlog)
+
+    @torch.inference_mode()
+    def catch_up(self) -> None:
+        """See `PutsOff`."""
+        if self._backlog:
+            taps, positions, slots = self._backlog.take()
+            self._backbone.take_in(taps, torch.from_numpy(positions).to(self._device), torch.from_numpy(slots).to(self._device))
 
     def miss(self, progress: Progress) -> None:
         """See `Rests`. Their slots may have held what was seen of another text."""
@@ -144,6 +164,7 @@ class DSparkDrafter:
 
     def on_device(self, slots: int) -> DeviceBlocks:
         """See `DraftsOnDevice`."""
+        self.catch_up()
         return DeviceBlocks(
             self._spec, self._backbone, self._vocabulary, self._head, self._bins, block_size=self._host.block_size, slots=slots,
             device=self._device,
@@ -155,6 +176,7 @@ class DSparkDrafter:
 
     def knows_from(self, sequence: Sequence) -> int:
         """See `DraftsOnDevice`."""
+        self.catch_up()  # what it knows, it must have taken in
         size = self._host.block_size
         missed = np.flatnonzero(~self._backbone.knows(slots_of(sequence, np.arange(sequence.num_computed), size)))
         return int(missed[-1]) // size + 1 if len(missed) else 0
@@ -210,9 +232,9 @@ class DSparkDrafter:
 
     def _first_block(self, sequence: Sequence) -> int:
         """Blocks before it were never taken in. Sliding windows count from a text's start, so there it is the first."""
-        if self._prompt_window is None or any(window is not None for window in self._spec.windows):
+        if self.prompt_window is None or any(window is not None for window in self._spec.windows):
             return 0
-        return max(sequence.prompt_length - self._prompt_window, 0) // self._host.block_size
+        return max(sequence.prompt_length - self.prompt_window, 0) // self._host.block_size
 
 
 def _sequential_head(spec: BlockSpec, weights: Weights, token_ids: torch.Tensor | None) -> SequentialHead:

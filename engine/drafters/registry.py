@@ -123,6 +123,10 @@ class Catalogue:
         """The templates that a drafter was made for, by its record; none: all."""
         return self._sources[name].tags
 
+    def stamp(self, name: str) -> tuple[object, ...]:
+        """Differs once a drafter's files were exchanged."""
+        return self._sources[name].stamp
+
     def create(self, name: str) -> Drafter:
         """The drafter of a name that `resolve` returned or that is a member. Raises DrafterError where it does not fit the target."""
         if name in TEXT_DRAFTERS:

@@ -68,6 +68,11 @@ class CostModel:
         """Whether there is anything to predict from."""
         return self._ready
 
+    @property
+    def slowness(self) -> float:
+        """How many times as long as its weights say everything takes just now: see `speed`."""
+        return math.exp(self._speed)
+
     def profile(self, points: list[tuple[Load, float]]) -> None:
         """Starts from measurements (seconds) taken on purpose, ideally with several token counts. Forgets everything else."""
         tokens = np.array(sorted({load.tokens for load, _ in points}), np.float64)
@@ -99,7 +104,7 @@ class CostModel:
         taken = min(max(error, -bound), bound)
         seen = self.predict(load) * math.exp(taken)
         self._speed += self._SPEED * taken
-        row = self._features(load) * math.exp(self._speed) / seen  # relative errors: a short step is as telling as a long one
+        row = self._features(load) * self.slowness / seen  # relative errors: a short step is as telling as a long one
         self._normal = self._decay * self._normal + np.outer(row, row)
         self._moment = self._decay * self._moment + row
         hold = self._PULL / self._sizes(self._profile) ** 2
@@ -108,21 +113,21 @@ class CostModel:
 
     def predict(self, load: Load) -> float:
         """Seconds."""
-        return float(self._features(load) @ self._weights) * math.exp(self._speed)
+        return float(self._features(load) @ self._weights) * self.slowness
 
     def curve(self, tokens: NDArray[np.int64]) -> Floats:
         """Seconds that depend on the number of tokens alone; [N] -> [N], never falling."""
         curve = self._weights[:-3]
         beyond = np.maximum(tokens - self._knots[-1], 0.0) * curve[-1] / self._knots[-1]
-        return np.asarray((np.interp(tokens, self._knots, curve) + beyond) * math.exp(self._speed))
+        return np.asarray((np.interp(tokens, self._knots, curve) + beyond) * self.slowness)
 
     @property
     def seconds_per_row(self) -> float:
-        return float(self._weights[-3]) * math.exp(self._speed)
+        return float(self._weights[-3]) * self.slowness
 
     @property
     def seconds_per_pair(self) -> float:
-        return float(self._weights[-1]) * math.exp(self._speed)
+        return float(self._weights[-1]) * self.slowness
 
     def _features(self, load: Load) -> Floats:
         row = np.zeros(len(self._weights))

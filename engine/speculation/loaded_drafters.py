@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engine.drafters.base import Exchangeable, Rests
+from engine.drafters.base import Exchangeable, PutsOff, Rests
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -18,17 +19,22 @@ if TYPE_CHECKING:
     from engine.drafters.builtin import Supply
     from engine.sequence import Sequence
     from engine.speculation.choices import Choices
+    from engine.speculation.cost_model import CostModel
     from engine.speculation.track_record import TrackRecord
+
+_BACKLOG = 1024
+"""Tokens of hidden states that are kept at most for a drafter that is not chosen: 12 MB of a model of 135M, five taps."""
 
 
 class LoadedDrafters:
     """By name. `listener` is shown the hidden states of every step, and every sequence that ends.
 
-    `crowded`: steps are so full that a draft hardly pays, so drafters that may rest do. selective: whether any may.
+    `crowded`: steps are so full that a draft hardly pays, so drafters that may rest do. cost: knows how slow the machine is just now.
+    selective: whether any drafter may rest.
     """
 
-    def __init__(self, supply: Supply, choices: Choices, record: TrackRecord, *, selective: bool) -> None:
-        self._supply, self._choices, self._record = supply, choices, record
+    def __init__(self, supply: Supply, choices: Choices, record: TrackRecord, cost: CostModel, *, selective: bool) -> None:
+        self._supply, self._choices, self._record, self._cost = supply, choices, record, cost
         self._selective = selective
         self._drafters: dict[str, Drafter] = {}
         self._resting: dict[str, Rests] = {}
@@ -103,9 +109,39 @@ class LoadedDrafters:
             if name in self._resting and (self.rests(name) or not progress.taps.keys() >= set(drafter.taps)):
                 self._resting[name].miss(progress)
             else:
-                drafter.observe(progress)
+                self._show(name, drafter, progress)
         if self.listener is not None:
             self.listener.observe(progress)
+
+    def catch_up(self, name: str) -> None:
+        """What a drafter was shown and has put off is taken in now: it is to draft."""
+        drafter: object = self._drafters[name]
+        if isinstance(drafter, PutsOff) and (tokens := drafter.backlog):
+            started = time.perf_counter()
+            drafter.catch_up()
+            self._learn_intake(name, tokens, time.perf_counter() - started)
+
+    def shown(self, sequences: list[Sequence], answers: float) -> dict[str, float]:
+        """How many tokens those that may rest take in for each of the `answers` tokens of the answers of `sequences`, prompts included."""
+        found = {}
+        for name, drafter in self._resting.items():
+            window = drafter.prompt_window if isinstance(drafter, PutsOff) else None
+            computed = (sequence.prompt_length - sequence.ledger.cached for sequence in sequences)
+            prompts = sum(max(count if window is None else min(count, window), 0) for count in computed)
+            found[name] = 1.0 + prompts / max(answers, 1.0)
+        return found
+
+    def _show(self, name: str, drafter: Drafter, progress: Progress) -> None:
+        started = time.perf_counter()
+        drafter.observe(progress)
+        backlog = drafter.backlog if isinstance(drafter, PutsOff) else 0
+        if not backlog:
+            self._learn_intake(name, int(progress.valid.sum()), time.perf_counter() - started)
+        elif backlog >= _BACKLOG:
+            self.catch_up(name)
+
+    def _learn_intake(self, name: str, tokens: int, seconds: float) -> None:
+        self._choices.learn_intake(name, tokens, seconds / self._cost.slowness)
 
     def finish(self, names: Iterable[str], sequence: Sequence, *, complete: bool) -> None:
         """A sequence ended that `names` could draft for."""

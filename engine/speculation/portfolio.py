@@ -6,6 +6,9 @@ of a draft, in tokens that its time would have brought otherwise) changes with t
 text lookup costs nothing and is always asked, and its worth is what its matches promise right now: those depend on confirmed text alone.
 A neural drafter must be worth more than the lookup by at least the tokens that its own time would have brought otherwise. So no choice
 ever reads a token that is not yet admitted; picking the drafter whose *realised* drafts look best would bias the text.
+
+A drafter of hidden states has to be shown the texts before it can be chosen. Its income at this load so far (what the choice of a step
+found it to be worth, whether it was able to draft or not) must pay for that, prompts included. It starts from what earlier jobs taught.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from engine.speculation.experience import PRICES, Experience, Mean, load_class, no_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,12 +30,17 @@ if TYPE_CHECKING:
 
 _FADE = 0.9
 """Per step of a request: its record is about its last ten steps."""
-_LEND = 2.0
-"""Steps that a template's record counts for in a request's, and the overall record in a template's."""
+_LEND = 8.0
+"""Steps that a template's record counts for in a request's, and the overall record in a template's. Of 1 to 32, 8 to 16 foretell best what
+the blocks of SmolLM2-135M's drafter bring next; with 2 a request's luck is taken for merit."""
 _OPTIMISM = 0.75
-"""Chance that a draft stands if those before it do, before the drafter was ever tried; one trial corrects it."""
+"""Chance that a draft stands if those before it do, before the drafter was ever tried."""
+_HOPES = 2.0
+"""Steps that this counts for in the overall record."""
 _FIRST_PROBE = 32
 """Steps without use after which a drafter is tried for one request; tried in vain, after twice as many, and so on."""
+_KNOWN_PROBE = 128
+"""The same at first for one that earlier jobs tried."""
 _TRIALS = 4
 """Drafts of a new drafter that are for one request at a time: until then both its worth and its time are guesses, the first ones' luck is
 no verdict."""
@@ -40,15 +50,15 @@ FULL = 0.5
 """The price of a draft in such steps."""
 _AHEAD = 24
 """Steps before a trial in which a drafter must attend to the texts, to have something to draft from."""
-_USUAL = 3.0
-"""A pass that took this many times what it was expected to says no more than that."""
+_LIGHT = 32.0
+"""Steps of a request that the experience of earlier jobs counts for at most."""
+_INCOME_FADE, _INCOME_LIGHT = 1.0 - 1.0 / 16, 8.0
+"""Per step: income is about the last 16 of them. Of an earlier job it counts for so many at most."""
+_OF_ONE = 8
+"""Steps that a whole request counts for at most in what lasts: requests that a drafter suits keep it, and would count most."""
 _MAX_TEMPLATES = 4096
 _KEPT = 0.25
 """Of a drafter's record when its weights are exchanged."""
-
-
-PRICES: Floats = np.linspace(0.0, 1.0, 11)
-"""Tokens that the verification of a draft costs, for each of which a worth is kept."""
 
 
 def net(survival: Floats, price: float) -> Floats:
@@ -68,68 +78,82 @@ _HOPE = earned(*(np.cumprod(np.full((1, 16), _OPTIMISM), axis=1),) * 2)[0]
 
 
 @dataclass(slots=True)
-class _Record:
-    """What drafts brought by price, and steps, fading."""
-
-    brought: Floats = field(default_factory=lambda: np.zeros(len(PRICES)))
-    steps: float = 0.0
-
-    def add(self, brought: Floats, fade: float) -> None:
-        self.fade(fade)
-        self.brought = self.brought + brought
-        self.steps += 1.0
-
-    def fade(self, fade: float) -> None:
-        self.brought = self.brought * fade
-        self.steps *= fade
-
-    def mean(self, prior: Floats) -> Floats:
-        return np.asarray((self.brought + _LEND * prior) / (self.steps + _LEND))
-
-
-@dataclass(slots=True)
 class _Member:
-    """overall: over all requests. templates: by name. slots: by the request's slot. seconds: [fixed, per request] of a draft pass, of which
-    the first does not count: it compiles and allocates. tags: the templates it was made for; none: for all. idle: steps since it paid.
-    unwanted: steps since it would have been chosen, had it known the texts.
+    """overall: over all requests. templates: by name. slots, steps: as `Mean`s have it, by the request's slot: [slots, P], [slots]. whole,
+    drafted: the same of all of the request so far. tags: the templates it was made for; none: for all. past: of earlier jobs, this one
+    included. income: of this one, by load; see `Experience`. idle: steps since it paid.
     """
 
-    slots: list[_Record]
-    tags: tuple[str, ...] = ()
-    overall: _Record = field(default_factory=_Record)
-    templates: dict[str | None, _Record] = field(default_factory=dict)
-    seconds: Floats = field(default_factory=lambda: np.zeros(2))
-    normal: Floats = field(default_factory=lambda: np.diag([1e-3, 1e-3]))
-    moment: Floats = field(default_factory=lambda: np.zeros(2))
-    passes: int = 0
+    slots: Floats
+    steps: Floats
+    whole: Floats
+    drafted: Ints
+    tags: tuple[str, ...]
+    past: Experience
+    overall: Mean
+    income: list[Mean]
+    next_probe: int
+    templates: dict[str | None, Mean] = field(default_factory=dict)
+    attends: bool = True
+    changed: bool = False
+    """It drafts in another way than what is to be remembered under its name."""
     idle: int = 0
-    unwanted: int = 0
-    next_probe: int = _FIRST_PROBE
+
+    @staticmethod
+    def of(slots: int, tags: tuple[str, ...], past: Experience | None) -> _Member:
+        """One that nothing is known of but `past`."""
+        known = past is not None and past.brought.weight >= _TRIALS
+        past = past or Experience()
+        overall, income = past.brought.light(_LIGHT), [mean.light(_INCOME_LIGHT) for mean in past.income]
+        probe = _KNOWN_PROBE if known else _FIRST_PROBE
+        tokens = np.zeros((2, slots, len(PRICES)))
+        return _Member(tokens[0], np.zeros(slots), tokens[1], np.zeros(slots, np.int64), tags, past, overall, income, probe)
+
+    @property
+    def tried(self) -> bool:
+        return self.overall.weight >= _TRIALS
 
     def suits(self, template: str | None) -> bool:
         return not self.tags or template in self.tags
 
+    def fade(self, slots: Ints, share: float) -> None:
+        """What is known of the requests in `slots` counts for `share` of what it did."""
+        self.slots[slots] *= share
+        self.steps[slots] *= share
+
+    def leave(self, slot: int) -> None:
+        """The request in a slot is gone."""
+        if drafted := int(self.drafted[slot]):
+            self.past.add_brought(self.whole[slot] / drafted, min(drafted, _OF_ONE))
+        self.slots[slot], self.steps[slot], self.whole[slot], self.drafted[slot] = 0.0, 0.0, 0.0, 0
+
+    def earn(self, requests: int, tokens: float) -> None:
+        """A step's choice found it to be worth so many tokens for each of so many requests."""
+        self.income[load_class(requests)].add(tokens, _INCOME_FADE)
+        if self.tried:  # before, it is a hope
+            self.past.add_income(requests, tokens)
+
 
 class Portfolio:
     """`neural`: the drafters that compete with the lookup, and the templates each is made for. One entry a slot for each of `slots`
-    running requests.
+    running requests. past: what is known of some of them from earlier jobs.
 
     A drafter is tried first where its tags name the request's template, or where it has none; elsewhere it has to prove itself in probes.
     """
 
-    def __init__(self, neural: Mapping[str, tuple[str, ...]], slots: int) -> None:
+    def __init__(self, neural: Mapping[str, tuple[str, ...]], slots: int, past: Mapping[str, Experience] | None = None) -> None:
         self._slots = slots
         self._members: dict[str, _Member] = {}
         for name, tags in neural.items():
-            self.add(name, tags)
+            self.add(name, tags, (past or {}).get(name))
 
     @property
     def neural(self) -> tuple[str, ...]:
         return tuple(self._members)
 
-    def add(self, name: str, tags: tuple[str, ...]) -> None:
+    def add(self, name: str, tags: tuple[str, ...], past: Experience | None = None) -> None:
         """`name` takes part from now on, for requests that run already as well; what a drafter of that name earned before is forgotten."""
-        self._members[name] = _Member([_Record() for _ in range(self._slots)], tags)
+        self._members[name] = _Member.of(self._slots, tags, past)
 
     def remove(self, name: str) -> None:
         self._members.pop(name, None)
@@ -137,12 +161,28 @@ class Portfolio:
     def enter(self, slot: int) -> None:
         """A new request took the slot."""
         for member in self._members.values():
-            member.slots[slot] = _Record()
+            member.leave(slot)
+
+    def foresee(self, requests: int, tokens_per_second: float, shown: Mapping[str, float]) -> None:
+        """So many requests will decode together, at so many tokens a second without neural drafts; a drafter that follows the texts takes
+        in `shown` tokens a step and request, its share of the prompts included. One that is not named follows in any case.
+        """
+        load = load_class(requests)
+        for name, tokens in shown.items():
+            if (member := self._members.get(name)) is not None and (income := member.income[load]).weight:
+                member.attends = float(income.total) / income.weight > member.past.intake.each * tokens * tokens_per_second
 
     def attends(self, name: str) -> bool:
-        """Whether `name` should follow the texts: it would have been chosen lately, or is to be tried soon."""
+        """Whether `name` should follow the texts: that pays by what it earned at this load, or it is to be tried soon."""
         member = self._members.get(name)
-        return member is not None and (member.unwanted < _FIRST_PROBE or member.idle >= member.next_probe - _AHEAD)
+        return member is not None and (member.attends or member.idle >= member.next_probe - _AHEAD)
+
+    def experience(self) -> dict[str, Experience]:
+        """What is worth keeping of each member. Those who run have left."""
+        for member in self._members.values():
+            for slot in np.flatnonzero(member.drafted).tolist():
+                member.leave(slot)
+        return {name: member.past for name, member in self._members.items() if member.past.brought.weight and not member.changed}
 
     def choose(
         self,
@@ -167,7 +207,7 @@ class Portfolio:
         weights = np.ones(len(slots)) if weights is None else weights
         members = [self._members[name] for name in names]
         gains = np.stack([self._gains(member, slots, templates, lookup, tokens_per_second, price, weights) for member in members])
-        fixed = np.array([self._members[name].seconds[0] for name in names]) * tokens_per_second
+        fixed = np.array([member.past.drafting.fixed + member.past.intake.fixed for member in members]) * tokens_per_second
         everyone = np.ones(len(slots), bool)
         able = np.stack([(follows or {}).get(name, everyone) for name in names])
         wanted = _assign(gains, fixed)
@@ -175,13 +215,13 @@ class Portfolio:
         for index, name in enumerate(names):
             rows = np.flatnonzero(best == index)
             member = self._members[name]
-            member.unwanted = 0 if (wanted == index).any() else member.unwanted + 1
-            if member.overall.steps < _TRIALS and len(rows) > 1:
+            income = gains[index, wanted == index].sum() - fixed[index] if (wanted == index).any() else 0.0
+            member.earn(len(slots), float(income) / len(slots))
+            if not member.tried and len(rows) > 1:
                 rows = rows[gains[index, rows].argmax()][None]
             for row in rows:
                 chosen[row] = name
-            for slot in np.delete(slots, rows).tolist():
-                member.slots[slot].fade(_FADE)  # what a request held against it is forgotten, or it could never be corrected
+            member.fade(np.delete(slots, rows), _FADE)  # what a request held against it is forgotten, or it could never be corrected
             if len(rows):
                 member.idle, member.next_probe = 0, _FIRST_PROBE
             elif price < FULL:
@@ -197,27 +237,26 @@ class Portfolio:
         member = self._members.get(name)
         if member is None:
             return
-        for slot, template, tokens in zip(slots.tolist(), templates, brought, strict=True):
-            member.slots[slot].add(tokens, _FADE)
+        member.fade(slots, _FADE)
+        member.slots[slots] += brought
+        member.steps[slots] += 1.0
+        member.whole[slots] += brought
+        member.drafted[slots] += 1
+        for template, tokens in zip(templates, brought, strict=True):
             member.overall.add(tokens, 1.0 - (1.0 - _FADE) / 16)
             if template not in member.templates and len(member.templates) >= _MAX_TEMPLATES:
                 del member.templates[next(iter(member.templates))]
-            member.templates.setdefault(template, _Record()).add(tokens, 1.0 - (1.0 - _FADE) / 4)
+            member.templates.setdefault(template, no_tokens()).add(tokens, 1.0 - (1.0 - _FADE) / 4)
 
     def learn_seconds(self, name: str, requests: int, seconds: float) -> None:
         """How long a draft pass of `name` took for so many requests."""
-        member = self._members.get(name)
-        if member is None:
-            return
-        member.passes += 1
-        if member.passes == 1:
-            return
-        row = np.array([1.0, requests])
-        if member.passes > 2:
-            seconds = min(seconds, _USUAL * float(row @ member.seconds))
-        member.normal = 0.98 * member.normal + np.outer(row, row)
-        member.moment = 0.98 * member.moment + row * seconds
-        member.seconds = np.maximum(np.linalg.solve(member.normal + np.diag([1e-6, 1e-6]), member.moment), 0.0)
+        if member := self._members.get(name):
+            member.past.drafting.learn(requests, seconds)
+
+    def learn_intake(self, name: str, tokens: int, seconds: float) -> None:
+        """How long it took `name` to take in the hidden states of so many tokens."""
+        if member := self._members.get(name):
+            member.past.intake.learn(tokens, seconds)
 
     def let_go(self) -> list[str]:
         """Takes out the drafters that have not paid for long; returns their names."""
@@ -229,9 +268,11 @@ class Portfolio:
     def forget(self, name: str) -> None:
         """`name` drafts in another way from now on: what it earned before weighs less, so that it is judged anew."""
         if member := self._members.get(name):
-            for record in (member.overall, *member.templates.values(), *member.slots):
-                record.fade(_KEPT)
-            member.idle, member.unwanted, member.next_probe = 0, 0, _FIRST_PROBE
+            for mean in (member.overall, *member.templates.values()):
+                mean.fade(_KEPT)
+            member.fade(np.arange(self._slots), _KEPT)
+            member.idle, member.next_probe, member.changed = 0, _FIRST_PROBE, True
+            member.income = Experience().income
 
     def _gains(
         self,
@@ -245,21 +286,23 @@ class Portfolio:
     ) -> Floats:
         """float64 [S]: tokens a step that it brings more than the lookup, less those that its own time would have brought."""
         brought = weights * self._worth(member, slots, templates, price / np.maximum(weights, 1e-9))
-        return np.asarray(brought - lookup - member.seconds[1] * tokens_per_second, np.float64)
+        return np.asarray(brought - lookup - member.past.drafting.each * tokens_per_second, np.float64)
 
     def _worth(self, member: _Member, slots: Ints, templates: list[str | None], prices: Floats) -> Floats:
         """float64 [S]: tokens a step that its drafts bring each request, where a draft's verification costs `prices` [S]."""
         overall = {
-            suits: member.overall.mean(_HOPE if suits else np.zeros(len(PRICES))) for suits in {member.suits(name) for name in templates}
+            suits: member.overall.held(_HOPE if suits else np.zeros(len(PRICES)), _HOPES)
+            for suits in {member.suits(name) for name in templates}
         }
         kinds: dict[str | None, Floats] = {}
         for template in set(templates):
             everyone, kind = overall[member.suits(template)], member.templates.get(template)
-            kinds[template] = everyone if kind is None else kind.mean(everyone)
-        if member.overall.steps < _TRIALS:
+            kinds[template] = everyone if kind is None else kind.held(everyone, _LEND)
+        if not member.tried:
             found = np.array([_HOPE if member.suits(name) else 0.0 * _HOPE for name in templates])
         else:
-            found = np.array([member.slots[slot].mean(kinds[name]) for slot, name in zip(slots.tolist(), templates, strict=True)])
+            likely = np.array([kinds[name] for name in templates])
+            found = (member.slots[slots] + _LEND * likely) / (member.steps[slots, None] + _LEND)
         place = np.clip((prices - PRICES[0]) / (PRICES[1] - PRICES[0]), 0.0, len(PRICES) - 1.0)
         low = np.minimum(place.astype(np.int64), len(PRICES) - 2)
         rows, share = np.arange(len(slots)), place - low

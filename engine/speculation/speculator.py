@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from engine.drafters.builtin import Supply
     from engine.logit_rules import Constraint
     from engine.sequence import Sequence
+    from engine.speculation.experience import Records
     from engine.speculation.planner import DraftPolicy
     from engine.speculation.portfolio import Portfolio
 
@@ -45,11 +46,19 @@ _CHAIN = 0.3
 class Speculator:
     """One per engine. Drafters come into being when a request first uses them, out of `supply`.
 
-    `fixed_drafts`: verify that many of every request's drafts instead of what the planner finds to pay.
+    `fixed_drafts`: verify that many of every request's drafts instead of what the planner finds to pay. records: where what was learned of
+    drafters outlasts this engine.
     """
 
     def __init__(
-        self, max_draft_tokens: int, max_sequences: int, cost: CostModel, supply: Supply, *, fixed_drafts: int | None = None
+        self,
+        max_draft_tokens: int,
+        max_sequences: int,
+        cost: CostModel,
+        supply: Supply,
+        *,
+        fixed_drafts: int | None = None,
+        records: Records | None = None,
     ) -> None:
         self._max_draft = max_draft_tokens
         self._cost = cost
@@ -58,8 +67,9 @@ class Speculator:
         self._selective = fixed_drafts is None
         """Whether a request may be left without drafts; a policy that always drafts asks nobody's choice."""
         self._record = TrackRecord(max_sequences)
-        self._choices = Choices({name: supply.tags(name) for name in supply.members[1:]}, max_sequences, selective=self._selective)
-        self._drafters = LoadedDrafters(supply, self._choices, self._record, selective=self._selective)
+        tags = {name: supply.tags(name) for name in supply.members[1:]}
+        self._choices = Choices(tags, max_sequences, selective=self._selective, records=records)
+        self._drafters = LoadedDrafters(supply, self._choices, self._record, cost, selective=self._selective)
         self._quiet = np.zeros(max_sequences, np.int64)
         """Steps since a draft of the request in a slot was chosen."""
 
@@ -73,17 +83,25 @@ class Speculator:
         """What it knows of this machine."""
         return self._cost
 
-    def foresee(self, count: int, context: float) -> None:
-        """How many sequences will decode together once those that wait have started, after how many tokens each (mean).
+    def foresee(self, count: int, running: list[Sequence], answers: float) -> None:
+        """How many sequences will decode together once those that wait have started, like the `running` ones, whose answers will probably
+        have so many tokens together.
 
-        Where steps are then so full that a draft hardly pays, drafters of hidden states need not be shown any: that costs time in every
-        step. What is computed meanwhile they will never have seen.
+        Where steps are then so full that a draft hardly pays, or drafts would not bring in what it costs to follow the texts, drafters of
+        hidden states need not be shown any: that costs time in every step. What is computed meanwhile they will never have seen.
         """
         self._drafters.crowded = False
-        if count and self._cost.ready and self._drafters.may_rest:
-            kv_tokens = int(count * context)
+        if count and running and self._cost.ready and self._drafters.may_rest:
+            kv_tokens = count * sum(sequence.num_tokens for sequence in running) // len(running)
             cost = StepCost.of(self._cost, decoding=count, prefill=0, kv_tokens=kv_tokens, drafts=_FEW * count)
             self._drafters.crowded = _price(cost, count) >= FULL
+            pace = float(self._record.paces(np.array([sequence.slot for sequence in running], np.int64)).mean())
+            shown = {name: pace * tokens for name, tokens in self._drafters.shown(running, answers).items()}
+            self._choices.foresee(count, self._speed(cost, count), shown)
+
+    def keep(self) -> None:
+        """What was learned of drafters outlasts this engine, where there is a place for it."""
+        self._choices.keep()
 
     def start(self, name: str, slot: int) -> None:
         """A sequence that uses drafter `name` takes `slot`. Raises ValueError where the drafter does not fit the target."""
@@ -115,7 +133,7 @@ class Speculator:
         drafter = self._supply.create(name)
         self.remove(name)
         self._drafters.keep(name, drafter)
-        self._choices.portfolio.add(name, self._supply.tags(name))
+        self._choices.add(name, self._supply.tags(name))
 
     def drafts(self, name: str) -> bool:
         """Whether it takes part in the portfolio."""
@@ -279,6 +297,8 @@ class Speculator:
         """Drafts of one drafter for some rows; its time is theirs."""
         started = time.perf_counter_ns()
         drafter = self._drafters[name]
+        self._drafters.catch_up(name)
+        taken_in = time.perf_counter_ns()
         wanted = limits[rows]
         if drafter.taps:
             wanted = np.minimum(wanted, self._record.depth(name))
@@ -286,7 +306,7 @@ class Speculator:
             wanted = np.minimum(wanted, drafter.drafts_per_pass)
         drafts = drafter.propose(DraftBatch([sequences[row] for row in rows], wanted, step))
         elapsed = time.perf_counter_ns() - started
-        self._choices.learn_seconds(name, len(rows), elapsed * 1e-9)
+        self._choices.learn_seconds(name, len(rows), (started + elapsed - taken_in) * 1e-9 / self._cost.slowness)
         each, rest = divmod(elapsed, len(rows))
         proposal.nanoseconds[rows] += each
         proposal.nanoseconds[rows[:rest]] += 1
@@ -323,7 +343,7 @@ class Speculator:
         weights: Floats,
     ) -> None:
         """The portfolio's lookup is asked for all; who drafts is then chosen, and only then may a neural drafter draw anything."""
-        tokens_per_second = len(sequences) / max(cost.decoding, 1e-9)
+        tokens_per_second = self._speed(cost, len(sequences))
         price = _price(cost, len(sequences))
         lookup, promised = None, np.zeros(len(rows))
         if asked == PORTFOLIO:
@@ -349,6 +369,12 @@ class Speculator:
             self._take(name, rows[places], drafts, sequences, proposal)
             if lookup is not None:
                 proposal.shadows.append((TEXT, rows[places], _rows_of(lookup, places)))
+
+    def _speed(self, cost: StepCost, count: int) -> float:
+        """Tokens a second of a step of `count` sequences without drafts, were the machine as it usually is. So are a drafter's times: what
+        slows it slows steps as well, and they may be of another day.
+        """
+        return count * self._cost.slowness / max(cost.decoding, 1e-9)
 
     def _weights(self, sequences: list[Sequence], remaining: Floats | None, cost: StepCost) -> Floats:
         """See `token_weights`; steps left at each one's pace of lately."""

@@ -55,15 +55,10 @@ class BlockBackbone:
         """Of the context's keys and values."""
         return sum(tensor.nbytes for tensor in (*self._keys, *self._values))
 
-    def write(self, taps: list[torch.Tensor], positions: NDArray[np.int64], slots: NDArray[np.int64]) -> None:
-        """Takes in confirmed tokens: the target's hidden states [T, hidden] at each tap; where they stand and where their KV lies [T]."""
-        self.take_in(taps, torch.from_numpy(positions).to(self._device), torch.from_numpy(slots).to(self._device))
-        self.saw(slots)
-
     def take_in(self, taps: list[torch.Tensor], positions: torch.Tensor, slots: torch.Tensor) -> None:
-        """As `write`, with int64 [T] on the device and nothing asked of the host, who says later what was `saw`n.
+        """Takes in confirmed tokens: the target's hidden states [T, hidden] at each tap; where they stand, where their KV lies: int64 [T].
 
-        What goes to a slot of block 0 is nobody's.
+        All on the device, and nothing is asked of the host, who says what was `saw`n. What goes to a slot of block 0 is nobody's.
         """
         layers = self._spec.layers
         features = kernels.linear(torch.cat(taps, dim=-1).to(self._dtype), self._fc)

@@ -23,7 +23,8 @@ from engine.kv_blocks import BlockPool
 from engine.speculation import portfolio as portfolio_module
 from engine.speculation import speculator as speculator_module
 from engine.speculation.cost_model import CostModel
-from engine.speculation.portfolio import PRICES, Portfolio, earned
+from engine.speculation.experience import PRICES
+from engine.speculation.portfolio import Portfolio, earned
 from engine.speculation.speculator import Speculator
 from engine.types import Request, SamplingParams
 from tests.unit.engine.drafters.layouts import VOCAB, deepspec, eagle, write, zlab
@@ -370,13 +371,16 @@ def test_a_drafter_that_cannot_follow_a_text_is_not_chosen_for_it_and_attends_ag
     some, nobody = {"good": np.array([False, True, True, False])}, {"good": np.zeros(4, bool)}
     for _ in range(40):
         portfolio.learn("good", slots, kinds, tokens(*[4.0] * 4))
+        portfolio.learn_intake("good", 4, 4 * 0.0001)
     assert portfolio.choose(slots, kinds, np.zeros(4), 100.0, 0.0, some) == [None, "good", "good", None]
     for _ in range(200):
         assert portfolio.choose(slots, kinds, np.zeros(4), 100.0, 0.0, nobody) == [None] * 4
+        portfolio.foresee(4, 100.0, {"good": 1.0})
         assert portfolio.attends("good")
     # A lookup that promises more: nobody wants it, and it looks up only before it is tried, where it can follow.
     attended, tried = [], []
     for step in range(1, 600):
+        portfolio.foresee(4, 100.0, {"good": 1.0})
         follows = some if portfolio.attends("good") else nobody
         attended.append(portfolio.attends("good"))
         if "good" in (names := portfolio.choose(slots, kinds, np.full(4, 9.0), 100.0, 0.0, follows)):
@@ -386,8 +390,9 @@ def test_a_drafter_that_cannot_follow_a_text_is_not_chosen_for_it_and_attends_ag
     assert 1 <= len(tried) <= 5
     assert sum(attended) < 250
     assert all(all(attended[max(step - 20, 0) : step]) for step in tried)
-    # Then the batch empties, and it would pay: it follows from that step on.
+    # Then the lookup has nothing, and it would pay: it follows from that step on.
     portfolio.choose(slots, kinds, np.zeros(4), 100.0, 0.0, nobody)
+    portfolio.foresee(4, 100.0, {"good": 1.0})
     assert portfolio.attends("good")
 
 
@@ -399,7 +404,7 @@ def test_a_drafter_sees_nothing_in_a_crowd_and_drafts_again_when_it_is_over(
     """Its cache then holds what it saw of earlier texts in the same blocks, and gaps: no text may show it."""
     seen, missed, drafted = [], [], []
 
-    def foresee(self: Speculator, count: int, context: float) -> None:
+    def foresee(self: Speculator, count: int, *_: object) -> None:
         self._drafters.crowded = count > 3
 
     def watched(name: str, into: list[int]) -> None:

@@ -14,6 +14,7 @@ from engine.checkpoints.drafters import DrafterError, read_folder
 from engine.drafters.base import DraftBatch, Drafts
 from engine.drafters.dspark import DSparkDrafter
 from engine.drafters.parts import frozen
+from engine.drafters.parts.backlog import Backlog
 from engine.drafters.parts.confidence import sigmoid
 from engine.types import SamplingParams
 from tests.unit.engine.drafters.layouts import (
@@ -192,6 +193,39 @@ def test_what_it_missed_hides_what_it_saw_of_another_text_in_the_same_place(tmp_
     late, fresh = (drafter.propose_scored(batch) for drafter in drafters)
     assert late[0].token_ids.tolist() == fresh[0].token_ids.tolist()
     assert late[1] == pytest.approx(fresh[1])
+
+
+def test_what_was_put_off_is_hidden_as_well_once_another_text_lies_there(tmp_path: Path, target: TargetModel) -> None:
+    config, t = deepspec(target)
+    folder = write(tmp_path / "d", config, t)
+    used, scene = Scene(target), Scene(target)
+    late, fresh = DSparkDrafter.load(read_folder(folder), used.host), DSparkDrafter.load(read_folder(folder), scene.host)
+    used.feed(late, [[(0, 0, 22)]])
+    scene.feed(late, [[(0, 0, 10)]], seen=False)
+    scene.feed(late, [[(0, 10, 22)]])
+    assert late.backlog > 22
+    scene.feed(fresh, [[(0, 10, 22)]])
+    fresh.catch_up()
+    assert fresh.backlog == 0
+    batch = DraftBatch(scene.sequences[:1], np.array([5]), 1)
+    found, expected = late.propose_scored(batch), fresh.propose_scored(batch)
+    assert late.backlog == 0
+    assert found[0].token_ids.tolist() == expected[0].token_ids.tolist()
+    assert found[1] == pytest.approx(expected[1], abs=1e-4)
+
+
+def test_of_tokens_that_lay_in_one_place_the_last_is_taken_in() -> None:
+    backlog = Backlog()
+    for first in (0, 10):
+        rows = np.arange(first, first + 4)
+        tap = torch.from_numpy(rows)[:, None].float()
+        backlog.add([tap, -tap], rows, np.array([5, 3, 7, 3 + first]))
+    assert len(backlog) == 8
+    taps, positions, slots = backlog.take()
+    assert sorted(slots.tolist()) == [3, 5, 7, 13]
+    assert dict(zip(slots.tolist(), positions.tolist(), strict=True)) == {5: 10, 3: 11, 7: 12, 13: 13}
+    assert [tap[:, 0].tolist() for tap in taps] == [positions.tolist(), (-positions).tolist()]
+    assert len(backlog) == 0
 
 
 def test_of_a_prompt_longer_than_what_it_was_trained_on_it_takes_in_the_end(tmp_path: Path, target: TargetModel) -> None:
