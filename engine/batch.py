@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from kernels import pages
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from engine.kv_pool import KVPool
 
 
+_AT_ONCE = 32
+"""Inputs of the head that are read back at a time: as many logits a token of the vocabulary."""
 NORMALISED = -1
 """Tap index of the hidden states after the final norm, as the output head sees them."""
 
@@ -88,8 +92,15 @@ class FrozenParts:
 
     def head_weight(self) -> torch.Tensor:
         """The head's rows, [vocab, hidden], read back through it: a packed product keeps them in a layout of its own."""
-        width = self.embedding.shape[1]
-        return self.head(torch.eye(width, dtype=self.embedding.dtype, device=self.embedding.device)).T.contiguous()
+        kind, device = self.embedding.dtype, self.embedding.device
+        one = torch.eye(self.embedding.shape[1], dtype=kind, device=device)
+        first = self.head(one[:1])
+        shape = (first.shape[1], len(one))
+        # As pages of its own, which go back to the system with it: the allocator of a CPU keeps what it is given back.
+        weight = pages.zeros(shape, first.dtype) if device.type == "cpu" else first.new_empty(shape)
+        for columns, unit in zip(weight.split(_AT_ONCE, dim=1), one.split(_AT_ONCE), strict=True):
+            columns.copy_(self.head(unit).T)
+        return weight
 
 
 class TargetModel(Protocol):

@@ -127,6 +127,7 @@ class Engine:
                 block_size=config.block_size,
                 max_sequences=self.limits.max_sequences,
                 entropy=entropy,
+                first_blocks=first_blocks,
             )
         )
         # Where drafts are made inside steps, what they take is not known apart from these.

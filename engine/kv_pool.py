@@ -25,7 +25,7 @@ class KVPool:
         self.num_blocks = num_blocks
         self.block_size = block_size
         shape = (2, num_layers, num_blocks, kv_heads, block_size, head_dim)
-        self._storage = _zeros(shape, dtype, device)
+        self._storage = zeros(shape, dtype, device)
         keys = self._storage[0]
         if kernels.stores_keys_transposed(dtype, device, head_dim, block_size):
             keys = keys.view(num_layers, num_blocks, kv_heads, head_dim, block_size).transpose(3, 4)
@@ -46,6 +46,6 @@ class KVPool:
         return self._storage.nbytes
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros. On a CPU as pages that are taken when they are first written: a small job then never pays for a large pool."""
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros for a cache. On a CPU as pages that are taken when they are first written: a small job then never pays for a large pool."""
     return torch.zeros(shape, dtype=dtype, device=device) if device.type != "cpu" else pages.zeros(shape, dtype)

@@ -25,6 +25,7 @@ class Host:
     """The engine that a drafter works in. directory: the target's checkpoint, None where there is none.
 
     num_blocks, block_size: of the target's KV pool; a sequence's `blocks` are numbers below num_blocks. entropy: 64 bits for noise.
+    first_blocks: those that have memory before the first request comes.
     """
 
     target: TargetModel
@@ -34,6 +35,7 @@ class Host:
     block_size: int
     max_sequences: int
     entropy: int
+    first_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     Ints = NDArray[np.int64]
 
 
+_LOGIT_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}
+"""Logits of a pass that are there at a time, by kind of device: those of a large batch would be the largest thing in a step."""
+
+
 class DSparkDrafter:
     """Drafts blocks of `spec.block_size` slots; longer drafts chain blocks, each anchored at the last draft before it.
 
@@ -63,7 +67,9 @@ class DSparkDrafter:
         self._head = _sequential_head(spec, weights, self._vocabulary.target_ids)
         self._bins = ConfidenceBins(spec.drafts_per_block * CHAINED, calibration, known=spec.confidence or "sharpness" in calibration)
         self.prior = self._bins.prior
-        self._backbone = BlockBackbone(spec, weights, num_blocks=host.num_blocks, block_size=host.block_size)
+        self._backbone = BlockBackbone(
+            spec, weights, num_blocks=host.num_blocks, block_size=host.block_size, first_blocks=host.first_blocks
+        )
         self._device = weights.device
         self.prompt_window = prompt_window
         self._backlog = Backlog()
@@ -206,17 +212,30 @@ class DSparkDrafter:
             hidden, kept = self._backbone.run(embedded, starts + drafted, tables, lengths, carried)
             count = min(width - drafted, spec.drafts_per_block)
             first = 0 if spec.predicts_next else 1
-            slots = hidden[:, first : first + count]
-            logits = self._vocabulary.head(slots.reshape(len(sequences) * count, -1)).view(len(sequences), count, -1)
-            block = draws.draw(logits, slots, anchors, drafted, self._head)
-            tokens.append(block.tokens)
-            scores.append(block.confidence if block.confidence is not None else torch.full_like(block.lse, 0.5))
-            peaks.append(block.peak)
+            made, sure, peak = self._draw(hidden[:, first : first + count], anchors, drafted, draws)
+            tokens.append(made)
+            scores.append(sure)
+            peaks.append(peak)
             drafted += count
-            anchors = block.tokens[:, -1]
+            anchors = made[:, -1]
             spare = spec.block_size - spec.drafts_per_block  # a last slot whose place the next block's anchor takes
             carried = [(k[:, :, : k.shape[2] - spare], v[:, :, : v.shape[2] - spare]) for k, v in kept]
         return torch.cat(tokens, 1), torch.cat(scores, 1).float(), torch.cat(peaks, 1).exp()
+
+    def _draw(
+        self, slots: torch.Tensor, anchors: torch.Tensor, drafted: int, draws: Draws
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tokens int64, confidences and peaks [S, K] of the hidden states of K slots [S, K, hidden], a few sequences at a time."""
+        num, count, _ = slots.shape
+        columns = self._head.columns or self._spec.needs.vocab_size
+        size = max(_LOGIT_BYTES.get(self._device.type, 1 << 30) // (4 * columns * count), 1)
+        blocks = []
+        for start in range(0, num, size):
+            rows = slice(start, start + size)
+            logits = self._vocabulary.head(slots[rows].flatten(0, 1)).unflatten(0, (-1, count))
+            blocks.append(draws.draw(logits, slots[rows], anchors[rows], drafted, self._head, rows))
+        scores = [torch.full_like(block.lse, 0.5) if block.confidence is None else block.confidence for block in blocks]
+        return torch.cat([block.tokens for block in blocks]), torch.cat(scores), torch.cat([block.peak for block in blocks])
 
     def _context(self, sequences: list[Sequence]) -> tuple[Ints, Ints]:
         """Block tables int64 [S, W] of what is computed and may be attended to, and how many tokens that are, int64 [S]."""
@@ -247,14 +266,15 @@ def _sequential_head(spec: BlockSpec, weights: Weights, token_ids: torch.Tensor 
     if spec.markov_rank == 0:
         return SequentialHead("none", token_ids=token_ids, **confidence)
     w2 = weights.take("markov_head.markov_w2.weight")
+    packed = kernels.pack_linear(w2, int8=True) if large(w2) else None
     mixing = {"vanilla": None, "gated": "markov_head.gate_proj", "rnn": "markov_head.joint_proj"}[spec.markov_type]
     return SequentialHead(
         spec.markov_type,
         weights.take("markov_head.markov_w1.weight"),
-        w2,
+        None if packed is not None else w2,
         None if mixing is None else weights.take(f"{mixing}.weight"),
         None if mixing is None else weights.take(f"{mixing}.bias"),
         token_ids=token_ids,
-        packed_w2=kernels.pack_linear(w2, int8=True) if large(w2) else None,
+        packed_w2=packed,
         **confidence,
     )

@@ -57,10 +57,12 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
     """[N, K], float32 or int8 -> [ceil(N / width), K, width], zeros where N has no more columns."""
     width = panel_width()
     columns, depth = weight.shape
-    padded = weight.new_zeros(-(-columns // width) * width, depth)
-    padded[:columns] = weight
-    panels = padded.view(-1, width, depth).transpose(1, 2)
-    return zeros(panels.shape, panels.dtype).copy_(panels)  # every step streams all weights past the page table
+    whole, rest = divmod(columns, width)
+    panels = zeros((whole + (rest > 0), depth, width), weight.dtype)  # every step streams all weights past the page table
+    panels[:whole].copy_(weight[: whole * width].unflatten(0, (-1, width)).transpose(1, 2))
+    if rest:
+        panels[whole, :, :rest] = weight[whole * width :].T
+    return panels
 
 
 def pack_gated(weight: torch.Tensor) -> torch.Tensor:

@@ -13,9 +13,12 @@ from typing import Literal
 import torch
 from torch.nn import functional
 
-from kernels import native
+from kernels import native, pages
 
 Layout = Literal["rows", "onednn", "panels", "gated panels"]
+
+_AT_ONCE = 1 << 20
+"""Numbers of a weight that are worked on at a time: a vocabulary's head has some 28 million, each in between four bytes wide."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +38,16 @@ class PackedLinear:
 
 def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """[out, in] -> int8 [out, in] and scales [out] of the weight's type: the nearest of 255 steps to the largest number of its row."""
-    scales = weight.abs().amax(dim=1).clamp(min=torch.finfo(weight.dtype).tiny) / 127
-    return (weight / scales[:, None]).round().clamp(-127, 127).to(torch.int8), scales
+    weight = weight.detach()
+    on_cpu = weight.device.type == "cpu"
+    # Pages of their own go back to the system where the numbers are packed further: the allocator keeps what it is given back.
+    numbers = pages.zeros(weight.shape, torch.int8) if on_cpu else torch.empty_like(weight, dtype=torch.int8)
+    scales = weight.new_empty(len(weight))
+    size = max(_AT_ONCE // max(weight.shape[1], 1), 1)
+    for rows, packed, scale in zip(weight.split(size), numbers.split(size), scales.split(size), strict=True):
+        torch.div(rows.abs().amax(dim=1).clamp(min=torch.finfo(weight.dtype).tiny), 127, out=scale)
+        packed.copy_((rows / scale[:, None]).round_().clamp_(-127, 127))
+    return numbers, scales
 
 
 def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None = None, *, int8: bool = False) -> PackedLinear:

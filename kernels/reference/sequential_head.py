@@ -25,11 +25,11 @@ Kind = Literal["none", "vanilla", "gated", "rnn"]
 
 @dataclass(frozen=True, slots=True)
 class SequentialHead:
-    """w1: [V, r]; w2: [V_d, r], V_d the drafter's vocabulary. Everything in one dtype.
+    """w1: [V, r]; w2: [V_d, r], V_d the drafter's vocabulary. Everything in one dtype. Where a CPU has `packed_w2`, it needs no w2.
 
     mix_weight, mix_bias: gated [r, H + r], [r]; rnn [3r, 2r + H], [3r] (rows: gate, candidate, output); None for vanilla.
     confidence_weight: [H + r], or [H] where the confidence head does not see the embedding; confidence_bias: [1].
-    token_ids: int64 [V_d], the token of each column; None: column = token. packed_w2: w2 in a CPU's layout, used in its place there.
+    token_ids: int64 [V_d], the token of each column; None: column = token. packed_w2: w2 in a CPU's layout.
     Raises ValueError for shapes that do not fit each other.
     """
 
@@ -44,7 +44,7 @@ class SequentialHead:
     packed_w2: PackedLinear | None = None
 
     def __post_init__(self) -> None:
-        if (self.kind == "none") != (self.w1 is None) or (self.w1 is None) != (self.w2 is None):
+        if (self.kind == "none") != (self.w1 is None) or (self.w1 is None) != (self.w2 is None and self.packed_w2 is None):
             raise ValueError(f"a {self.kind!r} head {'has no' if self.kind == 'none' else 'needs both'} w1 and w2")
         if self.w1 is not None and self.w2 is not None and (self.w1.dim() != 2 or self.w1.shape[1] != self.w2.shape[1]):
             raise ValueError(f"w1 and w2 must be [vocabulary, rank] with one rank, got {tuple(self.w1.shape)} and {tuple(self.w2.shape)}")
@@ -59,6 +59,13 @@ class SequentialHead:
     @property
     def rank(self) -> int:
         return 0 if self.w1 is None else self.w1.shape[1]
+
+    @property
+    def columns(self) -> int | None:
+        """V_d, where the head says so."""
+        if self.w2 is not None:
+            return self.w2.shape[0]
+        return None if self.packed_w2 is None else self.packed_w2.out_features
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +117,7 @@ def sequential_head(
     kept: list[torch.Tensor] = []
     for k in range(logits.shape[1]):
         bias, state, confidence = _step(head, previous, state, None if hidden is None else hidden[:, k])
-        weights = logits[:, k] if bias is None else logits[:, k] + bias
+        weights = logits[:, k] if bias is None else bias.add_(logits[:, k]) if bias.dtype == logits.dtype else logits[:, k] + bias
         weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
         greedy = None if temperatures is None else temperatures == 0.0
         if greedy is not None and temperatures is not None:
@@ -148,8 +155,8 @@ def check_block(
     """Raises ValueError where the arguments of `sequential_head` do not fit."""
     if logits.dim() != 3 or 0 in logits.shape[1:]:
         raise ValueError(f"logits must be [sequences, block, vocabulary], got {tuple(logits.shape)}")
-    if head.w2 is not None and head.w2.shape[0] != logits.shape[2]:
-        raise ValueError(f"w2 has {head.w2.shape[0]} rows, the logits {logits.shape[2]} columns")
+    if head.columns not in (None, logits.shape[2]):
+        raise ValueError(f"w2 has {head.columns} rows, the logits {logits.shape[2]} columns")
     if hidden is None and (head.mix_weight is not None or head.confidence_weight is not None):
         raise ValueError(
             f"a {head.kind!r} head{' with a confidence head' if head.confidence_weight is not None else ''} needs hidden states"
@@ -166,7 +173,7 @@ def _step(
     """(bias [S, V_d], next state [S, r], confidence [S]) of one position; None for what the head does not have."""
     embedding = None if head.w1 is None else head.w1[previous]
     confidence = _confidence(head, hidden, embedding)
-    if embedding is None or head.w2 is None:
+    if embedding is None:
         return None, state, confidence
     if head.kind == "gated":
         assert hidden is not None
@@ -182,8 +189,10 @@ def _step(
         gate = torch.sigmoid(gate)
         state = gate * state + (1.0 - gate) * torch.tanh(candidate)
         embedding = torch.tanh(out)
-    bias = embedding @ head.w2.t() if head.packed_w2 is None else linear(embedding, head.packed_w2)
-    return bias, state, confidence
+    if head.packed_w2 is not None:
+        return linear(embedding, head.packed_w2), state, confidence
+    assert head.w2 is not None
+    return embedding @ head.w2.t(), state, confidence
 
 
 def _confidence(head: SequentialHead, hidden: torch.Tensor | None, embedding: torch.Tensor | None) -> torch.Tensor | None:

@@ -15,6 +15,8 @@ from torch.nn import functional
 import kernels
 from engine.drafters.parts.layers import Weights, attention_inputs, context_projection, finish_keys, finish_layer, read_rope, take_layer
 from engine.drafters.parts.layers import unweighted_norm as _unweighted
+from engine.kv_pool import zeros
+from kernels import pages
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -26,9 +28,9 @@ Carried = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 class BlockBackbone:
-    """`num_blocks` blocks of `block_size` context tokens, as the target's KV pool has."""
+    """`num_blocks` blocks of `block_size` context tokens, as the target's KV pool has; the memory of the first ones is taken at once."""
 
-    def __init__(self, spec: BlockSpec, weights: Weights, *, num_blocks: int, block_size: int) -> None:
+    def __init__(self, spec: BlockSpec, weights: Weights, *, num_blocks: int, block_size: int, first_blocks: int = 0) -> None:
         self._spec = spec
         self._eps = spec.layers.norm_eps
         layers = spec.layers
@@ -37,8 +39,10 @@ class BlockBackbone:
         self._dtype, self._device = weights.dtype, weights.device
         self._block_size = block_size
         shape = (num_blocks * block_size, layers.num_kv_heads, layers.head_dim)
-        self._keys = [torch.zeros(shape, dtype=weights.dtype, device=weights.device) for _ in self._layers]
-        self._values = [torch.zeros_like(keys) for keys in self._keys]
+        self._keys, self._values = ([zeros(shape, weights.dtype, weights.device) for _ in self._layers] for _ in range(2))
+        if first_blocks and weights.device.type == "cpu":
+            for cache in (*self._keys, *self._values):
+                pages.take(cache[: first_blocks * block_size])
         self._known = np.zeros(num_blocks * block_size, bool)
 
     def exchange(self, weights: Weights) -> None:

@@ -46,9 +46,18 @@ class Draws:
         self._noise = torch.from_numpy(noise.view(np.int64)).to(device)
 
     def draw(
-        self, logits: torch.Tensor, hidden: torch.Tensor | None, anchors: torch.Tensor, first: int, head: SequentialHead = PLAIN
+        self,
+        logits: torch.Tensor,
+        hidden: torch.Tensor | None,
+        anchors: torch.Tensor,
+        first: int,
+        head: SequentialHead = PLAIN,
+        rows: slice = slice(None),
     ) -> DraftBlock:
-        """Drafts `first` and those after it, one for each of the K slots of logits [S, K, draft vocab]; see `kernels.sequential_head`."""
+        """Drafts `first` and those after it, one for each of the K slots of logits [S, K, draft vocab]; see `kernels.sequential_head`.
+
+        rows: which of the sequences those S are.
+        """
         count = logits.shape[1]
         sampled = self._tempered is not None
         block = kernels.sequential_head(
@@ -56,14 +65,14 @@ class Draws:
             hidden,
             anchors,
             head,
-            temperatures=self._tempered,
-            keys=self._noise[:, first : first + count] if sampled else None,
+            temperatures=None if self._tempered is None else self._tempered[rows],
+            keys=self._noise[rows, first : first + count] if sampled else None,
             keep_weights=self.probabilities is not None,
         )
         if self.probabilities is not None:
             drawn_from = block.probabilities()
             if head.token_ids is None:
-                self.probabilities[:, first : first + count] = drawn_from
+                self.probabilities[rows, first : first + count] = drawn_from
             else:
-                self.probabilities[:, first : first + count].index_copy_(2, head.token_ids, drawn_from)
+                self.probabilities[rows, first : first + count].index_copy_(2, head.token_ids, drawn_from)
         return block

@@ -18,6 +18,7 @@ from engine.drafters.parts.draws import PLAIN
 from engine.drafters.parts.places import recent_slots, slots_of
 from engine.drafters.parts.private_kv import PrivateCache
 from engine.drafters.parts.spread import Drafted
+from engine.kv_pool import zeros
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -66,7 +67,7 @@ class FeatureChain:
         spec = host.target.spec
         self._device = spec.device
         slots = host.num_blocks * host.block_size
-        self._features = torch.zeros(slots, core.width, dtype=spec.dtype, device=spec.device)
+        self._features = zeros((slots, core.width), spec.dtype, spec.device)
         self._known = np.zeros(slots, bool)
         self._held: dict[int, Ints] = {}
         """Positions of each sequence that the head's cache holds, from their features."""

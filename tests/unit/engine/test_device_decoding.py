@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,16 +13,13 @@ import torch
 
 from engine import engine as engine_module
 from engine.batch import TargetModel
-from engine.checkpoints.drafters import read_folder
 from engine.config import EngineConfig
 from engine.device_decoding import DeviceDecoding, suits
-from engine.drafters.base import DraftBatch, Drafts, Progress
+from engine.drafters.base import DraftBatch, Drafts
 from engine.drafters.dspark import DSparkDrafter
 from engine.drafters.parts.on_device import DeviceBlocks
 from engine.engine import Engine
-from engine.pipeline import DecodePipeline, DeviceState
-from engine.row_table import RowTable
-from engine.scheduler import Chunk
+from engine.pipeline import DecodePipeline
 from engine.sequence import Sequence
 from engine.speculation import ways
 from engine.speculation.planner import Planner, StepCost
@@ -31,16 +27,15 @@ from engine.speculation.portfolio import Portfolio
 from engine.speculation.speculator import Speculator
 from engine.speculation.ways import Ways
 from engine.types import FinishReason, Request, Result, SamplingParams
-from tests.unit.engine.drafters.layouts import VOCAB, Scene, deepspec, speculators_block, without_anchors, write, zlab
+from tests.unit.engine.drafters.layouts import VOCAB, deepspec, write, write_blocks
 from tests.unit.engine.hash_model import Letters
 from tests.unit.engine.late import GraphsOnCpu
-from tests.unit.engine.models.tiny import BLOCK_SIZE, CHUNKED, make_hf, make_lean
+from tests.unit.engine.models.tiny import make_hf, make_lean
 from tests.unit.engine.test_drafter_exactness import Loaded
 from tests.unit.engine.test_engine import assert_conserved
 
 pytestmark = pytest.mark.usefixtures("fixed_costs")
 WAY = Ways.on_device
-LAYOUTS = ("dspark", "gated", "dflash", "small")
 
 
 @pytest.fixture(scope="module")
@@ -50,17 +45,7 @@ def target() -> TargetModel:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory, target: TargetModel) -> Path:
-    """A drafter of each kind: with a Markov head, a gated one, none and a window, and over a vocabulary of its own."""
-    root = tmp_path_factory.mktemp("drafters")
-    write(root / "dspark", *deepspec(target))
-    write(root / "gated", *deepspec(target, "gated"))
-    write(root / "dflash", *zlab())
-    write(root / "small", *speculators_block("dspark"))
-    for name in ("gated", "dflash"):  # bins by how sharp a draft is, differently at each position and temperature
-        scales = {"temperatures": [1.5, 0.7], "offsets": [0.3, -0.4, 0.1], "sharpness": [0.5, 2.0, 1.0]}
-        calibration = {key: {bucket: [value + 0.1 * int(bucket) for value in row] for bucket in "02"} for key, row in scales.items()}
-        (root / name / "calibration.json").write_text(json.dumps(calibration))
-    return root
+    return write_blocks(tmp_path_factory.mktemp("drafters"), target)
 
 
 @pytest.fixture
@@ -382,55 +367,3 @@ def test_both_ways_are_measured_where_nothing_is_known(
     assert min(size.inside.rate, size.host.rate) > 0.0
     assert 5 <= on_device.count("launched") < engine.stats().steps - 4
     assert_accounts(engine, results)
-
-
-# --- the drafter itself -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("drafter", LAYOUTS)
-@pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 0.9, "seed": 11}])
-def test_drafts_are_those_that_are_drafted_between_steps(target: TargetModel, folders: Path, drafter: str, sampling: dict) -> None:
-    """The same context, read by gathering and by pages; of one text the drafter missed the beginning."""
-    scene = Scene(target, sampling=SamplingParams(max_tokens=40, **sampling))
-    made = DSparkDrafter.load(read_folder(folders / drafter), scene.host)
-    scene.feed(made, [[span for span in spans if span[0] != 0] for spans in without_anchors(CHUNKED)])
-    scene.feed(made, [[(0, 0, 5)]], seen=False)
-    scene.feed(made, [[(0, 5, 22)]])
-    assert [made.knows_from(sequence) for sequence in scene.sequences] == [2, 0, 0]
-    for position in (5, 6, 7):  # in a block of which a part was missed: pages leave out all of it
-        made.miss(position_of(scene.sequences[0], position))
-    between = made.propose(DraftBatch(scene.sequences, np.full(3, made.drafts_per_pass), 1))
-    blocks, table = made.on_device(4), RowTable(8, 0)
-    state = DeviceState.empty(4, 16, torch.device("cpu"))
-    for slot, sequence in enumerate(scene.sequences):
-        table.enter(sequence)
-        blocks.enter(slot, made.knows_from(sequence))
-        state.tables[slot, : len(sequence.blocks)] = torch.tensor(sequence.blocks, dtype=torch.int32)
-        state.last[slot], state.length[slot], state.left[slot] = int(sequence.tokens[-1]), sequence.num_computed, 20
-        state.made[slot], state.seeds[slot] = sequence.num_generated, table.seed(slot)
-        state.modes[slot], state.temperatures[slot] = int("seed" in sampling), sampling["temperature"] or 1.0
-    spare = scene.pool.num_blocks
-    for keys in (*made._backbone._keys, *made._backbone._values):  # room for blocks behind the texts
-        keys.resize_(len(keys) + 12 * BLOCK_SIZE, *keys.shape[1:])
-    for slot in range(3):
-        held = len(scene.sequences[slot].blocks)
-        state.tables[slot, held : held + 4] = spare + 4 * slot + torch.arange(4, dtype=torch.int32)
-    with torch.inference_mode():
-        found = blocks(state)
-    assert found.bins is not None
-    assert found.tokens[:3].tolist() == between.token_ids.tolist()
-    assert found.bins[:3].tolist() == between.bins.tolist()
-    survival = np.cumprod(np.minimum(made.prior[between.bins], 0.995), axis=1)
-    assert found.survival[:3].numpy() == pytest.approx(survival, rel=1e-5)
-    rates = np.linspace(0.1, 1.2, len(made.prior))
-    blocks.trust(rates, np.array([1.0, 0.5, 2.0, 1.0]), np.array([3.0, 1.0, 0.1, 1.0]))
-    with torch.inference_mode():
-        found = blocks(state)
-    expected = np.minimum(rates[between.bins] * np.array([[1.0], [0.5], [2.0]]), 0.995).cumprod(axis=1) * np.array([[3.0], [1.0], [0.1]])
-    assert found.survival[:3].numpy() == pytest.approx(expected, rel=1e-5)
-
-
-def position_of(sequence: Sequence, position: int) -> Progress:
-    slot = sequence.blocks[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
-    place, one = np.array([position]), np.ones(1, np.int64)
-    return Progress([Chunk(sequence, position, 1)], np.array([0, 1], np.int32), one, place, np.array([slot]))

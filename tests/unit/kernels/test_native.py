@@ -11,6 +11,7 @@ from torch.nn import functional
 
 import kernels
 from kernels import native
+from kernels.reference import linear as linear_reference
 from kernels.reference.linear import PackedLinear, quantise
 from kernels.reference.rotary_kv_write import rotary_kv_write
 from tests.unit.kernels.naive import naive_attention
@@ -199,6 +200,17 @@ def test_a_product_with_int8_weights_equals_its_definition_and_each_row_alone(ro
     assert torch.allclose(found.double(), x.double() @ rounded.T + bias.double() + residual.double(), atol=3e-4)
     for row in (0, rows // 2, rows - 1):
         assert torch.equal(kernels.linear(x[row : row + 1], packed, residual[row : row + 1])[0], found[row])
+
+
+def test_numbers_in_eight_bits_are_the_same_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(37, 20)
+    weight[5] = 0.0
+    whole = quantise(weight)
+    monkeypatch.setattr(linear_reference, "_AT_ONCE", 3 * 20)
+    assert all(torch.equal(one, other) for one, other in zip(whole, quantise(weight), strict=True))
+    largest = weight.abs().amax(1)
+    assert torch.equal(whole[0].abs().amax(1) == 127, largest > 0)
+    assert torch.allclose(whole[1] * 127, largest)
 
 
 def test_a_gated_product_with_int8_weights_equals_the_reference() -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from kernels.reference.linear import pack_linear
 from kernels.reference.noise import exponential
 from kernels.reference.sequential_head import Kind, SequentialHead, sequential_head
 
@@ -74,6 +75,21 @@ def test_every_kind_follows_its_equation(kind: Kind, ids: bool) -> None:
             score = float(head.confidence_weight.numpy() @ features + float(head.confidence_bias))
             assert float(block.confidence[s, k]) == pytest.approx(float(sigmoid(np.array(score))), rel=1e-6)
     torch.testing.assert_close(block.probabilities().sum(-1), torch.ones(S, K, dtype=torch.float64))
+
+
+def test_a_packed_w2_needs_no_other() -> None:
+    torch.manual_seed(0)
+    w1, w2 = torch.randn(V, R), torch.randn(V, R)
+    logits, anchors = torch.randn(S, K, V), torch.randint(0, V, (S,))
+    packed = SequentialHead("vanilla", w1, packed_w2=pack_linear(w2))
+    assert packed.columns == V
+    found, exact = (sequential_head(logits, None, anchors, head, keep_weights=True) for head in (packed, SequentialHead("vanilla", w1, w2)))
+    assert torch.equal(found.tokens, exact.tokens)
+    torch.testing.assert_close(found.log_weights, exact.log_weights)
+    with pytest.raises(ValueError, match="w2 has 37 rows, the logits 36 columns"):
+        sequential_head(logits[..., 1:], None, anchors, packed)
+    with pytest.raises(ValueError, match="needs both w1 and w2"):
+        SequentialHead("vanilla", packed_w2=pack_linear(w2))
 
 
 def test_what_is_missing_is_said() -> None:

@@ -166,6 +166,22 @@ def speculators_block(kind: str, *, draft_vocab: int = 60, **changes: Any) -> Ch
     return config | changes, shapes.tensors
 
 
+BLOCK_LAYOUTS = ("dspark", "gated", "dflash", "small")
+
+
+def write_blocks(root: Path, target: TargetModel) -> Path:
+    """A folder with a drafter of each kind: with a Markov head, a gated one, none and a window, and over a vocabulary of its own."""
+    write(root / "dspark", *deepspec(target))
+    write(root / "gated", *deepspec(target, "gated"))
+    write(root / "dflash", *zlab())
+    write(root / "small", *speculators_block("dspark"))
+    for name in ("gated", "dflash"):  # bins by how sharp a draft is, differently at each position and temperature
+        scales = {"temperatures": [1.5, 0.7], "offsets": [0.3, -0.4, 0.1], "sharpness": [0.5, 2.0, 1.0]}
+        calibration = {key: {bucket: [value + 0.1 * int(bucket) for value in row] for bucket in "02"} for key, row in scales.items()}
+        (root / name / "calibration.json").write_text(json.dumps(calibration))
+    return root
+
+
 def head_weight(target: TargetModel) -> torch.Tensor:
     """The target's output head [vocab, hidden], read through its own product."""
     return target.frozen().head(torch.eye(target.spec.hidden_size)).T.contiguous()

@@ -1,0 +1,134 @@
+"""What a drafter keeps, and what it takes to make one: its weights, and context that costs memory once it is written."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from engine.batch import TargetModel
+from engine.checkpoints.drafters import read_folder
+from engine.drafters import dspark
+from engine.drafters.base import DraftBatch
+from engine.drafters.dspark import DSparkDrafter
+from engine.drafters.parts.block import BlockBackbone
+from engine.drafters.parts.layers import Weights
+from engine.types import SamplingParams
+from tests.unit.engine.drafters.layouts import HIDDEN, Scene, deepspec, without_anchors, write
+from tests.unit.engine.models.tiny import CHUNKED, make_hf, make_lean
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def target() -> TargetModel:
+    return make_lean(make_hf("qwen3"))
+
+
+def resident(tensor: torch.Tensor) -> int:
+    """Bytes of `tensor` that have memory: the system's word, by page."""
+    page = mmap.PAGESIZE
+    count = -(-tensor.nbytes // page)
+    held = (ctypes.c_ubyte * count)()
+    start = tensor.data_ptr() // page * page
+    assert ctypes.CDLL(None, use_errno=True).mincore(ctypes.c_void_p(start), ctypes.c_size_t(count * page), held) == 0, ctypes.get_errno()
+    return page * sum(number & 1 for number in held)
+
+
+@pytest.mark.parametrize("first_blocks", [0, 20_000])
+def test_context_takes_memory_as_it_is_written(tmp_path: Path, target: TargetModel, first_blocks: int) -> None:
+    scene = Scene(target)
+    spec = DSparkDrafter.load(read_folder(write(tmp_path / "d", *deepspec(target))), scene.host).spec
+    weights = Weights(deepspec(target)[1], torch.float32, torch.device("cpu"))
+    blocks, size = 80_000, 16
+    backbone = BlockBackbone(spec, weights, num_blocks=blocks, block_size=size, first_blocks=first_blocks)
+    each = backbone.nbytes // (2 * len(backbone._keys))
+    caches = [*backbone._keys, *backbone._values]
+    assert each > 32 * MIB
+    for cache in caches:
+        assert resident(cache) <= each * first_blocks / blocks + 4 * MIB
+        assert resident(cache) >= each * first_blocks / blocks
+    slots = np.arange(blocks * size // 2, blocks * size // 2 + 8)
+    backbone.write([torch.randn(8, HIDDEN) for _ in spec.taps], np.arange(8), slots)
+    for cache in caches:
+        assert resident(cache) > each * first_blocks / blocks
+        assert cache[torch.from_numpy(slots)].abs().sum() > 0
+
+
+MADE = """
+import resource
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+import kernels
+from engine.batch import FrozenParts
+from engine.drafters.parts.frozen import vocabulary
+from engine.drafters.parts.layers import Weights
+from kernels import pages
+
+def memory():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+pages.keep_freed()
+width, vocab = 256, 1 << 17
+embedding = torch.randn(vocab, width)
+packed = kernels.pack_linear(embedding)
+frozen = FrozenParts(embedding, lambda hidden: hidden, lambda hidden: kernels.linear(hidden, packed).float())
+own = Weights({"norm.weight": torch.ones(width)}, torch.float32, torch.device("cpu"))
+vocabulary(own, FrozenParts(embedding[:9000], frozen.norm, lambda hidden: frozen.head(hidden)[:, :9000]))  # compiles kernels
+before = memory()
+made = vocabulary(own, frozen)
+print(embedding.nbytes, memory() - before, peak() - before)
+"""
+
+
+def test_a_head_in_eight_bits_leaves_nothing_else_behind() -> None:
+    """A head of 128 MiB: a quarter stays. Meanwhile there are its rows, read back, and no further copy as wide (five there once were)."""
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(MADE)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    whole, kept, most = map(int, done.stdout.split()[-3:])
+    assert whole == 128 * MIB
+    assert kept <= 0.8 * whole, "the numbers, and what the allocator keeps of a few logits"
+    assert most <= 2.2 * whole
+
+
+def count_rows(head: Callable[[torch.Tensor], torch.Tensor], sizes: list[int], hidden: torch.Tensor) -> torch.Tensor:
+    sizes.append(len(hidden))
+    return head(hidden)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_logits_a_few_sequences_at_a_time_draft_the_same(
+    tmp_path: Path, target: TargetModel, monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
+    folder = write(tmp_path / "d", *deepspec(target, "rnn", 8))
+    found = []
+    for most in (1 << 30, 1):
+        monkeypatch.setitem(dspark._LOGIT_BYTES, "cpu", most)
+        scene = Scene(target, sampling=SamplingParams(max_tokens=40, temperature=temperature))
+        drafter = DSparkDrafter.load(read_folder(folder), scene.host)
+        scene.feed(drafter, without_anchors(CHUNKED))
+        sizes: list[int] = []
+        drafter._vocabulary = replace(drafter._vocabulary, head=partial(count_rows, drafter._vocabulary.head, sizes))
+        found.append((drafter.propose_scored(DraftBatch(scene.sequences, np.array([5, 5, 5]), 1)), sizes))
+    (together, wide), (apart, narrow) = found
+    assert (wide, narrow) == ([15], [5, 5, 5])
+    assert np.array_equal(together[0].token_ids, apart[0].token_ids)
+    assert np.allclose(together[1], apart[1], atol=1e-5)
+    if temperature:
+        assert together[0].probabilities is not None
+        assert apart[0].probabilities is not None
+        assert torch.allclose(together[0].probabilities, apart[0].probabilities, atol=1e-6)
