@@ -36,6 +36,12 @@ def take(part: torch.Tensor) -> None:
     ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(part.data_ptr() + part.nbytes - first), _POPULATE_WRITE)
 
 
+def give_back() -> None:
+    """Has the C library's allocator give the pages of all it has free back to the system. Only where that library is GNU's."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
+
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEPT = 1 << 30
 _LARGEST_KEPT = 1 << 28

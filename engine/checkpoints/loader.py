@@ -17,6 +17,7 @@ from engine.checkpoints.sources import LocalCheckpoint, fetch
 from engine.checkpoints.tensors import check_tensors, read_tensors, tied_names
 from engine.memory import free_bytes
 from engine.models.families import FAMILIES, max_positions, read_architecture
+from kernels import pages
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -73,6 +74,7 @@ def load_model(
         from engine.models.fallback import load_fallback
 
         model = load_fallback(checkpoint.directory, config, lambda **shape: _spec(checkpoint, config, number, place, **shape))
+    pages.give_back()  # what weights were made of on the way lies between what stays, too scattered for the allocator to use it again
     return LoadedModel(model, tokenizer, checkpoint.directory)
 
 

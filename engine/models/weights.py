@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 
 import kernels
+from kernels.pages import zeros
 from kernels.reference.fp8_linear import FP8_STEP, Fp8Linear, dequantise
 
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 
 Packed: TypeAlias = "PackedLinear | Fp8Linear"
+
+_LARGE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +64,7 @@ def pack_weights(
     Raises ValueError naming tensors that are missing or that nothing took.
     """
     source = _Source(tensors, dtype, device, scales, int8)
-    embedding = source.take("model.embed_tokens.weight")
+    embedding = source.keep("model.embed_tokens.weight")
     weights = DecoderWeights(
         embedding=embedding,
         layers=tuple(_pack_layer(source, arch, f"model.layers.{index}.") for index in range(len(arch.layers))),
@@ -91,6 +94,14 @@ class _Source:
         if scale is not None:
             return dequantise(tensor, scale.to(self._device), self._scales.block, self._dtype)
         return tensor.to(self._dtype)
+
+    def keep(self, name: str) -> torch.Tensor:
+        """As `take`, in memory of its own: what is left in a mapped file keeps all of that file in the process."""
+        stored = self._tensors.get(name)
+        tensor = self.take(name)
+        if stored is None or tensor.data_ptr() != stored.data_ptr():
+            return tensor
+        return zeros(tensor.shape, tensor.dtype).copy_(tensor) if tensor.nbytes > _LARGE and tensor.device.type == "cpu" else tensor.clone()
 
     def take_if_present(self, name: str) -> torch.Tensor | None:
         return self.take(name) if name in self._tensors else None
@@ -129,7 +140,7 @@ class _Source:
 
 
 def _norm(source: _Source, arch: Architecture, name: str) -> torch.Tensor:
-    weight = source.take(f"{name}.weight")
+    weight = source.keep(f"{name}.weight")
     return weight + 1.0 if arch.family.unit_offset else weight
 
 

@@ -239,3 +239,15 @@ def test_a_failed_download_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_packaged_models_have_distinct_stable_revisions() -> None:
     assert PACKAGED["smollm2-135m"].revision == "885fced6e865"
     assert len({model.revision for model in PACKAGED.values()}) == len(PACKAGED)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="asks Linux what is mapped")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_loaded_model_keeps_nothing_of_its_file_in_the_process(folder: Path, dtype: str) -> None:
+    """One view of a mapped file keeps all of it; and who uses such a view dies if the file is cut off."""
+    tensors = load_file(folder / "model.safetensors")
+    assert str(folder) in Path("/proc/self/maps").read_text()
+    del tensors
+    loaded = load_model(str(folder), dtype=dtype)
+    assert str(folder) not in Path("/proc/self/maps").read_text()
+    assert loaded.model.frozen().embedding.shape[0] == loaded.model.spec.vocab_size
