@@ -10,6 +10,9 @@ if TYPE_CHECKING:
 
     from engine.batch import ModelSpec
 
+_PAGE = 1 << 21
+"""Bytes of a large page."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
@@ -96,6 +99,12 @@ def derive_limits(config: EngineConfig, spec: ModelSpec, free_bytes: int, drafte
     num_blocks = min(budget // block_bytes, useful)
     if num_blocks < 2:
         raise ValueError(f"a KV budget of {budget} bytes is too small: two blocks of {config.block_size} tokens take {2 * block_bytes}")
-    # A CPU's pages are taken when they are first written, so the cache can be laid out for what it may become. A GPU's are not.
-    max_blocks = min(budget // (token_bytes * config.block_size), useful) if on_cpu else num_blocks
+    max_blocks = num_blocks
+    if on_cpu:
+        # Pages are taken when they are first written (a GPU's are not), so the cache can be laid out for what it may become. But keys and
+        # values of a layer that leave less than two pages free at their end share those with the next layer's, which are written.
+        layer_bytes = token_bytes * config.block_size // (2 * spec.num_layers)
+        larger = min(budget // (token_bytes * config.block_size), useful)
+        if (larger - num_blocks) * layer_bytes >= 2 * _PAGE or num_blocks * layer_bytes < _PAGE:
+            max_blocks = larger
     return Limits(max_sequences, max_step_tokens, num_blocks, block_bytes, max_blocks)

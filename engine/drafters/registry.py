@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from engine.checkpoints.drafters.errors import DrafterError
 from engine.drafters.builtin import AUTO, OFF, PORTFOLIO, TEXT, TEXT_DRAFTERS
 from engine.drafters.sources import Source, find_automatic, named, places_stamp, third_party
+from kernels import pages
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,6 +23,13 @@ _log = logging.getLogger(__name__)
 
 class UnknownDrafterError(ValueError):
     """A request or configuration names a drafter that is not there."""
+
+
+def _make(source: Source, host: Host) -> Drafter:
+    """What it was made from on the way goes back to the system: a KV cache that fills its budget may lie beside it."""
+    made = source.make(host)
+    pages.give_back()
+    return made
 
 
 class Catalogue:
@@ -60,7 +68,7 @@ class Catalogue:
         self._host = host
         for source in [source for source in self._sources.values() if self._eager(source)]:
             try:
-                self._made[source.name] = source.make(host)
+                self._made[source.name] = _make(source, host)
             except (DrafterError, ValueError, OSError) as error:
                 if source.name == self._default:
                     raise DrafterError(f"the drafter {source.name} ({source.origin}) cannot be used: {error}") from error
@@ -136,7 +144,7 @@ class Catalogue:
             return made
         if self._host is None:
             raise RuntimeError("prepare() comes before create()")
-        return self._sources[name].make(self._host)
+        return _make(self._sources[name], self._host)
 
     def retire(self, name: str) -> None:
         """Takes a drafter out of the portfolio; a request that names it still gets it."""
