@@ -1,7 +1,8 @@
 """A job that wants more KV cache than it gets: `python -m tests.benchmarks.memory_budget [--budget-gib 1] [--wants-gib 4] [--json]`.
 
 Makes as many long requests as would fill `--wants-gib` of cache if all ran at once, gives the engine `--budget-gib`, and runs them. Goals:
-every line is answered, the cache in use never passes its budget, and the process grows by no more than the budget and what a step needs.
+every line is answered, the cache in use never passes its budget, and the process grows, over what it holds once the model is loaded, by no
+more than the budget and what a step needs.
 """
 
 from __future__ import annotations

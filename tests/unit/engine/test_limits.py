@@ -19,7 +19,7 @@ def spec(device: str = "cpu") -> ModelSpec:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("kv_bytes", [1 << 20, GIB, 4 * GIB, 64 * GIB])
+@pytest.mark.parametrize("kv_bytes", [16 << 20, GIB, 4 * GIB, 64 * GIB])
 @pytest.mark.parametrize("drafter_bytes", [0, 3072])
 def test_blocks_and_what_drafters_keep_for_them_fit_the_budget(kv_bytes: int, drafter_bytes: int) -> None:
     limits = derive_limits(EngineConfig(kv_bytes=kv_bytes), spec(), 0, drafter_bytes)
@@ -31,7 +31,7 @@ def test_blocks_and_what_drafters_keep_for_them_fit_the_budget(kv_bytes: int, dr
     assert useful or (limits.num_blocks + 1) * limits.block_bytes > kv_bytes
 
 
-@pytest.mark.parametrize(("kv_bytes", "grows"), [(1 << 20, True), (GIB, False), (4 * GIB, True)])
+@pytest.mark.parametrize(("kv_bytes", "grows"), [(16 << 20, True), (GIB, False), (4 * GIB, True)])
 def test_a_cache_is_laid_out_for_more_only_where_that_takes_no_pages_yet(kv_bytes: int, grows: bool) -> None:
     """Of 1 GiB a drafter's share is 1.1 MB a layer: in pages of 2 MiB all of it would be taken along with what is used."""
     limits = derive_limits(EngineConfig(kv_bytes=kv_bytes), spec(), 0, 3072)
