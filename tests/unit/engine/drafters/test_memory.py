@@ -58,11 +58,11 @@ def test_context_takes_memory_as_it_is_written(tmp_path: Path, target: TargetMod
     for cache in caches:
         assert resident(cache) <= each * first_blocks / blocks + 4 * MIB
         assert resident(cache) >= each * first_blocks / blocks
-    slots = np.arange(blocks * size // 2, blocks * size // 2 + 8)
-    backbone.write([torch.randn(8, HIDDEN) for _ in spec.taps], np.arange(8), slots)
+    slots = torch.arange(blocks * size // 2, blocks * size // 2 + 8)
+    backbone.take_in([torch.randn(8, HIDDEN) for _ in spec.taps], torch.arange(8), slots)
     for cache in caches:
         assert resident(cache) > each * first_blocks / blocks
-        assert cache[torch.from_numpy(slots)].abs().sum() > 0
+        assert cache[slots].abs().sum() > 0
 
 
 MADE = """
