@@ -27,8 +27,9 @@ class EngineConfig:
     `adapt`: the DSpark or DFlash drafter in use learns from this engine's own answers beside the job, and goes on with the new weights
     where they draft better on answers that they did not learn from (`engine.training.adapt`).
 
-    `fixed_drafts` verifies that many drafted tokens a request and step whatever they cost: for measurements. `trace` names a file that
-    gets a record of everything the engine does (see `engine.lab.trace`), prompts and answers included.
+    `fixed_drafts` verifies that many drafted tokens a request and step whatever they cost, with room for them beside `max_step_tokens`:
+    for measurements. `trace` names a file that gets a record of everything the engine does (see `engine.lab.trace`), prompts and answers
+    included.
     """
 
     dtype: str = "auto"
@@ -67,6 +68,7 @@ class EngineConfig:
 class Limits:
     """What `EngineConfig` comes to for one model on one machine.
 
+    max_step_tokens: drafts included. fixed_drafts: a sequence's, that have room in every step whatever else is in it.
     max_blocks: what `num_blocks` may grow to once no drafter keeps anything for them.
     """
 
@@ -75,6 +77,7 @@ class Limits:
     num_blocks: int
     block_bytes: int
     max_blocks: int
+    fixed_drafts: int = 0
 
 
 def derive_limits(config: EngineConfig, spec: ModelSpec, free_bytes: int, drafter_bytes_per_token: int = 0) -> Limits:
@@ -87,7 +90,8 @@ def derive_limits(config: EngineConfig, spec: ModelSpec, free_bytes: int, drafte
     """
     on_cpu = spec.device.type == "cpu"
     max_sequences = config.max_sequences or (64 if on_cpu else 256)
-    max_step_tokens = max(config.max_step_tokens or (512 if on_cpu else 8192), max_sequences)
+    fixed_drafts = config.fixed_drafts or 0
+    max_step_tokens = max(config.max_step_tokens or (512 if on_cpu else 8192), max_sequences) + max_sequences * fixed_drafts
     token_bytes = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * (1 if config.kv_dtype == "fp8" else spec.dtype.itemsize)
     block_bytes = (token_bytes + drafter_bytes_per_token) * config.block_size
     budget = config.kv_bytes
@@ -107,4 +111,4 @@ def derive_limits(config: EngineConfig, spec: ModelSpec, free_bytes: int, drafte
         larger = min(budget // (token_bytes * config.block_size), useful)
         if (larger - num_blocks) * layer_bytes >= 2 * _PAGE or num_blocks * layer_bytes < _PAGE:
             max_blocks = larger
-    return Limits(max_sequences, max_step_tokens, num_blocks, block_bytes, max_blocks)
+    return Limits(max_sequences, max_step_tokens, num_blocks, block_bytes, max_blocks, fixed_drafts)

@@ -98,6 +98,7 @@ class Engine:
             max_sequences=self.limits.max_sequences,
             max_step_tokens=self.limits.max_step_tokens,
             max_positions=spec.max_positions,
+            fixed_drafts=self.limits.fixed_drafts,
         )
         with nullcontext() if profiles is None else profiles.tuned(spec.device):
             warm_up(self._runner, self.limits.max_step_tokens)
@@ -116,7 +117,7 @@ class Engine:
             )
             cost.profile(points)
             self._scheduler.batch = best_batch(cost, self.limits.max_sequences)
-            self._scheduler.chunk = best_chunk(cost, self.limits.max_step_tokens)
+            self._scheduler.chunk = best_chunk(cost, self._scheduler.chunk)
         entropy = int.from_bytes(os.urandom(8)) if config.seed is None else config.seed
         self.drafters.prepare(
             Host(

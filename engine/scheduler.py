@@ -1,7 +1,8 @@
 """What runs in the next step: admission, chunked prefill, block growth and preemption. No torch, no clock.
 
 A step is one packed row of at most `max_step_tokens` tokens: first one token of every decoding sequence, then prefill chunks
-in order of admission; what is left over may be filled with drafts.
+in order of admission; what is left over may be filled with drafts. Where every sequence drafts a fixed number, prefill leaves room for
+them.
 """
 
 from __future__ import annotations
@@ -94,9 +95,11 @@ class BlockTables:
 class Scheduler:
     """Holds every sequence from `add` to `finish`. Not thread-safe: one engine thread drives it."""
 
-    def __init__(self, pool: BlockPool, *, max_sequences: int, max_step_tokens: int, max_positions: int) -> None:
-        if not 1 <= max_sequences <= max_step_tokens:
-            raise ValueError(f"1 <= max_sequences <= max_step_tokens must hold, got {max_sequences} and {max_step_tokens}")
+    def __init__(self, pool: BlockPool, *, max_sequences: int, max_step_tokens: int, max_positions: int, fixed_drafts: int = 0) -> None:
+        """fixed_drafts: of every decoding sequence."""
+        most_chunk = max_step_tokens - max_sequences * fixed_drafts
+        if not 1 <= max_sequences <= most_chunk:
+            raise ValueError(f"1 <= max_sequences <= max_step_tokens must hold, got {max_sequences} and {most_chunk} beside drafts")
         self.pool = pool
         self.tables = BlockTables(max_sequences)
         self.max_step_tokens = max_step_tokens
@@ -106,9 +109,10 @@ class Scheduler:
         self.max_sequences = max_sequences
         self.batch = max_sequences
         """Sequences that run together: fewer than could where more would not be faster."""
-        self.chunk = max_step_tokens
+        self.chunk = most_chunk
         """Prompt tokens of a step at most."""
         self._max_positions = max_positions
+        self._fixed_drafts = fixed_drafts
         self._lengths = LengthEstimator()
         self.waiting = WaitingQueue(self._lengths, patience=_PATIENCE * max_sequences)
         self.running: list[Sequence] = []
@@ -298,7 +302,9 @@ class Scheduler:
         self.tables.write(sequence)
 
     def _plan_prefill(self, plan: StepPlan) -> None:
-        budget = min(self.max_step_tokens - len(plan.decoding), self.chunk)
+        free = self.max_step_tokens - len(plan.decoding)
+        # While memory is short, drafts do not keep others from starting.
+        budget = min(free - min(len(plan.decoding) * self._fixed_drafts, free // 2), self.chunk)
         scored = _SCORED_TOKENS
         for sequence in self.running:
             if budget <= 0:

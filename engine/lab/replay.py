@@ -53,17 +53,20 @@ def replay(trace: Trace, policy: Policy, *, max_sequences: int | None = None, ma
     """Runs the trace's answered requests under `policy` in virtual time. `max_sequences`: another batch size than the trace's."""
     engine = trace.engine
     sequences = max_sequences or engine.max_sequences
+    fixed_drafts = policy.fixed_drafts or 0
+    beside = engine.max_step_tokens - engine.max_sequences * (engine.fixed_drafts or 0)
     limits = Limits(
         max_sequences=sequences,
-        max_step_tokens=engine.max_step_tokens,
+        max_step_tokens=max(beside, sequences) + sequences * fixed_drafts,
         num_blocks=engine.num_blocks,
         block_size=engine.block_size,
         max_positions=engine.max_positions,
         look_ahead=engine.look_ahead,
         share_prefixes=engine.share_prefixes,
+        fixed_drafts=fixed_drafts,
     )
     speculator = None
-    cost = CostModel(max(engine.max_step_tokens, sequences))
+    cost = CostModel(limits.max_step_tokens)
     if engine.profile:
         cost.profile([(Load(*sizes), seconds) for *sizes, seconds in engine.profile])
     if policy.drafter is not None:
@@ -72,7 +75,7 @@ def replay(trace: Trace, policy: Policy, *, max_sequences: int | None = None, ma
     simulator = Simulator(limits, machine or RecordedMachine(trace), speculator, default=policy.drafter or OFF)
     if cost.ready:  # as the engine does with its profile
         simulator.scheduler.batch = best_batch(cost, sequences)
-        simulator.scheduler.chunk = best_chunk(cost, simulator.scheduler.max_step_tokens)
+        simulator.scheduler.chunk = best_chunk(cost, simulator.scheduler.chunk)
     return simulator.run(scripts(trace))
 
 

@@ -52,6 +52,7 @@ class Limits:
     max_positions: int = 1 << 30
     look_ahead: int = 64
     share_prefixes: bool = True
+    fixed_drafts: int = 0
 
 
 class Machine(Protocol):
@@ -142,6 +143,7 @@ class Simulator:
             max_sequences=limits.max_sequences,
             max_step_tokens=max(limits.max_step_tokens, limits.max_sequences),
             max_positions=limits.max_positions,
+            fixed_drafts=limits.fixed_drafts,
         )
         self._live: dict[int, tuple[Sequence, Ints, str | None]] = {}
         self._now = 0.0

@@ -80,7 +80,8 @@ class Watched:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """tokens, steps: float64 [requests] of each domain, what the target said and in how many steps; requests in the prompts' order.
+    """tokens, steps: float64 [requests] of each domain, what the target said and in how many steps; requests in the prompts' order. The
+    first token, which comes of the prompt's own step and never of a draft, counts for neither.
 
     evidence, stood: of all blocks; empty for drafters that give no evidence.
     """
@@ -93,16 +94,17 @@ class Measured:
     @property
     def acceptance(self) -> dict[str, float]:
         """Tokens per step, the bonus token included, by domain, and `macro`, the mean of the domains."""
-        found = {domain: float(self.tokens[domain].sum() / self.steps[domain].sum()) for domain in sorted(self.tokens)}
+        went_on = [domain for domain in sorted(self.tokens) if self.steps[domain].any()]
+        found = {domain: float(self.tokens[domain].sum() / self.steps[domain].sum()) for domain in went_on}
         return found | ({"macro": sum(found.values()) / len(found)} if found else {})
 
     def intervals(self, draws: int = 2000) -> dict[str, tuple[float, float]]:
         """95% bootstrap intervals of `acceptance`; a request is drawn as a whole."""
         rng = np.random.default_rng(0)
         samples: dict[str, Floats] = {}
-        for domain in sorted(self.tokens):
+        for domain in [name for name in self.acceptance if name != "macro"]:
             drawn = rng.integers(0, len(self.tokens[domain]), (draws, len(self.tokens[domain])))
-            samples[domain] = self.tokens[domain][drawn].sum(1) / self.steps[domain][drawn].sum(1)
+            samples[domain] = self.tokens[domain][drawn].sum(1) / np.maximum(self.steps[domain][drawn].sum(1), 1.0)
         if samples:
             samples["macro"] = np.mean(list(samples.values()), axis=0)
         return {name: (float(np.quantile(values, 0.025)), float(np.quantile(values, 0.975))) for name, values in samples.items()}
@@ -169,7 +171,7 @@ def measure(
     for count, result in enumerate(engine.run(iter(requests)), 1):
         tick(count, len(requests))
         if result.ledger.steps:
-            ended[result.id] = result.ledger.sampled, result.ledger.steps
+            ended[result.id] = result.ledger.sampled - 1, result.ledger.steps - 1
     made: dict[str, list[tuple[int, int]]] = {}
     for request in requests:
         if request.id in ended:

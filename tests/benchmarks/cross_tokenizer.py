@@ -45,8 +45,9 @@ def main() -> int:
             drafted = live.run(loaded, config(options, **fields), requests, tick=tick)
     gaps = differences(loaded, options, requests, plain, drafted)
     ledgers = [result.ledger for result in drafted.results]
-    tokens = np.array([ledger.sampled for ledger in ledgers], np.float64)
-    got = Measured({"all": tokens}, {"all": np.array([ledger.steps for ledger in ledgers], np.float64)}, np.empty((0, 0)), np.empty((0, 0)))
+    # The first token comes of the prompt's own step.
+    tokens, walked = (np.array([getattr(ledger, name) for ledger in ledgers], np.float64) - 1.0 for name in ("sampled", "steps"))
+    got = Measured({"all": tokens}, {"all": walked}, np.empty((0, 0)), np.empty((0, 0)))
     accepted, verified = (sum(getattr(ledger, name) for ledger in ledgers) for name in ("accepted", "verified"))
     return live.report(
         {

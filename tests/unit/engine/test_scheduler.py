@@ -21,9 +21,9 @@ def request(name: str, prompt: list[int], max_tokens: int, **fields) -> Request:
     return Request(name, tuple(prompt), SamplingParams(max_tokens=max_tokens, temperature=0.0), **fields)
 
 
-def scheduler(num_blocks: int = 65, max_sequences: int = 8, max_step_tokens: int = 32, share: bool = True) -> Scheduler:
+def scheduler(num_blocks: int = 65, max_sequences: int = 8, max_step_tokens: int = 32, share: bool = True, **fields: int) -> Scheduler:
     pool = BlockPool(num_blocks, BLOCK, share_prefixes=share)
-    return Scheduler(pool, max_sequences=max_sequences, max_step_tokens=max_step_tokens, max_positions=10_000)
+    return Scheduler(pool, max_sequences=max_sequences, max_step_tokens=max_step_tokens, max_positions=10_000, **fields)
 
 
 class World:
@@ -133,6 +133,27 @@ def test_every_request_finishes_and_reads_only_its_own_text(
     for sequence in world.finished.values():
         ledger = sequence.ledger
         assert ledger.prompt == ledger.cached + ledger.prefilled
+
+
+def test_prompts_leave_room_for_a_fixed_number_of_drafts() -> None:
+    """However much is to be read; and where memory is short, reading goes on all the same."""
+    drafts = 5
+    one = scheduler(num_blocks=600, max_sequences=6, max_step_tokens=10 + 6 * drafts, fixed_drafts=drafts)
+    assert one.chunk == 10
+    world = World(one, random.Random(0))
+    for number in range(40):
+        one.add(request(str(number), list(range(number, number + 30)), 12))
+    shared = 0
+    while not world.idle:
+        plan = world.step()
+        assert plan.num_tokens + drafts * len(plan.decoding) <= one.max_step_tokens
+        assert not one.running or plan.prefill or plan.decoding
+        shared += bool(plan.prefill and plan.decoding)
+    assert shared > 40, "prompts were hardly ever read beside decoding"
+    one.max_step_tokens = 8
+    for number in range(6):
+        one.add(request(f"late {number}", [number] * 9, 200))
+    assert max(len(world.step().decoding) for _ in range(60)) == 6
 
 
 def test_siblings_admitted_together_compute_their_prefix_once() -> None:
