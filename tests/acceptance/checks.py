@@ -180,7 +180,7 @@ CHECKS: Sequence[Check] = (
     Check(
         "s3/real-store",
         "wrong credentials refused by a server that checks them; conditional writes, multipart, 5xx retries, lost replies over HTTP",
-        pytest("tests/contract/test_blobs_s3.py", "tests/integration/test_bucket_jobs.py"),
+        pytest("tests/contract/test_blobs_s3.py", "tests/integration/bucket_jobs"),
         tests_pass,
     ),
     Check(
