@@ -1,10 +1,11 @@
-"""The application on a real port: one server, database and blob store a module, a project of its own for every test."""
+"""One database a module, a project of its own for every test; the application on it, on a real port."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
@@ -14,6 +15,17 @@ from service.bootstrap import Services
 from service.config import load_settings
 from service.ports import Database
 from tests.integration.api_server import ApiServer, Tenant, serve
+
+
+@pytest.fixture
+def db(module_database: Database) -> Database:
+    return module_database
+
+
+@pytest.fixture
+def project(db: Database) -> str:
+    with db.begin() as uow:
+        return uow.accounts.add_project(uuid4().hex).id
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,39 @@
+"""Projects and their keys on PostgreSQL."""
+
+from __future__ import annotations
+
+from uuid import uuid4
+
+import pytest
+
+from service.domain.account import ApiKey
+from service.errors import Conflict
+from service.ports import Database
+from tests.integration.stored import AT
+
+
+def test_a_project_name_is_taken_once(db: Database) -> None:
+    name = uuid4().hex
+    with db.begin() as uow:
+        uow.accounts.add_project(name)
+    with db.begin() as uow, pytest.raises(Conflict, match=name):
+        uow.accounts.add_project(name)
+
+
+def test_keys_by_prefix_are_the_live_ones_and_a_use_is_noted_once_a_minute(db: Database, project: str) -> None:
+    first, second = (ApiKey(uuid4().hex, project, "n", "ld-abc", uuid4().bytes, AT, ("read",)) for _ in range(2))
+    with db.begin() as uow:
+        uow.accounts.add_key(first)
+        uow.accounts.add_key(second)
+    with db.begin() as uow:
+        assert uow.accounts.revoke_key(first.id)
+        assert not uow.accounts.revoke_key(first.id)
+        (live,) = uow.accounts.keys_with_prefix("ld-abc")
+        assert (live.id, live.digest, live.scopes) == (second.id, second.digest, ("read",))
+        uow.accounts.touch_key(second.id)
+    with db.begin() as uow:
+        used = {key.id: key.last_used_at for key in uow.accounts.keys(project)}
+        uow.accounts.touch_key(second.id)
+        assert {key.id: key.last_used_at for key in uow.accounts.keys(project)} == used
+    assert used[first.id] is None
+    assert used[second.id] is not None
