@@ -28,10 +28,10 @@ from engine.speculation.speculator import Speculator
 from engine.speculation.ways import Ways
 from engine.types import FinishReason, Request, Result, SamplingParams
 from tests.unit.engine.drafters.layouts import VOCAB, deepspec, write, write_blocks
+from tests.unit.engine.drafting import Loaded
 from tests.unit.engine.hash_model import Letters
 from tests.unit.engine.late import GraphsOnCpu
 from tests.unit.engine.models.tiny import make_hf, make_lean
-from tests.unit.engine.test_drafter_exactness import Loaded
 from tests.unit.engine.test_engine import assert_conserved
 
 pytestmark = pytest.mark.usefixtures("fixed_costs")

@@ -17,9 +17,9 @@ from engine.engine import Engine
 from engine.speculation.speculator import Speculator
 from engine.types import Request, Result
 from tests.unit.engine.drafters.layouts import deepspec, eagle, write, zlab
+from tests.unit.engine.drafting import Loaded, jobs
 from tests.unit.engine.hash_model import Letters
 from tests.unit.engine.models.tiny import make_hf, make_lean
-from tests.unit.engine.test_drafter_exactness import Loaded, jobs
 
 pytestmark = pytest.mark.usefixtures("fixed_costs")
 

@@ -17,8 +17,9 @@ from engine.profile import Profiles
 from engine.speculation.cost_model import Load
 from engine.speculation.portfolio import Portfolio
 from tests.unit.engine.drafters.layouts import deepspec, write
+from tests.unit.engine.drafting import Loaded, jobs, run
+from tests.unit.engine.hash_model import Letters
 from tests.unit.engine.models.tiny import make_hf, make_lean
-from tests.unit.engine.test_drafter_exactness import Letters, Loaded, jobs, run
 
 pytestmark = pytest.mark.usefixtures("fixed_costs")
 
