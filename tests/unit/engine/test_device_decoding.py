@@ -27,7 +27,7 @@ from engine.speculation.portfolio import Portfolio
 from engine.speculation.speculator import Speculator
 from engine.speculation.ways import Ways
 from engine.types import FinishReason, Request, Result, SamplingParams
-from tests.unit.engine.drafters.layouts import VOCAB, deepspec, write, write_blocks
+from tests.unit.engine.drafters.layouts import VOCAB, deepspec, write
 from tests.unit.engine.drafting import Loaded
 from tests.unit.engine.hash_model import Letters
 from tests.unit.engine.late import GraphsOnCpu
@@ -36,16 +36,6 @@ from tests.unit.engine.test_engine import assert_conserved
 
 pytestmark = pytest.mark.usefixtures("fixed_costs")
 WAY = Ways.on_device
-
-
-@pytest.fixture(scope="module")
-def target() -> TargetModel:
-    return make_lean(make_hf("qwen3", max_position_embeddings=128))
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory, target: TargetModel) -> Path:
-    return write_blocks(tmp_path_factory.mktemp("drafters"), target)
 
 
 @pytest.fixture
@@ -118,10 +108,12 @@ def assert_accounts(engine: Engine, results: dict[str, Result]) -> None:
 
 
 @pytest.mark.parametrize(("drafter", "count"), [("dspark", 1), ("dspark", 8), ("gated", 3), ("dflash", 3), ("small", 3)])
-def test_greedy_texts_are_plain_decodings(target: TargetModel, folders: Path, on_device: list[str], drafter: str, count: int) -> None:
+def test_greedy_texts_are_plain_decodings(
+    block_target: TargetModel, block_drafters: Path, on_device: list[str], drafter: str, count: int
+) -> None:
     requests = jobs(count)
-    plain = texts(answers(make(target, "off"), requests))
-    engine = make(target, folders / drafter)
+    plain = texts(answers(make(block_target, "off"), requests))
+    engine = make(block_target, block_drafters / drafter)
     results = answers(engine, requests)
     assert texts(results) == plain
     assert on_device.count("launched") > 10
@@ -132,13 +124,13 @@ def test_greedy_texts_are_plain_decodings(target: TargetModel, folders: Path, on
 
 
 @pytest.mark.parametrize("sampling", [{"temperature": 0.8}, {"temperature": 1.3, "top_k": 20}, {"temperature": 1.0, "top_p": 0.7}])
-def test_seeded_texts_are_plain_decodings(target: TargetModel, folders: Path, on_device: list[str], sampling: dict) -> None:
+def test_seeded_texts_are_plain_decodings(block_target: TargetModel, block_drafters: Path, on_device: list[str], sampling: dict) -> None:
     requests = [
         replace(request, sampling=replace(request.sampling, seed=7, sample=number % 2, **(sampling if number != 3 else {})))
         for number, request in enumerate(jobs(6))
     ]
-    plain = texts(answers(make(target, "off"), requests))
-    engine = make(target, folders / "dspark", seed=99)
+    plain = texts(answers(make(block_target, "off"), requests))
+    engine = make(block_target, block_drafters / "dspark", seed=99)
     results = answers(engine, requests)
     assert texts(results) == plain
     assert on_device.count("launched") > 10
@@ -147,16 +139,16 @@ def test_seeded_texts_are_plain_decodings(target: TargetModel, folders: Path, on
 
 
 def test_requests_that_come_later_and_ends_that_nobody_foresaw(
-    target: TargetModel, folders: Path, on_device: list[str], monkeypatch: pytest.MonkeyPatch
+    block_target: TargetModel, block_drafters: Path, on_device: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ends by token and by string are found one step late; a request that comes takes the others off the device for its prompt."""
     requests = jobs(9, max_tokens=40)
-    plain = answers(make(target, "off"), requests)
+    plain = answers(make(block_target, "off"), requests)
     requests = [
         replace(request, sampling=replace(request.sampling, stop_token_ids=(plain[request.id].token_ids[9 + 3 * int(request.id)],)))
         for request in requests
     ]
-    expected = answers(make(target, "off"), requests)
+    expected = answers(make(block_target, "off"), requests)
 
     def coming() -> Iterator[Request | None]:
         for request in requests:
@@ -173,7 +165,7 @@ def test_requests_that_come_later_and_ends_that_nobody_foresaw(
 
     monkeypatch.setattr(DeviceDecoding, "land", landed)
     monkeypatch.setattr(DecodePipeline, "collect", lambda self: last.append(collect(self)) or last[-1])
-    engine = make(target, folders / "dspark")
+    engine = make(block_target, block_drafters / "dspark")
     results = {result.id: result for result in engine.run(coming())}
     assert texts(results) == texts(expected)
     assert {result.finish_reason for result in results.values()} == {FinishReason.STOP}
@@ -183,21 +175,21 @@ def test_requests_that_come_later_and_ends_that_nobody_foresaw(
     assert_accounts(engine, results)
 
 
-def test_what_the_host_must_see_stays_with_it(target: TargetModel, folders: Path, on_device: list[str]) -> None:
+def test_what_the_host_must_see_stays_with_it(block_target: TargetModel, block_drafters: Path, on_device: list[str]) -> None:
     unfit = [{"temperature": 1.0}, {"logprobs": 1}, {"frequency_penalty": 0.5}, {"logit_bias": ((5, 1.0),)}, {"min_tokens": 3}]
     for change in unfit:
         requests = jobs(2, max_tokens=8, **change)
         assert not any(suits(request) for request in requests)
-        plain, drafted = (texts(answers(make(target, drafter), requests)) for drafter in ("off", folders / "dspark"))
+        plain, drafted = (texts(answers(make(block_target, drafter), requests)) for drafter in ("off", block_drafters / "dspark"))
         assert plain == drafted or change == {"temperature": 1.0}
     assert "launched" not in on_device
 
 
-def test_memory_that_is_short_leaves_the_texts_alone(target: TargetModel, folders: Path, on_device: list[str]) -> None:
+def test_memory_that_is_short_leaves_the_texts_alone(block_target: TargetModel, block_drafters: Path, on_device: list[str]) -> None:
     requests = jobs(6, max_tokens=50)
-    plain = texts(answers(make(target, "off"), requests))
+    plain = texts(answers(make(block_target, "off"), requests))
     block = 4 * (2 * 4 * 2 * 8 + 2 * 2 * 2 * 8) * 4
-    engine = make(target, folders / "dspark", kv_bytes=55 * block)
+    engine = make(block_target, block_drafters / "dspark", kv_bytes=55 * block)
     results = answers(engine, requests)
     assert texts(results) == plain
     assert "refused" in on_device
@@ -205,8 +197,8 @@ def test_memory_that_is_short_leaves_the_texts_alone(target: TargetModel, folder
     engine._pool.check()
 
 
-def test_aborts_and_closed_runs_leave_sound_books(target: TargetModel, folders: Path, on_device: list[str]) -> None:
-    engine = make(target, folders / "dspark")
+def test_aborts_and_closed_runs_leave_sound_books(block_target: TargetModel, block_drafters: Path, on_device: list[str]) -> None:
+    engine = make(block_target, block_drafters / "dspark")
     requests = jobs(6, max_tokens=40)
     results: dict[str, Result] = {}
     for result in engine.run(iter([*requests, replace(requests[0], id="short", sampling=replace(requests[0].sampling, max_tokens=12))])):
@@ -219,19 +211,19 @@ def test_aborts_and_closed_runs_leave_sound_books(target: TargetModel, folders: 
     running.close()
     assert engine._pool.num_held == 0
     again = answers(engine, requests)
-    assert texts(again) == texts(answers(make(target, "off"), requests))
+    assert texts(again) == texts(answers(make(block_target, "off"), requests))
     assert on_device.count("launched") > 20
 
 
 def test_the_portfolio_goes_on_the_device_where_it_has_one_drafter(
-    target: TargetModel, folders: Path, on_device: list[str], tmp_path: Path
+    block_target: TargetModel, block_drafters: Path, on_device: list[str], tmp_path: Path
 ) -> None:
     (tmp_path / "drafters").mkdir()
-    (tmp_path / "drafters" / "dspark").symlink_to(folders / "dspark")
+    (tmp_path / "drafters" / "dspark").symlink_to(block_drafters / "dspark")
     requests = jobs(5, max_tokens=40)
-    plain = texts(answers(make(target, "off"), requests))
+    plain = texts(answers(make(block_target, "off"), requests))
     engine = Engine(
-        Loaded(target, Letters(), tmp_path), EngineConfig(kv_bytes=8 << 20, block_size=4, max_step_tokens=64, max_sequences=8, seed=3)
+        Loaded(block_target, Letters(), tmp_path), EngineConfig(kv_bytes=8 << 20, block_size=4, max_step_tokens=64, max_sequences=8, seed=3)
     )
     assert engine.drafters.members == ("suffix", "dspark")
     results = answers(engine, requests)
@@ -268,20 +260,20 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> tuple[dict, dict]:
 
 @pytest.mark.parametrize("drafter", ["dspark", "dflash"])
 def test_context_is_taken_in_inside_the_steps_and_found_after_them(
-    target: TargetModel, folders: Path, on_device: list[str], eager: None, monkeypatch: pytest.MonkeyPatch, drafter: str
+    block_target: TargetModel, block_drafters: Path, on_device: list[str], eager: None, monkeypatch: pytest.MonkeyPatch, drafter: str
 ) -> None:
     """Wherever a draft is made, it is what the host would have drafted from the same text: on the device, and back from there."""
     between, inside = recorded(monkeypatch)
     requests = jobs(3, max_tokens=30)
     with monkeypatch.context() as host:
         host.setattr(Ways, "on_device", lambda self, requests: False)
-        answers(make(target, folders / drafter), requests)
+        answers(make(block_target, block_drafters / drafter), requests)
     assert not inside
     expected = dict(between)
     between.clear()
     turns = iter([True] * 9 + [False] * 6 + [True] * 99)
     monkeypatch.setattr(Ways, "on_device", lambda self, requests: next(turns))
-    answers(make(target, folders / drafter), requests)
+    answers(make(block_target, block_drafters / drafter), requests)
     for found in (inside, between):
         common = [key for key in found if key in expected]
         assert len(common) > 8
@@ -328,7 +320,7 @@ def test_drafts_stand_as_often_as_those_that_are_made_between_steps(
 
 
 def test_how_many_drafts_are_verified_follows_from_older_steps(
-    tmp_path: Path, target: TargetModel, folders: Path, on_device: list[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, block_target: TargetModel, block_drafters: Path, on_device: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A drafter that is right is verified farther than one that is not: by the planner, from what the steps before said."""
     model, checkpoint = follower()
@@ -347,20 +339,20 @@ def test_how_many_drafts_are_verified_follows_from_older_steps(
     of_good = np.mean(asked)
     assert (trusted[0] != trusted[-1]).any(), "what came of drafts changes what later ones are trusted with"
     asked.clear()
-    answers(make(target, folders / "dspark"), requests)
+    answers(make(block_target, block_drafters / "dspark"), requests)
     assert np.mean(asked[-10:]) < of_good - 1.0
     assert "launched" in on_device
 
 
 def test_both_ways_are_measured_where_nothing_is_known(
-    target: TargetModel, folders: Path, on_device: list[str], monkeypatch: pytest.MonkeyPatch
+    block_target: TargetModel, block_drafters: Path, on_device: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Ways, "on_device", WAY)
     monkeypatch.setattr(ways, "_TRIAL", 4)
     requests = jobs(2, max_tokens=30)
-    engine = make(target, folders / "dspark")
+    engine = make(block_target, block_drafters / "dspark")
     results = answers(engine, requests)
-    assert texts(results) == texts(answers(make(target, "off"), requests))
+    assert texts(results) == texts(answers(make(block_target, "off"), requests))
     assert engine._device is not None
     size = engine._device.ways._of(2)
     assert min(size.inside.steps, size.host.steps) >= 4

@@ -18,28 +18,20 @@ from engine.row_table import RowTable
 from engine.scheduler import Chunk
 from engine.sequence import Sequence
 from engine.types import SamplingParams
-from tests.unit.engine.drafters.layouts import BLOCK_LAYOUTS, Scene, without_anchors, write_blocks
-from tests.unit.engine.models.tiny import BLOCK_SIZE, CHUNKED, make_hf, make_lean
-
-
-@pytest.fixture(scope="module")
-def target() -> TargetModel:
-    return make_lean(make_hf("qwen3", max_position_embeddings=128))
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory, target: TargetModel) -> Path:
-    return write_blocks(tmp_path_factory.mktemp("drafters"), target)
+from tests.unit.engine.drafters.layouts import BLOCK_LAYOUTS, Scene, without_anchors
+from tests.unit.engine.models.tiny import BLOCK_SIZE, CHUNKED
 
 
 @pytest.mark.parametrize("drafter", BLOCK_LAYOUTS)
 @pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 0.9, "seed": 11}])
-def test_drafts_are_those_that_are_drafted_between_steps(target: TargetModel, folders: Path, drafter: str, sampling: dict) -> None:
+def test_drafts_are_those_that_are_drafted_between_steps(
+    block_target: TargetModel, block_drafters: Path, drafter: str, sampling: dict
+) -> None:
     """The same context, read by gathering and by pages; of one text the drafter missed the beginning."""
-    scene = Scene(target, sampling=SamplingParams(max_tokens=40, **sampling))
+    scene = Scene(block_target, sampling=SamplingParams(max_tokens=40, **sampling))
     spare = scene.pool.num_blocks
     host = replace(scene.host, num_blocks=spare + 12)  # room for blocks behind the texts
-    made = DSparkDrafter.load(read_folder(folders / drafter), host)
+    made = DSparkDrafter.load(read_folder(block_drafters / drafter), host)
     scene.feed(made, [[span for span in spans if span[0] != 0] for spans in without_anchors(CHUNKED)])
     scene.feed(made, [[(0, 0, 5)]], seen=False)
     scene.feed(made, [[(0, 5, 22)]])
