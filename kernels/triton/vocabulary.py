@@ -1,11 +1,10 @@
-"""Parts of the kernels that walk a row of logits: numbers that sort like floats, thresholds without sorting, seeded noise."""
+"""Parts of the kernels that walk a row of logits: logits as rules leave them, numbers that sort like floats, seeded noise."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-PIVOTS: tl.constexpr = tl.constexpr(4)
 LEAST_KEY: tl.constexpr = tl.constexpr(-2147483648)
 """Below the key of every number."""
 INFINITE_KEY: tl.constexpr = tl.constexpr(-2139095041)
