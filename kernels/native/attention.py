@@ -15,6 +15,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
+from llvmlite import ir
 
 from kernels.native.attention_plan import CHUNK, FINISH, KEYS, MOST_HEAD_DIM, MOST_LINES, RESUME
 from kernels.native.emit import I64
@@ -24,7 +25,6 @@ from kernels.native.rows import float_bits
 
 if TYPE_CHECKING:
     import numpy as np
-    from llvmlite import ir
     from numpy.typing import NDArray
 
     from kernels.native.attention_plan import NativePlan
@@ -108,12 +108,14 @@ class _Attention:
         self.peaks, self.totals = e.scratch(MOST_LINES), e.scratch(MOST_LINES)
         self.low, self.high = e.scratch_integers(MOST_LINES), e.scratch_integers(MOST_LINES)
         self.scores = e.scratch(_TILE * CHUNK)
-        # Where the keys and the values of each 16 tokens of the chunk begin, and the keys of the chunk after it.
-        self.key_blocks, self.value_blocks, self.next_key_blocks = (e.scratch_integers(CHUNK // KEYS) for _ in range(3))
+        # Where the keys and the values of each 16 tokens of the chunk begin, and those of the chunk after it.
+        blocks = [e.scratch_integers(CHUNK // KEYS) for _ in range(4)]
+        self.key_blocks, self.value_blocks, self.next_key_blocks, self.next_value_blocks = blocks
 
     def emit(self) -> None:
         e = self.e
         items = e.mul(self.num_jobs, self.kv_heads)
+        self.asked = e.variable(ir.Constant(ir.IntType(1), 0))  # whether memory was asked for all values of the chunk
         with e.shares_ahead(self.counter, items, e.const(1)) as (item, _, following):
             job, self.kv_head = self._job_of(item)
             first_row, num_rows, table, first_chunk, last_chunk, self.flags = (e.load_i64(job, field) for field in range(6))
@@ -124,6 +126,7 @@ class _Attention:
             table_row = e.mul(table, self.table_width)
             last = e.least(last_chunk, e.div(e.add(top.get(), CHUNK - 1), CHUNK))
             after = self._first_chunk_of(e.least(following, e.sub(items, 1)))
+            self.tiles = e.div(e.add(count, _TILE - 1), _TILE)
             with e.range(first_chunk, last) as chunk:
                 start = e.mul(chunk, CHUNK)
                 num_keys = e.least(e.sub(top.get(), start), CHUNK)
@@ -131,13 +134,14 @@ class _Attention:
                 more = e.less(e.add(chunk, 1), last)
                 own = (table_row, self.kv_head, e.add(start, CHUNK), e.least(e.sub(top.get(), e.add(start, CHUNK)), CHUNK))
                 next_row, next_head, next_start, next_seen = (e.b.select(more, *pair) for pair in zip(own, after, strict=True))
-                self._find_blocks(next_row, next_head, next_start, next_seen, self.next_key_blocks)
+                self._find_blocks(next_row, next_head, next_start, next_seen, self.next_key_blocks, self.next_value_blocks)
                 whole = e.mul(e.div(count, _TILE), _TILE)
                 with e.range(0, whole, _TILE) as line:
                     self._tile(_TILE, line, start, num_keys)
                 for rest in range(1, _TILE):
                     with e.when(e.equal(e.sub(count, whole), rest)):
                         self._tile(rest, whole, start, num_keys)
+                self.asked.set(e.b.and_(e.less(e.const(1), self.tiles), e.equal(num_keys, CHUNK)))
             with e.range(0, count) as line:
                 self._end(line, first_row)
 
@@ -208,7 +212,7 @@ class _Attention:
         return self.e.b.icmp_signed("!=", self.e.b.and_(self.flags, self.e.const(bit)), self.e.const(0))
 
     def _find_blocks(
-        self, table_row: ir.Value, kv_head: ir.Value, start: ir.Value, num_keys: ir.Value, keys: ir.Value, values: ir.Value | None = None
+        self, table_row: ir.Value, kv_head: ir.Value, start: ir.Value, num_keys: ir.Value, keys: ir.Value, values: ir.Value
     ) -> None:
         """Fills `keys` and `values`, in cache elements; past the last token they repeat its block."""
         e = self.e
@@ -220,15 +224,17 @@ class _Attention:
             inside = e.b.urem(position, self.block_size)
             index = e.div(key, KEYS)
             e.b.store(e.add(base, inside), e.at(keys, index, I64))
-            if values is not None:
-                e.b.store(e.add(base, e.mul(inside, self.head_dim)), e.at(values, index, I64))
+            e.b.store(e.add(base, e.mul(inside, self.head_dim)), e.at(values, index, I64))
 
-    def _keys_at(self, key: ir.Value) -> ir.Value:
-        """Keys of the 16 tokens that begin at `key` of the chunk."""
-        return self.e.at(self.keys, self.e.load_i64(self.key_blocks, self.e.div(key, KEYS)))
+    def _block_at(self, cache: ir.Value, blocks: ir.Value, key: ir.Value) -> ir.Value:
+        """Keys or values of the 16 tokens that begin at `key` of the chunk."""
+        return self.e.at(cache, self.e.load_i64(blocks, self.e.div(key, KEYS)))
 
-    def _values_at(self, key: ir.Value) -> ir.Value:
-        return self.e.at(self.values, self.e.load_i64(self.value_blocks, self.e.div(key, KEYS)))
+    def _parts(self, tile: ir.Value, tiles: ir.Value, count: int | ir.Value) -> tuple[tuple[ir.Value, ir.Value, bool], ...]:
+        """`count` turns of a loop as (from, to, whether to ask memory for what comes): `tiles` divide the asking among them."""
+        e = self.e
+        low, high = (e.div(e.mul(number, count), tiles) for number in (tile, e.add(tile, 1)))
+        return (e.const(0), low, False), (low, high, True), (high, e.integer(count), False)
 
     def _tile(self, count: int, line: ir.Value, start: ir.Value, num_keys: ir.Value) -> None:
         e = self.e
@@ -252,20 +258,28 @@ class _Attention:
     ) -> None:
         """Scores of 16 keys or 32, and the highest so far in each lane."""
         e = self.e
-        blocks = [self._keys_at(e.add(key, number * KEYS)) for number in range(at_once)]
-        # Blocks lie anywhere, so the processor cannot guess the next ones: ask for the values of these keys. The next keys are asked for
-        # while values are gathered, so that memory has work all along.
-        values = [self._values_at(e.add(key, number * KEYS)) for number in range(at_once)]
+        steps = [e.add(key, number * KEYS) for number in range(at_once)]
+        blocks = [self._block_at(self.keys, self.key_blocks, step) for step in steps]
+        # Blocks lie anywhere, so the processor cannot guess the next ones. While scores are made values are asked for, and keys while
+        # values are gathered, so that memory has work all along. The first tile asks for the values of these keys, the others each for
+        # their part of the next chunk's; where that was done for this chunk, the first does as the others do.
+        tile, alone = e.div(index[0], _TILE), e.b.select(self.asked.get(), e.const(0), e.const(1))
+        own = e.less(tile, alone)
+        wanted = e.b.select(own, self.value_blocks, self.next_value_blocks)
+        values = [self._block_at(self.values, wanted, step) for step in steps]
+        place = e.b.select(own, tile, e.sub(tile, alone))
+        tiles = e.b.select(own, e.const(1), e.sub(self.tiles, alone))
         sums = [[e.variable(e.splat(0.0)) for _ in range(self.vectors * at_once)] for _ in queries]
-        with e.range(0, self.head_dim) as column:
-            row = e.mul(column, self.block_size)
-            for next_values in values:
-                e.prefetch(next_values, e.mul(column, KEYS))
-            keys = [e.load_vector(block, e.add(row, half * e.lanes)) for block in blocks for half in range(self.vectors)]
-            for query, row_sums in zip(queries, sums, strict=True):
-                number = e.splat(e.load(query, column))
-                for vector, total in zip(keys, row_sums, strict=True):
-                    total.set(e.fma(number, vector, total.get()))
+        for begin, end, asks in self._parts(place, tiles, self.head_dim):
+            with e.range(begin, end) as column:
+                row = e.mul(column, self.block_size)
+                for block in values if asks else ():
+                    e.prefetch(block, e.mul(column, KEYS))
+                keys = [e.load_vector(block, e.add(row, half * e.lanes)) for block in blocks for half in range(self.vectors)]
+                for query, row_sums in zip(queries, sums, strict=True):
+                    number = e.splat(e.load(query, column))
+                    for vector, total in zip(keys, row_sums, strict=True):
+                        total.set(e.fma(number, vector, total.get()))
         numbers = [e.lane_numbers(e.add(position, half * e.lanes)) for half in range(self.vectors * at_once)]
         for place, row_sums in enumerate(sums):
             low, high = (e.load_i64(bound, index[place]) for bound in (self.low, self.high))
@@ -311,18 +325,28 @@ class _Attention:
             for place, shrink in zip(places, shrinks, strict=True)
         ]
         with e.range(0, num_keys, KEYS) as key:
-            values = e.at(self._values_at(key), column)
-            next_keys = e.at(self.keys, e.load_i64(self.next_key_blocks, e.div(key, KEYS)))
+            values = e.at(self._block_at(self.values, self.value_blocks, key), column)
+            next_keys = self._block_at(self.keys, self.next_key_blocks, key)
+
+            def add(begin: ir.Value, end: ir.Value, *, asks: bool) -> None:
+                with e.range(begin, end) as number:
+                    for line in range(at_once if asks else 0):  # over all columns, every line of the block once
+                        asked = e.add(e.add(column, e.mul(number, at_once)), line)
+                        e.prefetch(next_keys, e.mul(asked, self.block_size), near=False)
+                    loaded = [e.load_vector(values, e.add(e.mul(number, self.head_dim), half * e.lanes)) for half in vectors]
+                    for place, row_sums in enumerate(sums):
+                        weight = e.splat(e.load(self.scores, e.add(e.add(key, number), place * CHUNK)))
+                        for vector, total in zip(loaded, row_sums, strict=True):
+                            total.set(e.fma(weight, vector, total.get()))
+
             # Past the last key that any line sees lies what earlier owners of the block left: not even times zero.
-            with e.range(0, e.least(e.sub(num_keys, key), KEYS)) as number:
-                for line in range(at_once):  # over all columns, every line of the block once
-                    asked = e.add(e.add(column, e.mul(number, at_once)), line)
-                    e.prefetch(next_keys, e.mul(asked, self.block_size), near=False)
-                loaded = [e.load_vector(values, e.add(e.mul(number, self.head_dim), half * e.lanes)) for half in vectors]
-                for place, row_sums in enumerate(sums):
-                    weight = e.splat(e.load(self.scores, e.add(e.add(key, number), place * CHUNK)))
-                    for vector, total in zip(loaded, row_sums, strict=True):
-                        total.set(e.fma(weight, vector, total.get()))
+            seen = e.least(e.sub(num_keys, key), KEYS)
+            with e.b.if_else(e.equal(self.tiles, 1)) as (alone, together):
+                with alone:
+                    add(e.const(0), seen, asks=True)
+                with together:
+                    for begin, end, asks in self._parts(e.div(index[0], _TILE), self.tiles, KEYS):
+                        add(begin, e.least(seen, end), asks=asks)
         for place, row_sums in zip(places, sums, strict=True):
             for half, total in enumerate(row_sums):
                 e.store(total.get(), place, half * e.lanes)

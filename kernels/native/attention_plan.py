@@ -106,11 +106,12 @@ def plan_attention(
 
 
 def _strips(first: _Ints, counts: _Ints, at_once: int) -> _Ints:
-    """int64 [N, 2] (first, count): each run of `counts[i]` rows cut into pieces of at most `at_once`."""
+    """int64 [N, 2] (first, count): each run of `counts[i]` rows cut into as few pieces of at most `at_once` as can be, all about equal."""
     pieces = -(-counts // at_once)
     owner = np.repeat(np.arange(len(counts)), pieces)
     index = np.arange(len(owner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    return np.stack((first[owner] + index * at_once, np.minimum(counts[owner] - index * at_once, at_once)), axis=1)
+    size, longer = np.divmod(counts, np.maximum(pieces, 1))
+    return np.stack((first[owner] + index * size[owner] + np.minimum(index, longer[owner]), size[owner] + (index < longer[owner])), axis=1)
 
 
 def _jobs(strips: _Ints, table: _Ints | int, first: _Ints | int, last: _Ints | int, flags: _Ints | int) -> _Ints:
