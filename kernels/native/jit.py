@@ -99,14 +99,16 @@ def _machine() -> llvm.TargetMachine:
 
 
 def _compile(module: ir.Module, name: str) -> int:
-    parsed = llvm.parse_assembly(str(module))
+    parsed = llvm.parse_assembly(str(module), context=llvm.create_context())
     parsed.verify()
     options = llvm.create_pipeline_tuning_options(speed_level=3)
     # Kernels are written as they should run: vectorised and unrolled by hand.
     options.loop_vectorization = options.slp_vectorization = options.loop_unrolling = False
     builder = llvm.create_pass_builder(_machine(), options)
     builder.getModulePassManager().run(parsed, builder)
-    engine = llvm.create_mcjit_compiler(parsed, _machine())
+    # Only machine code goes to the engine: it would keep the module, and the global context its constants, megabytes of each product.
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _machine())
+    engine.add_object_file(llvm.ObjectFileRef.from_data(_machine().emit_object(parsed)))
     engine.finalize_object()
     _engines.append(engine)  # owns the code
     return int(engine.get_function_address(name))
