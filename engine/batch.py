@@ -83,15 +83,21 @@ class ModelSpec:
 class FrozenParts:
     """What drafters share with their target. embedding: [vocab, hidden], unscaled.
 
-    norm: the final norm, [T, hidden] -> [T, hidden]. head: the output head alone, normalised [T, hidden] -> float32 [T, vocab].
+    norm: the final norm, [T, hidden] -> [T, hidden]. head: the output head alone, normalised [T, hidden] -> float32 [T, vocab]. tied: its
+    rows are the embedding's.
     """
 
     embedding: torch.Tensor
     norm: Callable[[torch.Tensor], torch.Tensor]
     head: Callable[[torch.Tensor], torch.Tensor]
+    tied: bool = False
 
     def head_weight(self) -> torch.Tensor:
-        """The head's rows, [vocab, hidden], read back through it: a packed product keeps them in a layout of its own."""
+        """The head's rows, [vocab, hidden], not to be written to. Unless it is tied they are read back through it: a packed product keeps
+        them in a layout of its own.
+        """
+        if self.tied:
+            return self.embedding
         kind, device = self.embedding.dtype, self.embedding.device
         one = torch.eye(self.embedding.shape[1], dtype=kind, device=device)
         first = self.head(one[:1])

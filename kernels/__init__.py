@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
     from types import ModuleType
 
@@ -159,14 +159,22 @@ def gated_activation(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
     return _implementation("gated_activation", gate_up.device.type)(gate_up, activation)
 
 
-def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None = None, *, int8: bool = False) -> PackedLinear:
-    """Lays a weight [out, in] out for this device, on request in eight bits. See `kernels.reference.linear`."""
-    return _implementation("pack_linear", weight.device.type)(weight, bias, int8=int8)
+def pack_linear(
+    weight: torch.Tensor | Sequence[torch.Tensor],
+    bias: torch.Tensor | None = None,
+    *,
+    int8: bool = False,
+    dtype: torch.dtype | None = None,
+) -> PackedLinear:
+    """Lays a weight [out, in], or several stacked, out for their device, on request in eight bits. See `kernels.reference.linear`."""
+    return _implementation("pack_linear", weight[0].device.type)(weight, bias, int8=int8, dtype=dtype)
 
 
-def pack_gated_linear(weight: torch.Tensor, activation: str, *, int8: bool = False) -> PackedLinear:
-    """Lays a weight [2 * out, in], gate above up, out for `gated_linear`. See `kernels.reference.linear`."""
-    return _implementation("pack_gated_linear", weight.device.type)(weight, activation, int8=int8)
+def pack_gated_linear(
+    weight: torch.Tensor | Sequence[torch.Tensor], activation: str, *, int8: bool = False, dtype: torch.dtype | None = None
+) -> PackedLinear:
+    """Lays a weight [2 * out, in], gate above up, or the two of them out for `gated_linear`. See `kernels.reference.linear`."""
+    return _implementation("pack_gated_linear", weight[0].device.type)(weight, activation, int8=int8, dtype=dtype)
 
 
 def linear(x: torch.Tensor, packed: PackedLinear | Fp8Linear, residual: torch.Tensor | None = None) -> torch.Tensor:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file
 
+from engine.checkpoints.mapped import map_tensor
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -37,12 +39,13 @@ def weight_files(directory: Path) -> list[Path]:
 def read_tensors(directory: Path, *, mapped: bool = True) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint. Raises ValueError for a name that two files claim, or a file that is not whole.
 
-    mapped: they stay in the file until they are used, and a process that uses them dies if the file is cut off meanwhile.
+    mapped: they stay in the file until they are used, each apart from the others, so that memory need not hold what was dropped. A
+    process that uses them dies if the file is cut off meanwhile.
     """
     tensors: dict[str, torch.Tensor] = {}
     for path in weight_files(directory):
         try:
-            loaded = load_file(path) if mapped else load(path.read_bytes())
+            loaded = _apart(path) if mapped else load(path.read_bytes())
         except SafetensorError as error:
             raise ValueError(f"{path.name} cannot be read: {error}") from error
         twice = tensors.keys() & loaded.keys()
@@ -50,6 +53,25 @@ def read_tensors(directory: Path, *, mapped: bool = True) -> dict[str, torch.Ten
             raise ValueError(f"{path.name} repeats {_listed(twice)}")
         tensors.update(loaded)
     return tensors
+
+
+def header(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Where the numbers of a safetensors file begin, and of each tensor `shape`, `dtype` and `data_offsets` from there."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(size))
+    entries.pop("__metadata__", None)
+    return 8 + size, entries
+
+
+def _apart(path: Path) -> dict[str, torch.Tensor]:
+    """What the library makes of a file, after its checks, each tensor in a mapping of its own instead of all in one."""
+    begin, entries = header(path)
+    with path.open("rb") as file:
+        return {
+            name: map_tensor(file.fileno(), begin + entries[name]["data_offsets"][0], tensor.shape, tensor.dtype)
+            for name, tensor in load_file(path).items()
+        }
 
 
 def check_tensors(tensors: dict[str, torch.Tensor], model: Any) -> None:

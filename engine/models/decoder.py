@@ -99,6 +99,7 @@ class LeanDecoder:
             embedding=weights.embedding,
             norm=lambda hidden: kernels.rms_norm(hidden, weights.norm, self._arch.norm_eps),
             head=lambda hidden: kernels.linear(hidden, weights.head).float(),
+            tied=weights.tied,
         )
 
     def _tables(self, batch: ForwardBatch, kv: KVPool) -> _StepTables:

@@ -40,12 +40,16 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True)
 class DecoderWeights:
-    """embedding: [vocab, hidden]. head: packed [vocab, hidden], a second copy of a tied embedding where packing copies."""
+    """embedding: [vocab, hidden]. head: packed [vocab, hidden], a second copy of a tied embedding where packing copies.
+
+    tied: the head has the embedding's numbers, to the last bit.
+    """
 
     embedding: torch.Tensor
     layers: tuple[LayerWeights, ...]
     norm: torch.Tensor
     head: Packed
+    tied: bool
 
 
 def pack_weights(
@@ -69,7 +73,8 @@ def pack_weights(
         embedding=embedding,
         layers=tuple(_pack_layer(source, arch, f"model.layers.{index}.") for index in range(len(arch.layers))),
         norm=_norm(source, arch, "model.norm"),
-        head=kernels.pack_linear(embedding if tied else source.take("lm_head.weight"), int8=int8),
+        head=kernels.pack_linear(embedding if tied else source.pieces("lm_head.weight"), int8=int8, dtype=dtype),
+        tied=tied and not int8,
     )
     if tensors:
         raise ValueError(f"the checkpoint has tensors that this model does not use: {', '.join(sorted(tensors)[:8])}")
@@ -77,7 +82,7 @@ def pack_weights(
 
 
 class _Source:
-    """Hands out each tensor once, cast and moved."""
+    """Hands out each tensor once, cast and moved. On a CPU what is packed is cast on the way, so that no copy of it comes in between."""
 
     def __init__(self, tensors: dict[str, torch.Tensor], dtype: torch.dtype, device: torch.device, scales: Fp8Scales, int8: bool) -> None:
         self._int8 = int8
@@ -87,13 +92,19 @@ class _Source:
         self._device = device
 
     def take(self, name: str) -> torch.Tensor:
+        return self._stored(name).to(self._dtype)
+
+    def pieces(self, *names: str) -> list[torch.Tensor]:
+        """For `kernels.pack_linear`."""
+        return [self._stored(name) for name in names]
+
+    def _stored(self, name: str) -> torch.Tensor:
+        """Moved, but in the type that it is stored in, unless that needs a scale."""
         if name not in self._tensors:
             raise ValueError(f"the checkpoint lacks {name}")
         tensor = self._tensors.pop(name).to(self._device)
         scale = self._scales.by_name.get(name)
-        if scale is not None:
-            return dequantise(tensor, scale.to(self._device), self._scales.block, self._dtype)
-        return tensor.to(self._dtype)
+        return tensor if scale is None else dequantise(tensor, scale.to(self._device), self._scales.block, self._dtype)
 
     def keep(self, name: str) -> torch.Tensor:
         """As `take`, in memory of its own: what is left in a mapped file keeps all of that file in the process."""
@@ -108,8 +119,9 @@ class _Source:
 
     def linear(self, prefix: str, parts: tuple[str, ...], scale: float = 1.0) -> Packed:
         """One product for several projections of the same input, stacked along the output."""
-        stored = None if not self._scales.keep else self._fp8([f"{prefix}{part}.weight" for part in parts])
-        weight = torch.cat([self.take(f"{prefix}{part}.weight") for part in parts]) if stored is None else None
+        names = [f"{prefix}{part}.weight" for part in parts]
+        stored = None if not self._scales.keep else self._fp8(names)
+        pieces = self.pieces(*names) if stored is None else []
         biases = [self.take_if_present(f"{prefix}{part}.bias") for part in parts]
         present = [bias for bias in biases if bias is not None]
         if present and len(present) < len(parts):
@@ -117,10 +129,11 @@ class _Source:
         bias = torch.cat(present) if present else None
         if scale != 1.0:
             bias = None if bias is None else bias * scale
-        if weight is None:
-            assert stored is not None
+        if stored is not None:
             return Fp8Linear(stored[0], stored[1] * scale, self._scales.block, bias)
-        return kernels.pack_linear(weight if scale == 1.0 else weight * scale, bias, int8=self._int8)
+        if scale != 1.0:
+            pieces = [piece.to(self._dtype) * scale for piece in pieces]
+        return kernels.pack_linear(pieces, bias, int8=self._int8, dtype=self._dtype)
 
     def _fp8(self, names: list[str]) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Weights and scales of `names` stacked as they are stored; None where they are not fp8, or blocks would straddle two of them."""
@@ -136,7 +149,8 @@ class _Source:
         """Gate and up as one product, the activation fused into it where there is no bias and nothing stays in eight bits."""
         if self._scales.keep or f"{prefix}{parts[0]}.bias" in self._tensors:
             return self.linear(prefix, parts)
-        return kernels.pack_gated_linear(torch.cat([self.take(f"{prefix}{part}.weight") for part in parts]), activation, int8=self._int8)
+        pieces = self.pieces(*(f"{prefix}{part}.weight" for part in parts))
+        return kernels.pack_gated_linear(pieces[0] if len(pieces) == 1 else pieces, activation, int8=self._int8, dtype=self._dtype)
 
 
 def _norm(source: _Source, arch: Architecture, name: str) -> torch.Tensor:

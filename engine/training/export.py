@@ -83,7 +83,7 @@ def export(folder: DrafterFolder, frozen: FrozenParts, out: Path) -> Path:
     if "embed_tokens.weight" not in tensors:
         tensors["embed_tokens.weight"] = frozen.embedding
     if "lm_head.weight" not in tensors:
-        tensors["lm_head.weight"] = frozen.head_weight()
+        tensors["lm_head.weight"] = frozen.head_weight().clone()  # a tied one shares its memory, which no file can say
     check_tensors(tensors, *block_shapes(spec), spec.format)
     return write_folder(out, config, tensors, folder.record, folder.calibration or None)
 

@@ -21,9 +21,9 @@ def available() -> bool:
     return lanes() > 0 and openmp() is not None
 
 
-def takes_weight(weight: torch.Tensor) -> bool:
-    """Whether a weight can be packed for `kernels.native.linear`."""
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and available()
+def takes_weight(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether weights can be packed for `kernels.native.linear`."""
+    return device.type == "cpu" and dtype == torch.float32 and available()
 
 
 def takes_rows(x: torch.Tensor) -> bool:
@@ -38,14 +38,14 @@ def takes_norm(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return x.dtype == weight.dtype == torch.float32 and x.dim() == 2 and x.stride(1) == 1 and x.shape[1] % lanes() == 0
 
 
-def takes_gated(weight: torch.Tensor, activation: str) -> bool:
-    """Whether a fused gate and up weight [2 * N, K] can be packed for `gated_product`."""
-    if not takes_weight(weight):
+def takes_gated(gate: torch.Tensor, dtype: torch.dtype, activation: str) -> bool:
+    """Whether a gate [N, K], and the like of it for up, can be packed in `dtype` for `gated_product`."""
+    if not takes_weight(dtype, gate.device):
         return False
     from kernels.native import linear
     from kernels.native.jit import lanes
 
-    return activation in linear.ACTIVATIONS and weight.shape[0] % (2 * lanes()) == 0
+    return activation in linear.ACTIVATIONS and len(gate) % lanes() == 0
 
 
 def takes_cache(dtype: torch.dtype, device: torch.device, head_dim: int, block_size: int) -> bool:

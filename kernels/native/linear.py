@@ -53,27 +53,35 @@ def panel_width() -> int:
     return 2 * lanes()
 
 
-def pack(weight: torch.Tensor) -> torch.Tensor:
-    """[N, K], float32 or int8 -> [ceil(N / width), K, width], zeros where N has no more columns."""
+def empty_panels(columns: int, depth: int, dtype: torch.dtype) -> torch.Tensor:
+    """[ceil(columns / width), depth, width] for a weight [columns, depth], float32 or int8: zeros, where there are no more columns, too."""
     width = panel_width()
-    columns, depth = weight.shape
-    whole, rest = divmod(columns, width)
-    panels = zeros((whole + (rest > 0), depth, width), weight.dtype)  # every step streams all weights past the page table
-    panels[:whole].copy_(weight[: whole * width].unflatten(0, (-1, width)).transpose(1, 2))
+    return zeros((-(-columns // width), depth, width), dtype)  # every step streams all weights past the page table
+
+
+def halves(panels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of panels of a gated product: the first vector, which holds columns of the gate, and the second, with the same columns of up."""
+    return panels[:, :, : lanes()], panels[:, :, lanes() :]
+
+
+def write(panels: torch.Tensor, first: int, rows: torch.Tensor) -> None:
+    """Rows [n, K] of a weight, of any type, into its panels (or one of their `halves`) as columns `first` to `first + n`."""
+    columns, width = panels.transpose(1, 2), panels.shape[2]
+    start, offset = divmod(first, width)
+    begun = min(width - offset, len(rows)) if offset else 0
+    if begun:
+        columns[start, offset : offset + begun] = rows[:begun]
+        start += 1
+    whole, rest = divmod(len(rows) - begun, width)
+    if whole:
+        columns[start : start + whole] = rows[begun : begun + whole * width].unflatten(0, (whole, width))
     if rest:
-        panels[whole, :, :rest] = weight[whole * width :].T
-    return panels
+        columns[start + whole, :rest] = rows[len(rows) - rest :]
 
 
-def pack_gated(weight: torch.Tensor) -> torch.Tensor:
-    """[2 * N, K], gate above up -> panels whose first vector holds columns of the gate and the second the same columns of up."""
-    return pack(pair_gated(weight).flatten(0, 2))
-
-
-def pair_gated(rows: torch.Tensor) -> torch.Tensor:
-    """[2 * N, ...], gate above up -> [N / lanes, 2, lanes, ...]: a vector's worth of the gate, then the same of up."""
-    gate, up = (half.unflatten(0, (-1, lanes())) for half in rows.chunk(2))
-    return torch.stack((gate, up), dim=1)
+def pair_gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """One number an output of each, [N] -> [2 * N] in the order of the panels."""
+    return torch.stack((gate.view(-1, lanes()), up.view(-1, lanes())), dim=1).flatten()
 
 
 def pad_outputs(numbers: torch.Tensor) -> torch.Tensor:
@@ -101,7 +109,7 @@ def product(
 
 
 def gated_product(x: torch.Tensor, packed: torch.Tensor, activation: str, scales: torch.Tensor | None = None) -> torch.Tensor:
-    """activation(x @ gate.T) * (x @ up.T) -> [T, N]. `packed` as from `pack_gated`."""
+    """activation(x @ gate.T) * (x @ up.T) -> [T, N]. `packed`: panels with a gate and an up half."""
     out = x.new_empty(x.shape[0], packed.shape[0] * packed.shape[2] // 2)
     call(x, packed, out, None, None, scales, activation).run()
     return out

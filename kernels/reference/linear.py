@@ -8,17 +8,23 @@ linear (2 cores, AVX-512, float32), and 23 against 64 ms at 4 rows.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch.nn import functional
 
 from kernels import native, pages
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
 Layout = Literal["rows", "onednn", "panels", "gated panels"]
 
-_AT_ONCE = 1 << 20
-"""Numbers of a weight that are worked on at a time: a vocabulary's head has some 28 million, each in between four bytes wide."""
+_AT_ONCE = 1 << 16
+"""Numbers of a weight that are cast or rounded at a time. A few hundred KB stay in a processor's cache, and it hardly matters that
+something small that stays takes their place afterwards: the C library's allocator then has no room there for the next ones.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,48 +44,92 @@ class PackedLinear:
 
 def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """[out, in] -> int8 [out, in] and scales [out] of the weight's type: the nearest of 255 steps to the largest number of its row."""
-    weight = weight.detach()
-    on_cpu = weight.device.type == "cpu"
-    # Pages of their own go back to the system where the numbers are packed further: the allocator keeps what it is given back.
-    numbers = pages.zeros(weight.shape, torch.int8) if on_cpu else torch.empty_like(weight, dtype=torch.int8)
-    scales = weight.new_empty(len(weight))
-    size = max(_AT_ONCE // max(weight.shape[1], 1), 1)
-    for rows, packed, scale in zip(weight.split(size), numbers.split(size), scales.split(size), strict=True):
-        torch.div(rows.abs().amax(dim=1).clamp(min=torch.finfo(weight.dtype).tiny), 127, out=scale)
-        packed.copy_((rows / scale[:, None]).round_().clamp_(-127, 127))
+    return _stack_rounded([weight.detach()], weight.dtype)
+
+
+def pack_linear(
+    weight: torch.Tensor | Sequence[torch.Tensor],
+    bias: torch.Tensor | None = None,
+    *,
+    int8: bool = False,
+    dtype: torch.dtype | None = None,
+) -> PackedLinear:
+    """Packs `weight` [out, in], or several that are stacked along their outputs, in `dtype` (None: its own).
+
+    Several are taken up piece by piece, and the result owns its memory: at no time there is more than a piece besides it.
+    """
+    pieces = [weight] if isinstance(weight, torch.Tensor) else weight
+    kind, device = dtype or pieces[0].dtype, pieces[0].device
+    columns, depth = sum(map(len, pieces)), pieces[0].shape[1]
+    if native.takes_weight(kind, device):
+        from kernels.native import linear as compiled
+
+        panels = compiled.empty_panels(columns, depth, torch.int8 if int8 else kind)
+        scales = _fill(partial(compiled.write, panels), pieces, kind, int8=int8)
+        padded_bias, padded_scales = (None if numbers is None else compiled.pad_outputs(numbers) for numbers in (bias, scales))
+        return PackedLinear(panels, padded_bias, columns, "panels", padded_scales)
+    if int8:
+        numbers, scales = _stack_rounded(pieces, kind)
+        return PackedLinear(numbers, bias, columns, "rows", scales)
+    stacked = weight.to(kind).contiguous() if isinstance(weight, torch.Tensor) else _stack(pieces, kind)
+    if _can_block(stacked):
+        return PackedLinear(torch.ops.mkldnn._reorder_linear_weight(stacked, None), bias, columns, "onednn")
+    return PackedLinear(stacked, bias, columns, "rows")
+
+
+def pack_gated_linear(
+    weight: torch.Tensor | Sequence[torch.Tensor], activation: str, *, int8: bool = False, dtype: torch.dtype | None = None
+) -> PackedLinear:
+    """As `pack_linear`, for `gated_linear` with this activation. weight: gate (above) and up (below) [2 * out, in], or the two of them."""
+    gate, up = weight.chunk(2) if isinstance(weight, torch.Tensor) else weight
+    kind = dtype or gate.dtype
+    if native.takes_gated(gate, kind, activation):
+        from kernels.native import linear as compiled
+
+        panels = compiled.empty_panels(2 * len(gate), gate.shape[1], torch.int8 if int8 else kind)
+        halves = zip(compiled.halves(panels), (gate, up), strict=True)
+        scales = [_fill(partial(compiled.write, half), [piece], kind, int8=int8) for half, piece in halves]
+        known = [numbers for numbers in scales if numbers is not None]
+        return PackedLinear(panels, None, 2 * len(gate), "gated panels", compiled.pair_gated(*known) if known else None)
+    return pack_linear([gate, up], int8=int8, dtype=dtype)
+
+
+def _stack(pieces: Sequence[torch.Tensor], kind: torch.dtype) -> torch.Tensor:
+    """[out, in]. On a CPU as pages of its own, which go back to the system where it is packed further: the allocator keeps what it gets."""
+    shape, device = (sum(map(len, pieces)), pieces[0].shape[1]), pieces[0].device
+    stacked = pages.zeros(shape, kind) if device.type == "cpu" else torch.empty(shape, dtype=kind, device=device)
+    _fill(partial(_write, stacked), pieces, kind)
+    return stacked
+
+
+def _stack_rounded(pieces: Sequence[torch.Tensor], kind: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 [out, in], and scales [out]."""
+    numbers = torch.empty(sum(map(len, pieces)), pieces[0].shape[1], dtype=torch.int8, device=pieces[0].device)
+    scales = _fill(partial(_write, numbers), pieces, kind, int8=True)
+    assert scales is not None
     return numbers, scales
 
 
-def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None = None, *, int8: bool = False) -> PackedLinear:
-    """Packs `weight` [out, in]; the result owns its memory, so the argument may be freed."""
-    if int8:
-        numbers, scales = quantise(weight)
-        if native.takes_weight(weight):
-            from kernels.native import linear as compiled
-
-            packed_bias = None if bias is None else compiled.pad_outputs(bias)
-            return PackedLinear(compiled.pack(numbers), packed_bias, weight.shape[0], "panels", compiled.pad_outputs(scales))
-        return PackedLinear(numbers, bias, weight.shape[0], "rows", scales)
-    if native.takes_weight(weight):
-        from kernels.native import linear as compiled
-
-        return PackedLinear(compiled.pack(weight), None if bias is None else compiled.pad_outputs(bias), weight.shape[0], "panels")
-    if _can_block(weight):
-        blocked = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
-        return PackedLinear(blocked, bias, weight.shape[0], "onednn")
-    return PackedLinear(weight.contiguous(), bias, weight.shape[0], "rows")
+def _write(stacked: torch.Tensor, first: int, rows: torch.Tensor) -> None:
+    stacked[first : first + len(rows)] = rows
 
 
-def pack_gated_linear(weight: torch.Tensor, activation: str, *, int8: bool = False) -> PackedLinear:
-    """Packs a fused gate (above) and up (below) weight [2 * out, in] for `gated_linear` with this activation."""
-    if native.takes_gated(weight, activation):
-        from kernels.native import linear as compiled
-
-        if int8:
-            numbers, scales = quantise(weight)
-            return PackedLinear(compiled.pack_gated(numbers), None, len(weight), "gated panels", compiled.pair_gated(scales).flatten())
-        return PackedLinear(compiled.pack_gated(weight), None, weight.shape[0], "gated panels")
-    return pack_linear(weight, int8=int8)
+def _fill(
+    write: Callable[[int, torch.Tensor], None], pieces: Sequence[torch.Tensor], kind: torch.dtype, *, int8: bool = False
+) -> torch.Tensor | None:
+    """Has the rows of `pieces` written in `kind`, or rounded to eight bits: then their scales come back."""
+    first, scales = 0, []
+    for piece in pieces:
+        changes = int8 or piece.dtype != kind
+        for stored in piece.split(max(_AT_ONCE // max(piece.shape[1], 1), 1) if changes else max(len(piece), 1)):
+            rows = stored.to(kind)
+            if int8:
+                scale = rows.abs().amax(dim=1).clamp_(min=torch.finfo(kind).tiny).div_(127)
+                rows = (rows / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8)
+                scales.append(scale)
+            write(first, rows)
+            first += len(rows)
+    return torch.cat(scales) if scales else None
 
 
 def linear(x: torch.Tensor, packed: PackedLinear, residual: torch.Tensor | None = None) -> torch.Tensor:

@@ -61,7 +61,8 @@ class Weights:
     def linear(self, *names: str) -> PackedLinear:
         """One product for several projections of the same input, stacked along the output."""
         biases = [bias for name in names if (bias := self.maybe(f"{name}.bias")) is not None]
-        return kernels.pack_linear(torch.cat([self.take(f"{name}.weight") for name in names]), torch.cat(biases) if biases else None)
+        pieces = [self._tensors[f"{name}.weight"].to(self.device) for name in names]
+        return kernels.pack_linear(pieces, torch.cat(biases) if biases else None, dtype=self.dtype)
 
 
 def take_layer(weights: Weights, spec: LayerSpec, prefix: str) -> DraftLayer:

@@ -213,6 +213,39 @@ def test_numbers_in_eight_bits_are_the_same_in_pieces(monkeypatch: pytest.Monkey
     assert torch.allclose(whole[1] * 127, largest)
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize(("stored", "dtype"), [(torch.float32, None), (torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_a_weight_in_pieces_is_packed_as_their_stack(
+    stored: torch.dtype, dtype: torch.dtype | None, int8: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_reference, "_AT_ONCE", 7 * 20)
+    if not compiled:
+        monkeypatch.setattr(native, "available", lambda: False)
+    torch.manual_seed(0)
+    kind = dtype or stored
+    weight, bias = torch.randn(131, 20).to(stored), torch.randn(131).to(kind)
+    pieces = weight.split([5, 64, 1, 0, 29, 32])
+    assert_same(kernels.pack_linear(pieces, bias, int8=int8, dtype=dtype), kernels.pack_linear(weight.to(kind), bias, int8=int8))
+    gate, up = weight[:128].chunk(2)
+    packed = kernels.pack_gated_linear([gate, up], "silu", int8=int8, dtype=dtype)
+    assert_same(packed, kernels.pack_gated_linear(weight[:128].to(kind), "silu", int8=int8))
+    before = plain(packed.weight).clone()
+    weight.zero_()
+    assert torch.equal(plain(packed.weight), before), "the result owns its memory"
+
+
+def assert_same(one: PackedLinear, other: PackedLinear) -> None:
+    assert (one.layout, one.out_features) == (other.layout, other.out_features)
+    for mine, theirs in ((one.weight, other.weight), (one.bias, other.bias), (one.scales, other.scales)):
+        assert (mine is None) == (theirs is None)
+        assert mine is None or torch.equal(plain(mine), plain(theirs))
+
+
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_dense() if tensor.is_mkldnn else tensor
+
+
 def test_a_gated_product_with_int8_weights_equals_the_reference() -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(7, 40), torch.randn(2 * 48, 40)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,14 @@ def test_weights_take_a_quarter_of_the_memory(folder: Path) -> None:
             packed.weight.nbytes for layer in weights.layers for packed in (layer.qkv, layer.attention_out, layer.gate_up, layer.down)
         )
     assert sizes["int8"] * 4 == sizes["float32"]
+
+
+@pytest.mark.parametrize(("dtype", "tied"), [("float32", True), ("int8", False)])
+def test_the_rows_of_a_head_are_what_it_multiplies_with(folder: Path, dtype: str, tied: bool) -> None:
+    """A tied head has the embedding's; in eight bits it is rounded and the embedding is not."""
+    frozen = load_model(str(folder), dtype=dtype).model.frozen()
+    assert frozen.tied == tied == frozen.head_weight().equal(frozen.embedding)
+    assert frozen.head_weight().equal(replace(frozen, tied=False).head_weight())
 
 
 def test_what_cannot_run_it_says_so(folder: Path) -> None:

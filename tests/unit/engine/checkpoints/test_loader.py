@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +20,7 @@ from engine.checkpoints.cache import make_once
 from engine.checkpoints.loader import _dtype
 from engine.checkpoints.packaged import PACKAGED, PackagedModel, Wheel, download_gguf
 from engine.checkpoints.sources import default_cache_dir, fetch
+from engine.checkpoints.tensors import read_tensors
 from engine.models.decoder import LeanDecoder
 from engine.models.fallback import FallbackModel
 from tests.tiny_model import make_tiny_model
@@ -251,3 +255,73 @@ def test_a_loaded_model_keeps_nothing_of_its_file_in_the_process(folder: Path, d
     loaded = load_model(str(folder), dtype=dtype)
     assert str(folder) not in Path("/proc/self/maps").read_text()
     assert loaded.model.frozen().embedding.shape[0] == loaded.model.spec.vocab_size
+
+
+def test_a_tensor_that_is_dropped_takes_its_pages_along(folder: Path) -> None:
+    edit(folder, lambda tensors: tensors.update(nothing=torch.zeros(0, 3), odd=torch.arange(3, dtype=torch.uint8)))
+    path, plain = folder / "model.safetensors", load_file(folder / "model.safetensors")
+    tensors = read_tensors(folder)
+    assert all(torch.equal(tensors[name], tensor) and tensors[name].dtype == tensor.dtype for name, tensor in plain.items())
+    del plain
+
+    def mapped() -> int:
+        return Path("/proc/self/maps").read_text().count(str(path))
+
+    before = mapped()
+    assert before > 1
+    view = tensors.pop(LAYER)[:1]
+    assert mapped() == before
+    view.fill_(1.0)
+    del view
+    assert mapped() == before - 1
+    assert not load_file(path)[LAYER][0].equal(torch.ones(32)), "the file stays as it is"
+    del tensors
+    assert mapped() == 0
+
+
+LOADED = """
+import gc, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from transformers import AutoConfig, LlamaForCausalLM
+from engine.checkpoints import load_model
+from kernels import pages
+from tests.tiny_model import make_tiny_model
+
+folder, stored, dtype = make_tiny_model(Path(sys.argv[1])), sys.argv[2], sys.argv[3]
+
+def memory(key):
+    return int(Path("/proc/self/status").read_text().split(key)[1].split()[0]) * 1024
+
+def whole(config):
+    model = LlamaForCausalLM(config).to(getattr(torch, stored))
+    model.save_pretrained(folder)
+    return load_model(str(folder), dtype=dtype, device="cpu")
+
+config = AutoConfig.from_pretrained(folder)
+whole(config)  # imports, compiles
+config.hidden_size, config.head_dim, config.intermediate_size, config.num_hidden_layers = 1024, 64, 4096, 8
+config.num_attention_heads, config.num_key_value_heads = 16, 8
+whole(config)
+gc.collect()
+pages.give_back()
+Path("/proc/self/clear_refs").write_text("5")
+before = memory("VmRSS:")
+loaded = load_model(str(folder), dtype=dtype, device="cpu")
+print((folder / "model.safetensors").stat().st_size, memory("VmRSS:") - before, memory("VmHWM:") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="asks Linux for the peak")
+@pytest.mark.parametrize(
+    ("stored", "dtype"), [("float32", "float32"), ("bfloat16", "float32"), ("float32", "int8"), ("bfloat16", "bfloat16")]
+)
+def test_loading_takes_hardly_more_than_what_is_loaded(tmp_path: Path, stored: str, dtype: str) -> None:
+    """Half of the weights in products of gate and up: the largest piece of them is a twenty-fifth of the model."""
+    command = [sys.executable, "-c", textwrap.dedent(LOADED), str(tmp_path / "model"), stored, dtype]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    size, held, most = map(int, done.stdout.split()[-3:])
+    assert size > 200 << 20
+    assert most < held + size // 8
