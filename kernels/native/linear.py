@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 _ROWS, _ROWS_AVX512 = 6, 12
 """Rows of a tile at most: two vectors of sums for each fill the registers, of which AVX-512 has twice as many."""
-_PANELS = {1: 4, 2: 2, 3: 2}
+_PANELS, _PANELS_AVX512 = {1: 4, 2: 2, 3: 2}, {1: 4, 2: 2, 3: 2, 4: 2}
 """Panels that a tile of so few rows takes at once; more rows take one."""
 _GROUP = 4
 """Most panels that a thread takes at a time."""
@@ -51,6 +51,10 @@ ACTIVATIONS = ("silu", "gelu_tanh", "relu")
 
 def panel_width() -> int:
     return 2 * lanes()
+
+
+def _panels_at_once() -> dict[int, int]:
+    return _PANELS_AVX512 if lanes() == 16 else _PANELS
 
 
 def empty_panels(columns: int, depth: int, dtype: torch.dtype) -> torch.Tensor:
@@ -131,7 +135,7 @@ def call(
     """The product into `out`, which may be `residual` itself."""
     threads = threads_for(x.numel() * out.shape[1] // 8)
     # Threads are to end together, so each takes from a small weight one panel after the other; few rows take several at once.
-    group = _GROUP if x.shape[0] in _PANELS else max(min(_GROUP, packed.shape[0] // (8 * threads)), 1)
+    group = _GROUP if x.shape[0] in _panels_at_once() else max(min(_GROUP, packed.shape[0] // (8 * threads)), 1)
     arguments = (
         x.data_ptr(),
         x.stride(0),
@@ -170,7 +174,8 @@ class _Product:
         self.group = e.argument(11)
         self.counter = e.at(e.function.args[0], 12, I64)
         self.width = 2 * e.lanes
-        self.sums = e.scratch(max(_CACHED_ROWS * self.width, max(_PANELS) * self.width * _GROUP))
+        self.few = _panels_at_once()
+        self.sums = e.scratch(max(_CACHED_ROWS * self.width, max(self.few) * self.width * _GROUP))
         self.most = _ROWS_AVX512 if e.lanes == 16 else _ROWS
 
     def emit(self) -> None:
@@ -180,10 +185,10 @@ class _Product:
             e.range(0, self.rows, _CACHED_ROWS) as top,
         ):
             rows = e.least(e.sub(self.rows, top), _CACHED_ROWS)
-            for count, at_once in _PANELS.items():
+            for count, at_once in self.few.items():
                 with e.when(e.equal(rows, count)):
                     self._few(count, at_once, top, first, last)
-            with e.when(e.b.icmp_signed(">", rows, e.const(max(_PANELS)))):
+            with e.when(e.b.icmp_signed(">", rows, e.const(max(self.few)))):
                 self._many(top, rows, first, last, following)
 
     def _few(self, count: int, at_once: int, row: ir.Value, first: ir.Value, last: ir.Value) -> None:
@@ -210,12 +215,14 @@ class _Product:
                     small = e.b.icmp_signed(">", run, e.const(0))
                     size = e.b.select(small, smaller, e.add(smaller, 1))
                     start, stop = e.b.select(small, border, top), e.b.select(small, e.add(top, rows), border)
-                    for count in range(min(max(_PANELS) + 1, (self.most + 1) // 2), self.most + 1):
+                    done = e.b.select(small, larger, e.const(0))
+                    for count in range(min(max(self.few) + 1, (self.most + 1) // 2), self.most + 1):
                         with e.when(e.equal(size, count)), e.range(start, stop, count) as row:
-                            self._tile(count, 1, row, e.sub(row, top), panel, stretch, ahead)
+                            tile = e.add(done, e.div(e.sub(row, start), count))
+                            self._tile(count, 1, row, e.sub(row, top), panel, stretch, (ahead, tile, tiles))
 
     def _ahead(self, panel: ir.Value, after: ir.Value, stretch: tuple[ir.Value, ir.Value]) -> ir.Value:
-        """Where the weights lie that are wanted next and that the tiles of a stretch ask for.
+        """Where the weights lie that are wanted next: the tiles of a stretch ask for them, each for its part.
 
         Without it the first tile of a panel waits for memory, and the tiles after it leave the memory idle.
         """
@@ -239,11 +246,11 @@ class _Product:
         place: ir.Value,
         panel: ir.Value,
         stretch: tuple[ir.Value, ir.Value],
-        ahead: ir.Value | None = None,
+        ahead: tuple[ir.Value, ir.Value, ir.Value] | None = None,
     ) -> None:
         """`count` rows from `row` on times `panels` panels, over a stretch of K; `sums` keeps these rows at `place` between stretches.
 
-        `ahead`: weights to ask for meanwhile, as many as this tile reads.
+        `ahead`: weights to ask for meanwhile, as many as this tile reads, and which part of them is its: (from where, which, of how many).
         """
         e, (start, length) = self.e, stretch
         vectors = 2 * panels
@@ -262,13 +269,17 @@ class _Product:
             ]
             for index in range(count)
         ]
+        lines_asked = math.ceil(self.width * _UNROLL * (4 if self.scales is None else 1) / _CACHE_LINE)
+        if ahead is not None:
+            wanted, tile, tiles = ahead
+            each = e.div(e.add(tiles, self.width - 1), tiles)  # numbers a step of k
+            wanted = e.at(wanted, e.mul(e.mul(tile, length), each), self.number)
         even = e.mul(e.div(length, _UNROLL), _UNROLL)
         with e.range(0, even, _UNROLL) as k:
             if ahead is not None:
-                size = 4 if self.scales is None else 1
-                for asked in range(math.ceil(self.width * _UNROLL * size / _CACHE_LINE)):
-                    place = e.add(e.mul(k, self.width), asked * _CACHE_LINE // size)
-                    e.prefetch(e.at(ahead, place, self.number), e.const(0), near=False)
+                for asked in range(lines_asked):
+                    place = e.add(e.mul(k, each), e.div(e.mul(each, asked * _UNROLL), lines_asked))
+                    e.prefetch(e.at(wanted, place, self.number), e.const(0))
             for step in range(_UNROLL):
                 self._multiply(sums, lines, weights, e.add(k, step))
         with e.range(even, length) as k:
