@@ -160,8 +160,7 @@ class DSparkDrafter:
     @torch.inference_mode()
     def catch_up(self) -> None:
         """See `PutsOff`."""
-        if self._backlog:
-            taps, positions, slots = self._backlog.take()
+        for taps, positions, slots in self._backlog.take():
             self._backbone.take_in(taps, torch.from_numpy(positions).to(self._device), torch.from_numpy(slots).to(self._device))
 
     def miss(self, progress: Progress) -> None:

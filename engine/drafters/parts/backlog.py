@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import NDArray
 
     Ints = NDArray[np.int64]
+
+    Part = tuple[list[torch.Tensor], Ints, Ints]
+
+_TOGETHER = 256
+"""Tokens beyond which no more are put together: hundreds at once cost no longer each than thousands, which would all be copied."""
 
 
 class Backlog:
     """In order of their coming."""
 
     def __init__(self) -> None:
-        self._parts: list[tuple[list[torch.Tensor], Ints, Ints]] = []
+        self._parts: deque[Part] = deque()
         self._count = 0
 
     def __len__(self) -> int:
@@ -29,14 +37,30 @@ class Backlog:
         self._parts.append((taps, positions, slots))
         self._count += len(slots)
 
-    def take(self) -> tuple[list[torch.Tensor], Ints, Ints]:
-        """All of it, of tokens that lay in one slot after the other only the last. There must be some; nothing is left."""
-        parts, self._parts, self._count = self._parts, [], 0
-        taps = [torch.cat(tap) for tap in zip(*(part[0] for part in parts), strict=True)]
-        positions, slots = np.concatenate([part[1] for part in parts]), np.concatenate([part[2] for part in parts])
-        _, last = np.unique(slots[::-1], return_index=True)
-        if len(last) == len(slots):
-            return taps, positions, slots
-        kept = np.sort(len(slots) - 1 - last)
-        at = torch.from_numpy(kept).to(taps[0].device)
-        return [tap.index_select(0, at) for tap in taps], positions[kept], slots[kept]
+    def take(self) -> Iterator[Part]:
+        """All of it, some hundred tokens at a time; of tokens that lay in one slot after the other only the last."""
+        parts, self._parts, self._count = self._parts, deque(), 0
+        slots = np.concatenate([part[2] for part in parts]) if parts else np.zeros(0, np.int64)
+        kept = np.zeros(len(slots), bool)
+        kept[len(slots) - 1 - np.unique(slots[::-1], return_index=True)[1]] = True
+        first = 0
+        while parts:
+            some = [parts.popleft()]
+            count = len(some[0][1])
+            while parts and count < _TOGETHER:
+                some.append(parts.popleft())
+                count += len(some[-1][1])
+            rows = np.flatnonzero(kept[first : first + count])
+            first += count
+            if len(rows):
+                yield _join(some, rows, count)
+
+
+def _join(parts: list[Part], rows: Ints, count: int) -> Part:
+    """`rows` of the `count` tokens of `parts`."""
+    taps = [torch.cat(tap) if len(parts) > 1 else tap[0] for tap in zip(*(part[0] for part in parts), strict=True)]
+    positions, slots = np.concatenate([part[1] for part in parts]), np.concatenate([part[2] for part in parts])
+    if len(rows) == count:
+        return taps, positions, slots
+    at = torch.from_numpy(rows).to(taps[0].device)
+    return [tap.index_select(0, at) for tap in taps], positions[rows], slots[rows]

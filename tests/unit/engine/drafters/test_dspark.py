@@ -13,6 +13,7 @@ from engine.batch import TargetModel
 from engine.checkpoints.drafters import DrafterError, read_folder
 from engine.drafters.base import DraftBatch, Drafts
 from engine.drafters.dspark import DSparkDrafter
+from engine.drafters.parts import backlog as backlogs
 from engine.drafters.parts import frozen
 from engine.drafters.parts.backlog import Backlog
 from engine.drafters.parts.confidence import sigmoid
@@ -214,18 +215,23 @@ def test_what_was_put_off_is_hidden_as_well_once_another_text_lies_there(tmp_pat
     assert found[1] == pytest.approx(expected[1], abs=1e-4)
 
 
-def test_of_tokens_that_lay_in_one_place_the_last_is_taken_in() -> None:
+@pytest.mark.parametrize(("together", "sizes"), [(100, [4]), (4, [1, 3]), (3, [1, 3])])
+def test_of_tokens_that_lay_in_one_place_the_last_is_taken_in(together: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backlogs, "_TOGETHER", together)
     backlog = Backlog()
     for first in (0, 10):
         rows = np.arange(first, first + 4)
         tap = torch.from_numpy(rows)[:, None].float()
-        backlog.add([tap, -tap], rows, np.array([5, 3, 7, 3 + first]))
+        backlog.add([tap, -tap], rows, np.array([5, 3, 7 + first, 3]))
     assert len(backlog) == 8
-    taps, positions, slots = backlog.take()
-    assert sorted(slots.tolist()) == [3, 5, 7, 13]
-    assert dict(zip(slots.tolist(), positions.tolist(), strict=True)) == {5: 10, 3: 11, 7: 12, 13: 13}
-    assert [tap[:, 0].tolist() for tap in taps] == [positions.tolist(), (-positions).tolist()]
+    parts = list(backlog.take())
+    assert [len(slots) for _, _, slots in parts] == sizes
+    places = {slot: position for _, positions, slots in parts for slot, position in zip(slots.tolist(), positions.tolist(), strict=True)}
+    assert places == {3: 13, 5: 10, 7: 2, 17: 12}
+    for taps, positions, _ in parts:
+        assert [tap[:, 0].tolist() for tap in taps] == [positions.tolist(), (-positions).tolist()]
     assert len(backlog) == 0
+    assert list(backlog.take()) == []
 
 
 def test_of_a_prompt_longer_than_what_it_was_trained_on_it_takes_in_the_end(tmp_path: Path, target: TargetModel) -> None:
