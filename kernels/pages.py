@@ -14,53 +14,59 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-LARGE = 2 << 20
+_LARGE = 2 << 20
 """Bytes of a large page, which begins at a multiple of them."""
 _BLOCK = 64 << 20
-"""Bytes of a mapping that smaller pieces share: with one each, a third or more of a small model's weights would lie in small pages."""
+"""Bytes of a mapping that what lasts shares: with one each, a third or more of a small model's weights would lie in small pages."""
+
+
+def zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros on the CPU, in pages that the system hands out when they are first written and gets back as soon as nobody uses them.
+
+    Raises OSError where there is no such room.
+    """
+    count = math.prod(shape)
+    return torch.frombuffer(_mapped(max(count * dtype.itemsize, mmap.PAGESIZE)), dtype=dtype, count=count).view(*shape)
+
+
+def lasting_zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """As `zeros`, for what is used as long as its neighbours are (a model's weights): they share large pages, and go together."""
+    size = math.prod(shape) * dtype.itemsize
+    if size > _BLOCK:
+        return zeros(shape, dtype)
+    with _lock:
+        pages, place = _room.take(max(size, 1))
+    return torch.frombuffer(pages, dtype=dtype, count=math.prod(shape), offset=place).view(*shape)
+
+
+def _mapped(size: int) -> mmap.mmap:
+    """Private, because shared mappings (Python's default) are files to the system, which hardly ever get large pages."""
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return pages
 
 
 class _Room:
-    """Mappings with what is left of the last one. Not for several threads at once."""
+    """What is left of a mapping that begins with a large page; then of the next one. Not for several threads at once."""
 
     def __init__(self) -> None:
         self._mapping: mmap.mmap | None = None
         self._next = self._end = 0
 
     def take(self, size: int) -> tuple[mmap.mmap, int]:
-        """`size` bytes that were never written: a mapping, which lives as long as any piece of it is used, and the piece's place in it."""
+        """`size` bytes that were never written, `_BLOCK` at most: a mapping, which lives as long as a piece of it, and the place in it."""
         size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
-        if size > _BLOCK:
-            return _mapped(size)
         if self._mapping is None or self._next + size > self._end:
-            self._mapping, self._next = _mapped(_BLOCK)
+            self._mapping = _mapped(_BLOCK + _LARGE)
+            self._next = -ctypes.addressof(ctypes.c_char.from_buffer(self._mapping)) % _LARGE
             self._end = self._next + _BLOCK
         place = self._next
         self._next += size
         return self._mapping, place
 
 
-def _mapped(size: int) -> tuple[mmap.mmap, int]:
-    """A mapping with room for `size` bytes, and where in it large pages begin.
-
-    Private, because shared mappings (Python's default) are files to the system, which hardly ever get large pages. Raises OSError where
-    there is no such room.
-    """
-    pages = mmap.mmap(-1, size + LARGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    return pages, -ctypes.addressof(ctypes.c_char.from_buffer(pages)) % LARGE
-
-
 _room, _lock = _Room(), threading.Lock()
-
-
-def zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """Zeros on the CPU, in pages that the system hands out when they are first written. Raises OSError where there is no such room."""
-    count = math.prod(shape)
-    with _lock:
-        pages, place = _room.take(max(count * dtype.itemsize, 1))
-    return torch.frombuffer(pages, dtype=dtype, count=count, offset=place).view(*shape)
 
 
 _POPULATE_WRITE = 23

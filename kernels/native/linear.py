@@ -22,7 +22,7 @@ import torch
 from kernels.native.emit import F32, I8, I64
 from kernels.native.jit import Kernel, build, lanes, threads_for
 from kernels.native.program import Call
-from kernels.pages import zeros
+from kernels.pages import lasting_zeros
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,7 +60,7 @@ def _panels_at_once() -> dict[int, int]:
 def empty_panels(columns: int, depth: int, dtype: torch.dtype) -> torch.Tensor:
     """[ceil(columns / width), depth, width] for a weight [columns, depth], float32 or int8: zeros, where there are no more columns, too."""
     width = panel_width()
-    return zeros((-(-columns // width), depth, width), dtype)  # every step streams all weights past the page table
+    return lasting_zeros((-(-columns // width), depth, width), dtype)  # every step streams all weights past the page table
 
 
 def halves(panels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
