@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from engine.batch import ModelSpec
     from engine.checkpoints.cache import SharedFolders
 
-PROFILE = 5
+PROFILE = 6
 """Part of a stored profile's name: raise it when steps take another time than before (new kernels) or are measured otherwise."""
 
 _REPEATS = 2

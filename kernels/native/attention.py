@@ -11,7 +11,7 @@ one sequence or once for all that share it: every row's result is the same to th
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, reduce
 from typing import TYPE_CHECKING
 
 import torch
@@ -243,9 +243,14 @@ class _Attention:
         peaks = [e.variable(e.splat(_SMALLEST)) for _ in range(count)]
         # Where registers allow, twice the keys or columns at once: as many independent sums as the multipliers' latency asks for.
         at_once = 2 if count * self.vectors <= _TILE else 1
+        bounds = [[e.load_i64(bound, number) for number in index] for bound in (self.low, self.high)]
+        all_from, all_to, any_to = reduce(e.most, bounds[0]), reduce(e.least, bounds[1]), reduce(e.most, bounds[1])
+        num_keys = e.least(num_keys, e.sub(any_to, start))
         with e.range(0, num_keys, KEYS * at_once) as key:
-            self._score(index, queries, peaks, key, e.add(start, key), at_once)
-        shrinks = [self._weigh(number, index[number], peaks[number], num_keys) for number in range(count)]
+            position = e.add(start, key)
+            clear = e.b.and_(e.less(e.sub(all_from, 1), position), e.less(e.add(position, KEYS * at_once - 1), all_to))
+            self._score(index, queries, peaks, key, position, at_once, clear)
+        shrinks = self._weigh(index, peaks, num_keys)
         paired = e.mul(e.div(self.head_dim, KEYS * at_once), KEYS * at_once)
         with e.range(0, paired, KEYS * at_once) as column:
             self._gather(index, shrinks, column, num_keys, at_once)
@@ -254,9 +259,16 @@ class _Attention:
                 self._gather(index, shrinks, column, num_keys, 1)
 
     def _score(
-        self, index: list[ir.Value], queries: list[ir.Value], peaks: list[Variable], key: ir.Value, position: ir.Value, at_once: int
+        self,
+        index: list[ir.Value],
+        queries: list[ir.Value],
+        peaks: list[Variable],
+        key: ir.Value,
+        position: ir.Value,
+        at_once: int,
+        clear: ir.Value,
     ) -> None:
-        """Scores of 16 keys or 32, and the highest so far in each lane."""
+        """Scores of 16 keys or 32, and the highest so far in each lane. clear: whether every line sees them all."""
         e = self.e
         steps = [e.add(key, number * KEYS) for number in range(at_once)]
         blocks = [self._block_at(self.keys, self.key_blocks, step) for step in steps]
@@ -280,13 +292,24 @@ class _Attention:
                     number = e.splat(e.load(query, column))
                     for vector, total in zip(keys, row_sums, strict=True):
                         total.set(e.fma(number, vector, total.get()))
-        numbers = [e.lane_numbers(e.add(position, half * e.lanes)) for half in range(self.vectors * at_once)]
-        for place, row_sums in enumerate(sums):
-            low, high = (e.load_i64(bound, index[place]) for bound in (self.low, self.high))
-            for half, total in enumerate(row_sums):
-                score = e.b.select(e.between(numbers[half], low, high), self._capped(total.get()), e.splat(_SMALLEST))
+        scores = [[self._capped(total.get()) for total in row_sums] for row_sums in sums]
+        with e.b.if_else(clear) as (seen, partly):
+            with seen:
+                self._keep(scores, peaks, key)
+            with partly:
+                numbers = [e.lane_numbers(e.add(position, half * e.lanes)) for half in range(self.vectors * at_once)]
+                for line, row_scores in zip(index, scores, strict=True):
+                    low, high = (e.load_i64(bound, line) for bound in (self.low, self.high))
+                    for half, score in enumerate(row_scores):
+                        row_scores[half] = e.b.select(e.between(numbers[half], low, high), score, e.splat(_SMALLEST))
+                self._keep(scores, peaks, key)
+
+    def _keep(self, scores: list[list[ir.Value]], peaks: list[Variable], key: ir.Value) -> None:
+        e = self.e
+        for place, (row_scores, peak) in enumerate(zip(scores, peaks, strict=True)):
+            for half, score in enumerate(row_scores):
                 e.store(score, self.scores, e.add(key, place * CHUNK + half * e.lanes))
-                peaks[place].set(e.maximum(peaks[place].get(), score))
+                peak.set(e.maximum(peak.get(), score))
 
     def _capped(self, score: ir.Value) -> ir.Value:
         """cap * tanh(score / cap), with tanh(u) = 1 - 2 / (exp(2 u) + 1)."""
@@ -297,23 +320,29 @@ class _Attention:
         twice = e.minimum(e.b.fdiv(e.b.fmul(score, e.splat(2.0)), cap), e.splat(80.0))
         return e.b.fmul(cap, e.b.fsub(e.splat(1.0), e.b.fdiv(e.splat(2.0), e.b.fadd(e.exp(twice), e.splat(1.0)))))
 
-    def _weigh(self, place: int, line: ir.Value, peak: Variable, num_keys: ir.Value) -> ir.Value:
-        """Scores of one line to weights, in place. Returns the factor that what was summed before shrinks by."""
+    def _weigh(self, index: list[ir.Value], peaks: list[Variable], num_keys: ir.Value) -> list[ir.Value]:
+        """Scores to weights, in place. Returns the factors that what was summed before shrinks by.
+
+        A line's steps wait for each other (its highest score, the exponentials, their sum), so all lines take each step together.
+        """
         e = self.e
-        before = e.load(self.peaks, line)
-        highest = e.maximum(before, e.reduce_max(peak.get()))
-        e.store(highest, self.peaks, line)
+        before = [e.load(self.peaks, line) for line in index]
+        highest = [e.maximum(old, e.reduce_max(peak.get())) for old, peak in zip(before, peaks, strict=True)]
         # A line that sees nothing of this chunk or any before it has no finite score.
-        anchor = e.b.select(e.b.fcmp_ordered("==", highest, e.scalar(_SMALLEST)), e.scalar(0.0), highest)
-        total = e.variable(e.splat(0.0))
+        unseen = [e.b.fcmp_ordered("==", peak, e.scalar(_SMALLEST)) for peak in highest]
+        anchors = [e.b.select(nothing, e.scalar(0.0), peak) for nothing, peak in zip(unseen, highest, strict=True)]
+        totals = [e.variable(e.splat(0.0)) for _ in index]
         with e.range(0, num_keys, e.lanes) as key:
-            at = e.add(key, place * CHUNK)
-            weight = e.exp(e.b.fsub(e.load_vector(self.scores, at), e.splat(anchor)))
-            e.store(weight, self.scores, at)
-            total.set(e.b.fadd(total.get(), weight))
-        shrink = e.extract(e.exp(e.splat(e.b.fsub(before, anchor))))
-        e.store(e.fma(e.load(self.totals, line), shrink, e.reduce_add(total.get())), self.totals, line)
-        return shrink
+            for place, (anchor, total) in enumerate(zip(anchors, totals, strict=True)):
+                at = e.add(key, place * CHUNK)
+                weight = e.exp(e.b.fsub(e.load_vector(self.scores, at), e.splat(anchor)))
+                e.store(weight, self.scores, at)
+                total.set(e.b.fadd(total.get(), weight))
+        shrinks = [e.extract(e.exp(e.splat(e.b.fsub(old, anchor)))) for old, anchor in zip(before, anchors, strict=True)]
+        for line, peak, shrink, total in zip(index, highest, shrinks, totals, strict=True):
+            e.store(peak, self.peaks, line)
+            e.store(e.fma(e.load(self.totals, line), shrink, e.reduce_add(total.get())), self.totals, line)
+        return shrinks
 
     def _gather(self, index: list[ir.Value], shrinks: list[ir.Value], column: ir.Value, num_keys: ir.Value, at_once: int) -> None:
         """Adds the weighted values of 16 columns or 32 to the lines' sums."""

@@ -17,17 +17,18 @@ KEYS = 16
 RESUME, FINISH = 1, 2
 """A job goes on from what an earlier wave left; a job divides by the sum of weights instead of leaving its state."""
 
-_LINES = 24
+_LINES, _FEWER_LINES = 48, 24
+"""Of a job at most (rows times query heads of a key head), and where that makes too few jobs for the threads to end together. Every job
+reads its keys and values from the second-level cache or from memory, so more lines read less; 48, with their sums, leave room in the
+first-level cache.
+"""
+_ITEMS = 3
+"""Jobs times key heads that each thread is to have."""
 MOST_LINES = 64
 MOST_HEAD_DIM = 256
 _ALL = 1 << 40
 
 _Ints = NDArray[np.int64]
-
-
-def lines_at_once(group: int) -> int:
-    """Lines (rows times query heads of a key head) of a job: its state is to stay in the first-level cache."""
-    return max(_LINES // group, 1) * group
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ def plan_attention(
     starts = lengths - counts
     positions = np.arange(bounds[-1]) + np.repeat(starts - bounds[:-1], counts)
     visible_from = np.zeros_like(positions) if window is None else np.maximum(positions - window + 1, 0)
-    rows_at_once = lines_at_once(num_heads // kv_heads) // (num_heads // kv_heads)
+    group = num_heads // kv_heads
     rows = [np.arange(bounds[-1])]
     waves: list[list[_Ints]] = []
     covered = np.zeros(len(tables), np.int64)
@@ -83,40 +84,36 @@ def plan_attention(
             members = np.concatenate([np.arange(bounds[s], bounds[s + 1]) for s in segment.members])
             first = sum(map(len, rows))
             rows.append(members)
-            flags = RESUME if segment.first else 0
-            jobs = _strips(np.array([first]), np.array([len(members)]), rows_at_once)
+            resumes = RESUME if segment.first else 0
             waves += [[] for _ in range(wave + 1 - len(waves))]
-            waves[wave].append(_jobs(jobs, segment.members[0], segment.first, segment.end, flags))
-    own = _strips(bounds[:-1], counts, rows_at_once)
-    owner = np.repeat(np.arange(len(tables)), -(-counts // rows_at_once))
-    first_chunk = np.maximum(covered[owner], visible_from[own[:, 0]] // CHUNK)
-    final = _jobs(own, owner, first_chunk, _ALL, np.where(covered[owner] > 0, RESUME, 0) | FINISH)
-    work = own[:, 1] * (lengths[owner] - first_chunk * CHUNK)
+            waves[wave].append(np.array([first, len(members), segment.members[0], segment.first, segment.end, resumes]))
+    flags = np.where(covered > 0, RESUME, 0) | FINISH
+    own = _cut(np.stack((bounds[:-1], counts, np.arange(len(tables)), covered, np.full_like(counts, _ALL), flags), axis=1), group, kv_heads)
+    own[:, 3] = np.maximum(own[:, 3], visible_from[own[:, 0]] // CHUNK)
+    work = own[:, 1] * (lengths[own[:, 2]] - own[:, 3] * CHUNK)
     state = torch.empty(len(positions) * num_heads * 2 if waves else 0)
+    final = own[np.argsort(-work, kind="stable")]  # the longest first: threads end together
     return NativePlan(
         slots,
         np.ascontiguousarray(tables),
         np.concatenate(rows).astype(np.int32),
         visible_from,
         positions + 1,
-        (*(np.concatenate(jobs) for jobs in waves), final[np.argsort(-work, kind="stable")]),  # the longest first: threads end together
+        (*(_cut(np.stack(runs), group, kv_heads) for runs in waves), final),
         state,
         int((positions + 1).sum()),
     )
 
 
-def _strips(first: _Ints, counts: _Ints, at_once: int) -> _Ints:
-    """int64 [N, 2] (first, count): each run of `counts[i]` rows cut into as few pieces of at most `at_once` as can be, all about equal."""
-    pieces = -(-counts // at_once)
-    owner = np.repeat(np.arange(len(counts)), pieces)
-    index = np.arange(len(owner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    size, longer = np.divmod(counts, np.maximum(pieces, 1))
-    return np.stack((first[owner] + index * size[owner] + np.minimum(index, longer[owner]), size[owner] + (index < longer[owner])), axis=1)
-
-
-def _jobs(strips: _Ints, table: _Ints | int, first: _Ints | int, last: _Ints | int, flags: _Ints | int) -> _Ints:
-    jobs = np.empty((len(strips), 6), np.int64)
-    jobs[:, :2] = strips
-    for column, values in enumerate((table, first, last, flags), start=2):
-        jobs[:, column] = values
+def _cut(runs: _Ints, group: int, kv_heads: int) -> _Ints:
+    """Jobs of runs of rows: [N, 6] both, as in `NativePlan`; each run in as few jobs as can be, all about equal."""
+    for lines in (_LINES, _FEWER_LINES):
+        pieces = -(-runs[:, 1] // max(lines // group, 1))
+        if pieces.sum() * kv_heads >= _ITEMS * torch.get_num_threads():
+            break
+    jobs = np.repeat(runs, pieces, axis=0)
+    index = np.arange(len(jobs)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    size, longer = (np.repeat(part, pieces) for part in np.divmod(runs[:, 1], np.maximum(pieces, 1)))
+    jobs[:, 0] += index * size + np.minimum(index, longer)
+    jobs[:, 1] = size + (index < longer)
     return jobs
