@@ -262,10 +262,10 @@ class DeviceDecoding:
     def _trust(self, seats: _Seats) -> None:
         sequences = [live.sequence for live in seats.lives.values()]
         slots = np.array([sequence.slot for sequence in sequences], np.int64)
-        own, weights = np.ones((2, seats.slots))
-        rates, own[list(seats.lives)] = self._speculator.trust(seats.name, slots)
+        shifts, weights = np.zeros(seats.slots), np.ones(seats.slots)
+        logits, shifts[list(seats.lives)] = self._speculator.trust(seats.name, slots)
         weights[list(seats.lives)] = self._speculator.weights(sequences, self._scheduler.remaining(sequences))
-        seats.blocks.trust(rates, own, weights)
+        seats.blocks.trust(logits, shifts, weights)
 
     def _saw(self, work: Work, accepted: Ints) -> None:
         """The drafter's own account of what it was shown; of a sequence that has left, others may have the blocks."""

@@ -132,7 +132,7 @@ def test_a_captured_pipeline_drafts_what_an_eager_one_drafts(tmp_path: Path) -> 
             seed = {"seed": 3 * slot, "temperature": 0.8} if slot else {}
             pipeline.enter(slot, last=5 + slot, length=0, left=30, blocks=list(range(1 + 8 * slot, 9 + 8 * slot)), **seed)
         for step in range(20):
-            drafter.trust(np.linspace(0.2, 0.9, len(drafter._rates)), np.ones(4), np.full(4, 1.0 + step % 2))
+            drafter.trust(np.linspace(-1.4, 2.2, len(drafter._logits)), np.zeros(4), np.full(4, 1.0 + step % 2))
             pipeline.launch((5, 1, 0, 3)[step % 4])
         results = [pipeline.collect() for _ in range(20)]
         made.append([(r.counts.tolist(), r.drafts[:3].tolist(), r.bins[:3].tolist(), r.verified.tolist()) for r in results])

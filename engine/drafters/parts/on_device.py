@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 import kernels
-from engine.drafters.parts.confidence import EDGES, LEVELS
+from engine.drafters.parts.confidence import EDGES, LEVELS, logit
 from engine.noise import Stream
 from engine.pipeline import DeviceDrafts
 from engine.speculation.calibration import HIGHEST
@@ -60,20 +60,21 @@ class DeviceBlocks:
         count = spec.drafts_per_block
         self._edges = torch.tensor(EDGES, device=device)
         self._scales = torch.from_numpy(bins.scales[..., :count].astype(np.float32)).to(device)
-        self._rates = torch.from_numpy(bins.prior.astype(np.float32)).to(device)
-        self._own, self._weights = torch.ones(2, slots, device=device)
+        self._logits = torch.from_numpy(logit(bins.prior).astype(np.float32)).to(device)
+        self._shifts, self._weights = torch.zeros(slots, device=device), torch.ones(slots, device=device)
         self._first = torch.zeros(slots, dtype=torch.int64, device=device)
 
     def enter(self, slot: int, first: int) -> None:
         """A sequence took the slot: what its blocks hold from the `first` one on was taken in."""
         self._first[slot].fill_(first)
 
-    def trust(self, rates: Floats, own: Floats, weights: Floats) -> None:
-        """From the next step on: how often drafts of each bin stand (`Calibration.rates`), how much more often those of each slot do, and
-        what a token of each slot is worth. float64 [bins], [S], [S].
+    def trust(self, logits: Floats, shifts: Floats, weights: Floats) -> None:
+        """From the next step on: the log odds of drafts of each bin, by how much those of each slot lie above them (`Calibration.shifts`),
+        and what a token of each slot is worth. float64 [bins], [S], [S].
         """
-        values = to_device(np.concatenate((rates, own, weights)).astype(np.float32), self._rates.device)
-        for target, part in zip((self._rates, self._own, self._weights), values.split([len(rates), len(own), len(weights)]), strict=True):
+        parts = logits, shifts, weights
+        values = to_device(np.concatenate(parts).astype(np.float32), self._logits.device).split([len(part) for part in parts])
+        for target, part in zip((self._logits, self._shifts, self._weights), values, strict=True):
             target.copy_(part)
 
     def observe(self, taps: dict[int, torch.Tensor], positions: torch.Tensor, slots: torch.Tensor) -> None:
@@ -104,7 +105,7 @@ class DeviceBlocks:
         block = kernels.sequential_head(logits, hidden, state.last, self._head, temperatures=temperatures, keys=keys)
         confidence = torch.full_like(block.lse, _UNSURE) if block.confidence is None else block.confidence
         bins = self._bins(confidence.float(), block.peak.exp(), temperatures, places)
-        rates = (self._rates[bins] * self._own[:, None]).clamp(max=HIGHEST)
+        rates = torch.sigmoid(self._logits[bins] + self._shifts[:, None]).clamp(max=HIGHEST)
         return DeviceDrafts(block.tokens, rates.cumprod(1) * self._weights[:, None], bins)
 
     def _bins(self, confidence: torch.Tensor, peak: torch.Tensor, temperatures: torch.Tensor, places: torch.Tensor) -> torch.Tensor:

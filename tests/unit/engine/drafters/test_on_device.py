@@ -13,10 +13,12 @@ from engine.batch import TargetModel
 from engine.checkpoints.drafters import read_folder
 from engine.drafters.base import DraftBatch, Progress
 from engine.drafters.dspark import DSparkDrafter
+from engine.drafters.parts.confidence import sigmoid
 from engine.pipeline import DeviceState
 from engine.row_table import RowTable
 from engine.scheduler import Chunk
 from engine.sequence import Sequence
+from engine.speculation.calibration import HIGHEST
 from engine.types import SamplingParams
 from tests.unit.engine.drafters.layouts import BLOCK_LAYOUTS, Scene, without_anchors
 from tests.unit.engine.models.tiny import BLOCK_SIZE, CHUNKED
@@ -56,13 +58,14 @@ def test_drafts_are_those_that_are_drafted_between_steps(
     assert found.bins is not None
     assert found.tokens[:3].tolist() == between.token_ids.tolist()
     assert found.bins[:3].tolist() == between.bins.tolist()
-    survival = np.cumprod(np.minimum(made.prior[between.bins], 0.995), axis=1)
+    survival = np.cumprod(np.minimum(made.prior[between.bins], HIGHEST), axis=1)
     assert found.survival[:3].numpy() == pytest.approx(survival, rel=1e-5)
-    rates = np.linspace(0.1, 1.2, len(made.prior))
-    blocks.trust(rates, np.array([1.0, 0.5, 2.0, 1.0]), np.array([3.0, 1.0, 0.1, 1.0]))
+    logits, shifts = np.linspace(-3.0, 4.0, len(made.prior)), np.array([0.0, -1.0, 2.0, 0.0])
+    blocks.trust(logits, shifts, np.array([3.0, 1.0, 0.1, 1.0]))
     with torch.inference_mode():
         found = blocks(state)
-    expected = np.minimum(rates[between.bins] * np.array([[1.0], [0.5], [2.0]]), 0.995).cumprod(axis=1) * np.array([[3.0], [1.0], [0.1]])
+    chances = np.minimum(sigmoid(logits[between.bins] + shifts[:3, None]), HIGHEST)
+    expected = chances.cumprod(axis=1) * np.array([[3.0], [1.0], [0.1]])
     assert found.survival[:3].numpy() == pytest.approx(expected, rel=1e-5)
 
 

@@ -38,6 +38,19 @@ def test_a_request_that_always_fails_is_trusted_less_than_its_neighbour() -> Non
     assert calibration.survival(np.array([0]), bins[:1])[0, 0] == pytest.approx(0.55, abs=0.12)
 
 
+def test_one_requests_luck_moves_every_bin_by_the_same_odds() -> None:
+    rates = np.array([0.9, 0.5])
+    calibration = Calibration(rates, slots=2, strength=1e9)
+    bins = np.zeros((1, 1), np.int64)
+    for _ in range(60):
+        calibration.observe(np.array([0]), bins, np.array([0]), np.array([1]))
+    shift = calibration.shifts(np.array([0, 1]))
+    assert -4.0 < shift[0] < -2.0
+    assert shift[1] == 0.0
+    chance = [calibration.survival(np.array([0]), np.array([[index]]))[0, 0] for index in (0, 1)]
+    assert [p / (1 - p) for p in chance] == pytest.approx([9.0 * np.exp(shift[0]), np.exp(shift[0])])
+
+
 def test_nothing_is_survived_past_the_last_draft() -> None:
     calibration = Calibration(np.full(4, 0.9), slots=1)
     assert calibration.survival(np.array([0]), np.array([[0, 1, -1, -1]]))[0, 2:].tolist() == [0.0, 0.0]
