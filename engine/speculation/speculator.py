@@ -252,6 +252,10 @@ class Speculator:
             return None
         return name, drafter
 
+    def foretell(self, name: str, slots: Ints, bins: Ints) -> Floats:
+        """See `TrackRecord.survival`."""
+        return self._record.survival(name, slots, bins)
+
     def trust(self, name: str, slots: Ints) -> tuple[Floats, Floats]:
         """See `TrackRecord.trust`."""
         return self._record.trust(name, slots)

@@ -85,9 +85,13 @@ def _offset(logits: Floats, before: Floats, wanted: float, temperature: float) -
     return (low + high) / 2.0
 
 
-def quality(evidence: Floats, stood: Floats, scales: Floats | None = None) -> Quality:
-    """Of these blocks, scaled or as they are."""
-    predicted: Floats = np.asarray(np.cumprod(sigmoid(scaled(evidence, scales)), axis=1), np.float64)
+def survival(evidence: Floats, scales: Floats | None = None) -> Floats:
+    """float64 [N, K]: the predicted chance that drafts 1..k all stand, by evidence that is scaled or taken as it is."""
+    return np.asarray(np.cumprod(sigmoid(scaled(evidence, scales)), axis=1), np.float64)
+
+
+def quality(predicted: Floats, stood: Floats) -> Quality:
+    """Of the predicted chances [N, K] that drafts 1..k all stand, beside whether they did."""
     columns = range(stood.shape[1])
     base = stood.mean(axis=0)
     return Quality(
@@ -109,9 +113,8 @@ def expected_error(predicted: Floats, stood: Floats) -> float:
     return sum(gaps) / max(len(predicted), 1)
 
 
-def reliability(evidence: Floats, stood: Floats, scales: Floats | None = None) -> list[tuple[Floats, Floats]]:
-    """By position: (mean predicted chance, share that stood), float64 [bins] each, of bins of equal mass."""
-    predicted = np.cumprod(sigmoid(scaled(evidence, scales)), axis=1)
+def reliability(predicted: Floats, stood: Floats) -> list[tuple[Floats, Floats]]:
+    """Of the same, by position: (mean predicted chance, share that stood), float64 [bins] each, of bins of equal mass."""
     found = []
     for position in range(stood.shape[1]):
         parts = [part for part in np.array_split(np.argsort(predicted[:, position], kind="stable"), min(BINS, len(stood))) if len(part)]

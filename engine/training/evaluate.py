@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from engine.training.prompts import Prompt
 
     Floats = NDArray[np.float64]
+    Ints = NDArray[np.int64]
 
 
 @runtime_checkable
@@ -35,13 +37,18 @@ class Scored(Protocol):
 
 @dataclass(slots=True)
 class Watched:
-    """Passes everything on to `drafter`, and holds each block of `width` drafts against the text that came of it."""
+    """Passes everything on to `drafter`, and holds each block of `width` drafts against the text that came of it.
+
+    foretell: what the engine makes of drafts at this moment, see `TrackRecord.survival`: of sequences' slots [S] and bins [S, D].
+    """
 
     drafter: Drafter
     width: int
+    foretell: Callable[[Ints, Ints], Floats]
     evidence: list[Floats] = field(default_factory=list)
+    foretold: list[Floats] = field(default_factory=list)
     stood: list[Floats] = field(default_factory=list)
-    _pending: dict[int, list[tuple[int, NDArray[np.int64], Floats]]] = field(default_factory=dict)
+    _pending: dict[int, list[tuple[int, Ints, Floats, Floats]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.name, self.taps, self.prior = self.drafter.name, self.drafter.taps, self.drafter.prior
@@ -54,9 +61,12 @@ class Watched:
         if not isinstance(self.drafter, Scored):
             return self.drafter.propose(batch)
         drafts, evidence = self.drafter.propose_scored(batch)
+        slots = np.array([sequence.slot for sequence in batch.sequences], np.int64)
+        foretold = self.foretell(slots, drafts.bins)
         for row, sequence in enumerate(batch.sequences):
             if drafts.lengths[row] >= self.width:
-                block = (sequence.num_tokens, drafts.token_ids[row, : self.width].copy(), evidence[row, : self.width].copy())
+                tokens = drafts.token_ids[row, : self.width].copy()
+                block = (sequence.num_tokens, tokens, evidence[row, : self.width].copy(), foretold[row, : self.width])
                 self._pending.setdefault(sequence.serial, []).append(block)
         return drafts
 
@@ -64,18 +74,23 @@ class Watched:
         self.drafter.observe(progress)
 
     def finish(self, sequence: EngineSequence, *, complete: bool) -> None:
-        for start, tokens, evidence in self._pending.pop(sequence.serial, []):
+        for start, tokens, evidence, foretold in self._pending.pop(sequence.serial, []):
             text = sequence.tokens[start : start + self.width]
             if complete and len(text) == self.width:
                 self.evidence.append(evidence)
+                self.foretold.append(foretold)
                 self.stood.append(np.cumprod(text == tokens).astype(np.float64))
         self.drafter.finish(sequence, complete=complete)
 
-    def blocks(self) -> tuple[Floats, Floats]:
-        """(evidence [N, width, 2], whether drafts 1..k stood [N, width]), float64."""
+    def blocks(self) -> tuple[Floats, Floats, Floats]:
+        """(evidence [N, width, 2], what was foretold [N, width], whether drafts 1..k stood [N, width]), float64."""
         if not self.stood:
-            return np.zeros((0, self.width, 2)), np.zeros((0, self.width))
-        return np.stack(self.evidence), np.stack(self.stood)
+            return no_blocks(self.width)
+        return np.stack(self.evidence), np.stack(self.foretold), np.stack(self.stood)
+
+
+def no_blocks(width: int) -> tuple[Floats, Floats, Floats]:
+    return np.zeros((0, width, 2)), np.zeros((0, width)), np.zeros((0, width))
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +98,13 @@ class Measured:
     """tokens, steps: float64 [requests] of each domain, what the target said and in how many steps; requests in the prompts' order. The
     first token, which comes of the prompt's own step and never of a draft, counts for neither.
 
-    evidence, stood: of all blocks; empty for drafters that give no evidence.
+    evidence, foretold, stood: of all blocks, see `Watched.blocks`; empty for drafters that give no evidence.
     """
 
     tokens: dict[str, Floats]
     steps: dict[str, Floats]
     evidence: Floats
+    foretold: Floats
     stood: Floats
 
     @property
@@ -153,7 +169,7 @@ def measure(
     watched: list[Watched] = []
 
     def around(made: Drafter) -> Drafter:
-        watched.append(Watched(made, drafts))
+        watched.append(Watched(made, drafts, partial(engine.foretell, made.name)))
         return watched[0]
 
     if name is not None and name not in TEXT_DRAFTERS and name in engine.drafters.ready:
@@ -176,7 +192,7 @@ def measure(
     for request in requests:
         if request.id in ended:
             made.setdefault(domains[request.id], []).append(ended[request.id])
-    evidence, stood = watched[0].blocks() if watched else (np.zeros((0, drafts, 2)), np.zeros((0, drafts)))
+    blocks = watched[0].blocks() if watched else no_blocks(drafts)
     columns = {domain: np.array(rows, np.float64) for domain, rows in made.items()}
     sampled, walked = ({domain: rows[:, part] for domain, rows in columns.items()} for part in range(2))
-    return Measured(sampled, walked, evidence, stood)
+    return Measured(sampled, walked, *blocks)

@@ -19,7 +19,7 @@ from engine.drafters.parts.confidence import CHAINED, SCALES, bucket_of, spread_
 from engine.drafters.sources import registry_folders
 from engine.engine import Engine
 from engine.training.answers import answer, hash_of, read
-from engine.training.calibrate import fit, quality, reliability
+from engine.training.calibrate import fit, quality, reliability, survival
 from engine.training.curves import plot
 from engine.training.evaluate import measure
 from engine.training.export import new_config, set_calibration, write_folder, write_record
@@ -231,7 +231,7 @@ def calibrate(
             continue
         bucket = str(int(bucket_of(np.array([temperature]))[0]))
         scales = fit(got.evidence, got.stood)
-        before, after = quality(got.evidence, got.stood), quality(got.evidence, got.stood, scales)
+        before, after = (quality(survival(got.evidence, one), got.stood) for one in (None, scales))
         for name, row in zip(SCALES, scales, strict=True):
             calibration[name][bucket] = [round(float(value), 4) for value in row]
         quality_of[bucket] = {"blocks": len(got.stood), "ece_before": float(before.ece.mean()), "ece_after": float(after.ece.mean())}
@@ -301,40 +301,40 @@ class Judged:
         row: dict[str, float | None] = {name: round(value, 4) for name, value in self.got.acceptance.items()}
         row.setdefault("macro", None)
         found = self.qualities()
-        before, after = (round(float(one.ece.mean()), 5) for one in found) if found else (None, None)
-        return row | {"ece_before": before, "ece_after": after}
+        return row | {f"ece_{when}": round(float(found[when].ece.mean()), 5) if found else None for when in ("before", "after")}
 
-    def qualities(self) -> tuple[Quality, Quality] | None:
-        """Before and after temperature scaling."""
+    def predicted(self) -> dict[str, np.ndarray]:
+        """float64 [N, K] each, the chance that drafts 1..k stand: `before` temperature scaling, `after` it, and `running`: as the engine
+        foretold it, which goes on learning from every block. Nothing where a drafter gives no evidence.
+        """
         if not len(self.got.stood):
-            return None
-        return quality(self.got.evidence, self.got.stood), quality(self.got.evidence, self.got.stood, self.scales)
+            return {}
+        return {"before": survival(self.got.evidence), "after": survival(self.got.evidence, self.scales), "running": self.got.foretold}
+
+    def qualities(self) -> dict[str, Quality]:
+        return {when: quality(predicted, self.got.stood) for when, predicted in self.predicted().items()}
 
     def details(self) -> dict[str, Any]:
         """Intervals of the acceptance lengths, requests behind them, and by position the calibration's quality.
 
-        An AUC is None where all or none of the drafts stood.
+        Brier score and AUC are those of the running forecast, which the planner goes by. An AUC is None where all or none of the drafts
+        stood.
         """
         found: dict[str, Any] = {
             "intervals": {name: [round(end, 4) for end in ends] for name, ends in self.got.intervals().items()},
             "requests": {domain: len(rows) for domain, rows in self.got.tokens.items()},
         }
         if qualities := self.qualities():
-            before, after = qualities
-            columns = {
-                "ece_before": before.ece,
-                "ece_after": after.ece,
-                "brier": after.brier,
-                "base_brier": after.base_brier,
-                "auc": after.auc,
-            }
+            running = qualities["running"]
+            columns = {f"ece_{when}": one.ece for when, one in qualities.items()}
+            columns |= {"brier": running.brier, "base_brier": running.base_brier, "auc": running.auc}
             found["calibration"] = {name: [_rounded(value) for value in column] for name, column in columns.items()}
             found["blocks"] = len(self.got.stood)
         return found
 
 
 def plot_reliability(judged: Mapping[str, Judged], path: Path) -> None:
-    """Of every drafter that gives evidence: predicted chance that drafts 1..k stand against how many did, before and after."""
+    """Of every drafter that gives evidence: predicted chance that drafts 1..k stand against how many did; see `Judged.predicted`."""
     from matplotlib.figure import Figure
 
     shown = {name: one for name, one in judged.items() if len(one.got.stood)}
@@ -342,8 +342,8 @@ def plot_reliability(judged: Mapping[str, Judged], path: Path) -> None:
     figure = Figure(figsize=(2.4 * width, 2.6 * max(len(shown), 1)), layout="constrained")
     grid = figure.subplots(max(len(shown), 1), width, squeeze=False, sharex=True, sharey=True)
     for row, (name, one) in enumerate(shown.items()):
-        for label, scales in (("before", None), ("after", one.scales)):
-            for position, (predicted, stood) in enumerate(reliability(one.got.evidence, one.got.stood, scales)):
+        for label, chances in one.predicted().items():
+            for position, (predicted, stood) in enumerate(reliability(chances, one.got.stood)):
                 axes = grid[row, position]
                 axes.plot([0, 1], [0, 1], color="0.8", linewidth=1)
                 axes.plot(predicted, stood, marker="o", markersize=3, linewidth=1, label=label)

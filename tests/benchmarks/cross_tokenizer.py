@@ -17,7 +17,7 @@ import numpy as np
 
 from engine.checkpoints import LoadedModel
 from engine.config import EngineConfig
-from engine.training.evaluate import Measured
+from engine.training.evaluate import Measured, no_blocks
 from engine.types import Request
 from tests.benchmarks import live
 
@@ -47,7 +47,7 @@ def main() -> int:
     ledgers = [result.ledger for result in drafted.results]
     # The first token comes of the prompt's own step.
     tokens, walked = (np.array([getattr(ledger, name) for ledger in ledgers], np.float64) - 1.0 for name in ("sampled", "steps"))
-    got = Measured({"all": tokens}, {"all": walked}, np.empty((0, 0)), np.empty((0, 0)))
+    got = Measured({"all": tokens}, {"all": walked}, *no_blocks(0))
     accepted, verified = (sum(getattr(ledger, name) for ledger in ledgers) for name in ("accepted", "verified"))
     return live.report(
         {

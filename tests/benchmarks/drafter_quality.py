@@ -5,7 +5,8 @@ Prompts: those that the hash rule keeps for judging, the first `--each` of every
 is given (a folder, a registered name, or a small model with the target's tokenizer), and the portfolio of the lookup and the first of
 them. Every request drafts `--drafts` tokens a step, whatever that costs. Acceptance lengths (bonus token included) by domain with 95%
 intervals, the ratios of those that were trained for as many steps to the given DFlash (rank 0), and for confidence heads, by position, over
-15 bins of equal mass: calibration error before and after temperature scaling, Brier score beside the base rate's, AUC. With the training
+15 bins of equal mass: calibration error before and after temperature scaling and as the engine foretold drafts while it ran (which learns
+from every block; the goals are for this forecast, which plans go by), its Brier score beside the base rate's, its AUC. With the training
 logs that the folders hold.
 
 Every row is kept in FOLDER as it is measured: run again, it goes on; `evaluation.json`, `evaluation.md` and the plots are made anew.
@@ -34,7 +35,7 @@ from tests.benchmarks import live
 
 MACRO, OVER_DFLASH, ERROR, AREA = 2.0, 1.10, 0.015, 0.75
 DOMAINS = ("math", "code", "chat", "macro")
-FIGURES = ("ece_before", "ece_after", "brier", "base_brier", "auc")
+FIGURES = ("ece_before", "ece_after", "ece_running", "brier", "base_brier", "auc")
 
 
 def main() -> int:
@@ -116,7 +117,7 @@ def kept(
     path = options.out / f"{name}-{temperature:g}.npz"
     if path.exists():
         with np.load(path) as stored:
-            if json.loads(str(stored["about"])) == about and "evidence" in stored:
+            if json.loads(str(stored["about"])) == about and "foretold" in stored:
                 steps.skip()
                 return _unpack(dict(stored))
     with steps.one(label) as tick:
@@ -131,7 +132,7 @@ def kept(
             tick=tick,
         )
     columns = {f"{kind}:{domain}": values for kind in ("tokens", "steps") for domain, values in getattr(got, kind).items()}
-    np.savez_compressed(path, about=json.dumps(about), evidence=got.evidence, stood=got.stood, **columns)
+    np.savez_compressed(path, about=json.dumps(about), evidence=got.evidence, foretold=got.foretold, stood=got.stood, **columns)
     return got
 
 
@@ -141,7 +142,7 @@ def _unpack(stored: dict[str, Any]) -> Measured:
         kind, colon, domain = key.partition(":")
         if colon:
             tables[kind][domain] = values
-    return Measured(tables["tokens"], tables["steps"], stored["evidence"], stored["stood"])
+    return Measured(tables["tokens"], tables["steps"], stored["evidence"], stored["foretold"], stored["stood"])
 
 
 def summary(found: dict[str, dict[str, Judged]], folders: dict[str, Path], options: Any, prompts: list[Prompt]) -> dict[str, Any]:
@@ -187,7 +188,7 @@ def uncalibrated(figures: dict[str, list[Any]] | None) -> list[str]:
     if figures is None:
         return []
     wrong = []
-    for position, (_, error, brier, base, area) in enumerate(zip(*(figures[name] for name in FIGURES), strict=True), 1):
+    for position, (_, _, error, brier, base, area) in enumerate(zip(*(figures[name] for name in FIGURES), strict=True), 1):
         if area is None:
             continue
         wrong += [f"calibration error {error:.4f} > {ERROR} at draft {position}"] if error > ERROR else []
@@ -222,7 +223,7 @@ def markdown(result: dict[str, Any]) -> str:
             if (figures := row["details"].get("calibration")) is None:
                 continue
             lines += ["", f"{name}, calibration over {row['details']['blocks']} blocks:", ""]
-            lines += ["| drafts 1 to | error before | error after | Brier | base rate's | AUC |", "|---:|" + "---:|" * 5]
+            lines += ["| drafts 1 to | error before | error after | error running | Brier | base rate's | AUC |", "|---:|" + "---:|" * 6]
             columns = list(zip(*(figures[column] for column in FIGURES), strict=True))
             lines += [
                 f"| {place} | {' | '.join('' if value is None else f'{value:.4f}' for value in values)} |"

@@ -203,7 +203,7 @@ def _run(loaded: LoadedModel, requests: Sequence[Request], sequences: int, setti
 
 
 def _calibration(loaded: LoadedModel, drafter: str, lines: Sequence[BenchLine], plan: PaperPlan) -> dict[str, Any]:
-    """Reliability points before and after, by position."""
+    """Reliability points before and after scaling and as foretold while running, by position."""
     from engine.training.calibrate import reliability
     from engine.training.prompts import Prompt
     from engine.training.run import evaluate
@@ -219,11 +219,8 @@ def _calibration(loaded: LoadedModel, drafter: str, lines: Sequence[BenchLine], 
     if not len(judged.got.stood):
         return {}
     points = {
-        name: [
-            [[round(float(value), 4) for value in axis] for axis in pair]
-            for pair in reliability(judged.got.evidence, judged.got.stood, scales)
-        ]
-        for name, scales in (("before", None), ("after", judged.scales))
+        name: [[[round(float(value), 4) for value in axis] for axis in pair] for pair in reliability(predicted, judged.got.stood)]
+        for name, predicted in judged.predicted().items()
     }
     return {**judged.details()["calibration"], **points}
 
@@ -311,8 +308,8 @@ def print_paper(report: dict[str, Any]) -> None:
     columns = ("figure 5: drafts a step", "tokens a step", "tok/s")
     shown = [*figures["5"]["fixed"], {"drafts": "as planned", **figures["5"]["planned"]}]
     print_table(columns, [(row["drafts"], row["acceptance_length"], f"{row['tokens_per_second']:.1f}") for row in shown], right=columns[1:])
-    columns = ("figure 6: drafter", "position", "error before", "error after", "Brier", "base rate's", "AUC")
-    names = ("ece_before", "ece_after", "brier", "base_brier", "auc")
+    columns = ("figure 6: drafter", "position", "error before", "error after", "error running", "Brier", "base rate's", "AUC")
+    names = ("ece_before", "ece_after", "ece_running", "brier", "base_brier", "auc")
     rows = [
         (name, position + 1, *("" if (value := row[column][position]) is None else f"{value:.4f}" for column in names))
         for name, row in figures["6"].items()

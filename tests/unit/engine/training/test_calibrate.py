@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from engine.drafters.parts.confidence import sigmoid
-from engine.training.calibrate import area, expected_error, fit, quality
+from engine.training.calibrate import area, expected_error, fit, quality, survival
 
 
 def test_sequential_temperature_scaling_repairs_overconfidence() -> None:
@@ -19,7 +19,7 @@ def test_sequential_temperature_scaling_repairs_overconfidence() -> None:
     assert scales[0, :2] == pytest.approx([3.0, 2.0], rel=0.25)
     assert scales[1, :2] == pytest.approx([0.0, 0.9], abs=0.25)
     assert scales[2, :2].max() <= 0.25
-    before, after = quality(evidence[3000:], stood[3000:]), quality(evidence[3000:], stood[3000:], scales)
+    before, after = (quality(survival(evidence[3000:], one), stood[3000:]) for one in (None, scales))
     assert after.ece.max() < 0.04 < before.ece.max()
     assert (after.brier < after.base_brier).all()
     assert (after.auc > 0.7).all()
@@ -36,7 +36,7 @@ def test_calibration_weighs_the_sharpness_by_what_it_tells(confident: bool) -> N
     scales = fit(parts[:4000], stood[:4000])
     if confident:
         assert scales[2, :2] == pytest.approx([2.0, 2.0], abs=0.5)
-    with_it, without = (quality(parts[4000:], stood[4000:], one) for one in (scales, scales * np.array([[1.0], [1.0], [0.0]])))
+    with_it, without = (quality(survival(parts[4000:], one), stood[4000:]) for one in (scales, scales * np.array([[1.0], [1.0], [0.0]])))
     assert with_it.ece.max() < 0.04
     assert (with_it.auc > without.auc + 0.1).all()
 

@@ -191,6 +191,10 @@ def test_a_trained_drafter_is_judged_calibrated_packed_and_exported(loaded: Load
     low, high = found["spark"].details()["intervals"]["macro"]
     assert low <= report["spark"]["macro"] <= high
     assert len(found["spark"].details()["calibration"]["auc"]) == 4
+    got = found["spark"].got
+    assert got.foretold.shape == got.stood.shape
+    assert (np.diff(got.foretold, axis=1) <= 0.0).all()
+    assert len(np.unique(got.foretold[:, 0])) > 1  # it learns, and goes by what each block's confidence says
     plot_reliability(found, tmp_path / "reliability.png")
     assert (tmp_path / "reliability.png").stat().st_size > 5000
     assert read_folder(trained).calibration["temperatures"]
