@@ -28,8 +28,8 @@ from tests.benchmarks import live
 
 GOAL, MODEL_GOAL, FIXED = 0.98, 0.05, 8
 LEAST_LINES, LEAST_TRACED = 8, 32
-"""A single line may end after a few tokens, and then says nothing. In virtual time nothing is noise, but drafts have luck: two steps more or
-less of a hundred are as much as the goal allows.
+"""A single line may end after a few tokens, and then says nothing. In virtual time nothing is noise, but drafts have luck: two steps of a
+hundred are as much as the goal allows.
 """
 LIVE: dict[str, dict[str, Any]] = {
     "plain": {"drafter": "off"},
