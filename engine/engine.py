@@ -146,7 +146,7 @@ class Engine:
             from engine.training.adapt import adapter_for
 
             adapting = adapter_for(self.drafters.made(), loaded.model.frozen(), seed=config.seed or 0)
-        self.foretell = self._speculator.foretell
+        self.foretell = self._speculator.foretell  # for those who judge it
         self._changes = DrafterChanges(self.drafters, self._speculator, adapting)
         self._recorder = Recorder.of(config, spec, self.limits, points, self.drafters)
         self._table = RowTable(self.limits.max_sequences, entropy)

@@ -76,6 +76,11 @@ class Calibration:
         """float64 [bins]: the chance that a draft in each bin stands if those before it do."""
         return np.asarray(self._stood / self._seen)
 
+    @property
+    def log_odds(self) -> Floats:
+        """float64 [bins]: of `rates`."""
+        return logit(self.rates)
+
     def shifts(self, slots: NDArray[np.int64]) -> Floats:
         """float64 [S]: by how much the log odds of the requests in `slots` lie above those of the rates.
 
@@ -86,7 +91,7 @@ class Calibration:
 
     def survival(self, slots: NDArray[np.int64], bins: NDArray[np.int64]) -> Floats:
         """float64 [S, D]: the chance that drafts 0..j of each request all stand. bins: int64 [S, D], -1 past the last draft."""
-        chances = np.minimum(sigmoid(logit(self.rates)[bins] + self.shifts(slots)[:, None]), HIGHEST)
+        chances = np.minimum(sigmoid(self.log_odds[bins] + self.shifts(slots)[:, None]), HIGHEST)
         return np.asarray(np.cumprod(np.where(bins < 0, 0.0, chances), axis=1), np.float64)
 
     def observe(self, slots: NDArray[np.int64], bins: NDArray[np.int64], stood: NDArray[np.int64], seen: NDArray[np.int64]) -> None:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engine.drafters.parts.confidence import logit
 from engine.speculation.calibration import Calibration, Discount
 from engine.speculation.forced import FORCED, PRIOR
 from engine.speculation.portfolio import earned
@@ -66,7 +65,7 @@ class TrackRecord:
 
     def trust(self, name: str, slots: Ints) -> tuple[Floats, Floats]:
         """What drafter `name`'s confidence is worth: log odds by bin, and their shifts in the requests of `slots`; see `Calibration`."""
-        return logit(self._calibrations[name].rates), self._calibrations[name].shifts(slots)
+        return self._calibrations[name].log_odds, self._calibrations[name].shifts(slots)
 
     def paces(self, slots: Ints) -> Floats:
         """float64 [S]: tokens a step of each request, lately."""

@@ -69,7 +69,7 @@ class DeviceBlocks:
         self._first[slot].fill_(first)
 
     def trust(self, logits: Floats, shifts: Floats, weights: Floats) -> None:
-        """From the next step on: the log odds of drafts of each bin, by how much those of each slot lie above them (`Calibration.shifts`),
+        """From the next step on: the log odds of drafts of each bin, by how much those of each slot lie above them (see `Calibration`),
         and what a token of each slot is worth. float64 [bins], [S], [S].
         """
         parts = logits, shifts, weights
