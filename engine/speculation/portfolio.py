@@ -42,8 +42,10 @@ _FIRST_PROBE = 32
 _KNOWN_PROBE = 128
 """The same at first for one that earlier jobs tried."""
 _TRIALS = 4
-"""Drafts of a new drafter that are for one request at a time: until then both its worth and its time are guesses, the first ones' luck is
-no verdict."""
+"""Requests that a new drafter drafts for before all may have it: until then its worth is a guess, the first ones' luck is no verdict."""
+_FEW, _OF = 2, 8
+"""So many of them in a step, or one of so many that decode, if that is more: few enough that a bad one costs little, enough that a crowd
+which ends after a few steps had something of a good one."""
 _PATIENCE = 512
 """Steps without a single paying use after which a drafter is let go. Steps so full that hardly any draft could pay do not count."""
 FULL = 0.5
@@ -111,7 +113,7 @@ class _Member:
 
     @property
     def tried(self) -> bool:
-        return self.overall.weight >= _TRIALS
+        return self.overall.weight > _TRIALS - 1  # the older a trial, the less it weighs
 
     def suits(self, template: str | None) -> bool:
         return not self.tags or template in self.tags
@@ -217,8 +219,8 @@ class Portfolio:
             member = self._members[name]
             income = gains[index, wanted == index].sum() - fixed[index] if (wanted == index).any() else 0.0
             member.earn(len(slots), float(income) / len(slots))
-            if not member.tried and len(rows) > 1:
-                rows = rows[gains[index, rows].argmax()][None]
+            if not member.tried:
+                rows = rows[np.argsort(-gains[index, rows], kind="stable")[: max(_FEW, len(slots) // _OF)]]
             for row in rows:
                 chosen[row] = name
             member.fade(np.delete(slots, rows), _FADE)  # what a request held against it is forgotten, or it could never be corrected

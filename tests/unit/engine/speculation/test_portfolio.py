@@ -68,13 +68,19 @@ def test_tags_say_where_a_drafter_is_tried_first_and_measurement_decides() -> No
     assert portfolio.choose(slots, ["code", "chat"], np.ones(2), 0.0, 0.0) == [None, "coder"]
 
 
-def test_a_new_drafter_is_tried_on_one_request_at_a_time() -> None:
+def test_a_new_drafter_is_tried_on_few_requests_at_first() -> None:
     portfolio, slots, kinds = Portfolio({"new": ()}, 4), np.arange(4), ["a"] * 4
-    for brought in (0.0, 0.0, 9.0, 9.0, 9.0):
-        names = portfolio.choose(slots, kinds, np.array([1.0, 0.0, 1.0, 1.0]), 100.0, 0.0)
-        assert names == [None, "new", None, None]
-        portfolio.learn("new", slots[1:2], kinds[:1], tokens(brought))
+    for brought in (0.0, 9.0):
+        names = portfolio.choose(slots, kinds, np.array([1.0, 0.0, 0.5, 1.0]), 100.0, 0.0)
+        assert names == [None, "new", "new", None], "those to whom it promises most beyond the lookup"
+        portfolio.learn("new", slots[1:3], kinds[:2], tokens(brought, brought))
     assert portfolio.choose(slots, kinds, np.ones(4), 100.0, 0.0) == ["new"] * 4
+
+
+def test_in_a_crowd_a_new_drafter_is_tried_on_an_eighth() -> None:
+    portfolio = Portfolio({"new": ()}, 64)
+    names = portfolio.choose(np.arange(64), ["a"] * 64, np.linspace(1.0, 0.0, 64), 100.0, 0.0)
+    assert names == [None] * 56 + ["new"] * 8
 
 
 def test_a_drafter_is_worth_what_its_drafts_bring_beyond_the_price_of_verifying_them() -> None:
