@@ -148,7 +148,7 @@ class Engine:
             adapting = adapter_for(self.drafters.made(), loaded.model.frozen(), seed=config.seed or 0)
         self.foretell = self._speculator.foretell  # for those who judge it
         self._changes = DrafterChanges(self.drafters, self._speculator, adapting)
-        self._recorder = Recorder.of(config, spec, self.limits, points, self.drafters)
+        self._recorder = Recorder.of(config, spec, self.limits, points, self.drafters, records)
         self._table = RowTable(self.limits.max_sequences, entropy)
         self._device = (
             DeviceDecoding(self._runner, self._scheduler, self._speculator, self._table) if isinstance(self._runner, GraphRunner) else None

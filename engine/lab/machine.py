@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from engine.lab.line import fit_line
 from engine.lab.step_fit import StepFit
 from engine.speculation.cost_model import Load
 
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from engine.lab.trace import StepRecord, Trace
-    from engine.speculation.proposal import Proposal
 
 
 class CurveMachine:
@@ -35,20 +35,13 @@ class CurveMachine:
         del chunks
         return 0.0
 
-    def drafting(self, proposal: Proposal) -> float:
-        del proposal
-        return 0.0
-
     def profile(self, sizes: list[int]) -> list[tuple[Load, float]]:
         """What measuring steps of so many tokens (a sequence each) would give: the start of a cost model that knows this machine."""
         return [(Load(size, size, size), self.step(Load(size, size, size))) for size in sizes]
 
 
 class RecordedMachine:
-    """Fitted to a trace: steps by `StepFit`, host time by a line in the number of chunks.
-
-    Drafting costs what it cost in the trace a sequence; where nothing was drafted there, what it takes here and now.
-    """
+    """Fitted to a trace: steps by `StepFit`, host time by a line in the number of chunks."""
 
     def __init__(self, trace: Trace) -> None:
         profile = [(Load(*sizes), seconds) for *sizes, seconds in trace.engine.profile]
@@ -57,21 +50,12 @@ class RecordedMachine:
         fitted = sum(self._fit.seconds(step.load) for step in trace.steps)
         self._slower = sum(step.seconds for step in trace.steps) / fitted if fitted else 1.0
         self._fixed, self._per_chunk = _host_time(trace.steps)
-        drafts = [(step.draft_seconds, step.decoding) for step in trace.steps if step.drafted]
-        self._per_draft = sum(seconds for seconds, _ in drafts) / sum(count for _, count in drafts) if drafts else None
 
     def step(self, load: Load) -> float:
         return self._slower * self._fit.seconds(load)
 
     def overhead(self, chunks: int) -> float:
         return self._fixed + self._per_chunk * chunks
-
-    def drafting(self, proposal: Proposal) -> float:
-        if not proposal.groups:
-            return 0.0
-        if self._per_draft is None:
-            return int(proposal.nanoseconds.sum()) * 1e-9
-        return self._per_draft * sum(len(rows) for _, rows in proposal.groups)
 
 
 def _host_time(steps: list[StepRecord]) -> tuple[float, float]:
@@ -86,8 +70,4 @@ def _host_time(steps: list[StepRecord]) -> tuple[float, float]:
         return 0.0, 0.0
     sizes = np.array(list(gaps), np.float64)
     typical = np.array([np.median(values) for values in gaps.values()])
-    weights = np.sqrt([len(values) for values in gaps.values()])
-    if len(sizes) == 1:
-        return 0.0, float(typical[0] / sizes[0])
-    slope = max(float(np.polyfit(sizes, typical, 1, w=weights)[0]), 0.0)
-    return max(float(np.average(typical - slope * sizes, weights=weights**2)), 0.0), slope
+    return fit_line(sizes, typical, np.array([len(values) for values in gaps.values()], np.float64))

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from engine.drafters.registry import Catalogue
     from engine.sequence import Sequence
     from engine.speculation.cost_model import CostModel, Load
+    from engine.speculation.experience import Records
     from engine.types import FinishReason
     from engine.work import Outcome, Work
 
@@ -25,10 +26,18 @@ class Recorder:
         self._awaited = False
 
     @staticmethod
-    def of(config: EngineConfig, spec: ModelSpec, limits: Limits, profile: list[tuple[Load, float]], drafters: Catalogue) -> Recorder:
+    def of(
+        config: EngineConfig,
+        spec: ModelSpec,
+        limits: Limits,
+        profile: list[tuple[Load, float]],
+        drafters: Catalogue,
+        records: Records | None,
+    ) -> Recorder:
         """The recorder that `config.trace` asks for. Raises OSError where its file cannot be written."""
         if config.trace is None:
             return Recorder(None)
+        known = {} if records is None else {name: records.recall(name) for name in drafters.members}
         engine = EngineRecord(
             model=spec.name,
             device=str(spec.device),
@@ -44,6 +53,7 @@ class Recorder:
             max_draft_tokens=config.max_draft_tokens,
             fixed_drafts=config.fixed_drafts,
             profile=tuple((load.tokens, load.rows, load.kv_tokens, load.pairs, seconds) for load, seconds in profile),
+            experience={name: experience.to_json() for name, experience in known.items() if experience is not None},
         )
         return Recorder(TraceWriter(config.trace, engine))
 
@@ -80,6 +90,8 @@ class Recorder:
                 chosen=tuple(proposal.chosen.tolist()) if some else (),
                 accepted=tuple(outcome.accepted[: work.num_decoding].tolist()) if some else (),
                 survival=survivals(proposal.survival, proposal.drafted) if some else (),
+                groups=tuple((name, tuple(rows.tolist())) for name, rows in proposal.groups) if some else (),
+                passes=tuple((name, requests, nanoseconds * 1e-9) for name, requests, nanoseconds in proposal.passes),
             )
         )
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from engine.drafters.builtin import OFF, PORTFOLIO, TEXT
 from engine.lab.machine import RecordedMachine
 from engine.lab.simulator import Limits, Script, Simulator
-from engine.lab.stand_in import ReplaySupply
+from engine.lab.supply import Clock, ReplaySupply, Told
 from engine.speculation.cost_model import CostModel, Load, best_batch, best_chunk
 from engine.speculation.speculator import Speculator
 
@@ -70,8 +70,11 @@ def replay(trace: Trace, policy: Policy, *, max_sequences: int | None = None, ma
     if engine.profile:
         cost.profile([(Load(*sizes), seconds) for *sizes, seconds in engine.profile])
     if policy.drafter is not None:
-        supply = ReplaySupply.of(trace)
-        speculator = Speculator(engine.max_draft_tokens, sequences, cost, supply, fixed_drafts=policy.fixed_drafts)
+        clock, told = Clock(), Told(engine.experience)
+        supply = ReplaySupply.of(trace, told, clock)
+        speculator = Speculator(
+            engine.max_draft_tokens, sequences, cost, supply, fixed_drafts=policy.fixed_drafts, records=told, clock=clock
+        )  # fmt: skip
     simulator = Simulator(limits, machine or RecordedMachine(trace), speculator, default=policy.drafter or OFF)
     if cost.ready:  # as the engine does with its profile
         simulator.scheduler.batch = best_batch(cost, sequences)

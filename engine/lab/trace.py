@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from engine.sequence import Sequence
 
-VERSION = 2
+VERSION = 3
 
 
 class TraceError(ValueError):
@@ -33,7 +33,8 @@ class TraceError(ValueError):
 class EngineRecord:
     """The engine that ran. `drafter`: what a request's `auto` came to, `members`: the drafters of its portfolio, the text lookup first.
 
-    `profile`: (tokens, rows, kv_tokens, pairs, seconds) of the steps measured at its start.
+    `profile`: (tokens, rows, kv_tokens, pairs, seconds) of the steps measured at its start. `experience`: what it knew of drafters then, by
+    name, as `Experience.to_json` writes it.
     """
 
     model: str
@@ -50,6 +51,7 @@ class EngineRecord:
     max_draft_tokens: int
     fixed_drafts: int | None
     profile: tuple[tuple[int, int, int, int, float], ...] = ()
+    experience: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,8 @@ class StepRecord:
     """A step from `at` on: `seconds` on the device, `draft_seconds` before it; what the cost model `predicted` of it, without knowing it.
 
     `drafted`, `chosen` (for verification) and `accepted` drafts, and `survival` of each drafted one: one entry a decoding sequence, and
-    empty where nothing was drafted at all.
+    empty where nothing was drafted at all. `groups`: (drafter, the sequences whose drafts it made). `passes`: (drafter, requests that it
+    was asked for, seconds): of lookups also those whose drafts were not taken.
     """
 
     at: float
@@ -96,6 +99,8 @@ class StepRecord:
     chosen: tuple[int, ...] = ()
     accepted: tuple[int, ...] = ()
     survival: tuple[tuple[float, ...], ...] = ()
+    groups: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    passes: tuple[tuple[str, int, float], ...] = ()
 
     @property
     def load(self) -> Load:
@@ -248,4 +253,6 @@ def _step(record: dict[str, Any]) -> StepRecord:
     for name in ("drafted", "chosen", "accepted"):
         values[name] = tuple(values[name])
     values["survival"] = tuple(tuple(row) for row in values["survival"])
+    values["groups"] = tuple((str(name), tuple(rows)) for name, rows in values["groups"])
+    values["passes"] = tuple((str(name), int(requests), float(seconds)) for name, requests, seconds in values["passes"])
     return StepRecord(**values)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,7 +9,7 @@ import numpy as np
 from engine.drafters.base import Exchangeable, PutsOff, Rests
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     import torch
     from numpy.typing import NDArray
@@ -30,12 +29,15 @@ class LoadedDrafters:
     """By name. `listener` is shown the hidden states of every step, and every sequence that ends.
 
     `crowded`: steps are so full that a draft hardly pays, so drafters that may rest do. cost: knows how slow the machine is just now.
-    selective: whether any drafter may rest.
+    selective: whether any drafter may rest. clock: nanoseconds.
     """
 
-    def __init__(self, supply: Supply, choices: Choices, record: TrackRecord, cost: CostModel, *, selective: bool) -> None:
+    def __init__(
+        self, supply: Supply, choices: Choices, record: TrackRecord, cost: CostModel, *, selective: bool, clock: Callable[[], int]
+    ) -> None:
         self._supply, self._choices, self._record, self._cost = supply, choices, record, cost
         self._selective = selective
+        self._clock = clock
         self._drafters: dict[str, Drafter] = {}
         self._resting: dict[str, Rests] = {}
         """Those of them that may rest."""
@@ -117,9 +119,9 @@ class LoadedDrafters:
         """What a drafter was shown and has put off is taken in now: it is to draft."""
         drafter: object = self._drafters[name]
         if isinstance(drafter, PutsOff) and (tokens := drafter.backlog):
-            started = time.perf_counter()
+            started = self._clock()
             drafter.catch_up()
-            self._learn_intake(name, tokens, time.perf_counter() - started)
+            self._learn_intake(name, tokens, self._clock() - started)
 
     def shown(self, sequences: list[Sequence], answers: float) -> dict[str, float]:
         """How many tokens those that may rest take in for each of the `answers` tokens of the answers of `sequences`, prompts included."""
@@ -132,16 +134,16 @@ class LoadedDrafters:
         return found
 
     def _show(self, name: str, drafter: Drafter, progress: Progress) -> None:
-        started = time.perf_counter()
+        started = self._clock()
         drafter.observe(progress)
         backlog = drafter.backlog if isinstance(drafter, PutsOff) else 0
         if not backlog:
-            self._learn_intake(name, int(progress.valid.sum()), time.perf_counter() - started)
+            self._learn_intake(name, int(progress.valid.sum()), self._clock() - started)
         elif backlog >= _BACKLOG:
             self.catch_up(name)
 
-    def _learn_intake(self, name: str, tokens: int, seconds: float) -> None:
-        self._choices.learn_intake(name, tokens, seconds / self._cost.slowness)
+    def _learn_intake(self, name: str, tokens: int, nanoseconds: int) -> None:
+        self._choices.learn_intake(name, tokens, nanoseconds * 1e-9 / self._cost.slowness)
 
     def finish(self, names: Iterable[str], sequence: Sequence, *, complete: bool) -> None:
         """A sequence ended that `names` could draft for."""

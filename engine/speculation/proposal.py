@@ -22,8 +22,8 @@ class Proposal:
     """Drafts of S sequences. `token_ids` [S, D] and `bins` [S, D] hold `drafted[s]` drafts; the first `chosen[s]` are to be verified.
 
     `survival`: float64 [S, D], the chance that drafts 0..j all stand. `nanoseconds`: int64 [S]. `groups`: (drafter name, rows of its
-    sequences). `probabilities`: (rows, [rows, D', vocab]) of random drafts. `shadows`: (drafter, rows, drafts) that were not taken, to
-    be held against what the step confirms.
+    sequences). `passes`: (drafter, requests that it was asked for, nanoseconds). `probabilities`: (rows, [rows, D', vocab]) of random
+    drafts. `shadows`: (drafter, rows, drafts) that were not taken, to be held against what the step confirms.
     """
 
     token_ids: Ints
@@ -33,6 +33,7 @@ class Proposal:
     nanoseconds: Ints
     survival: Floats
     groups: list[tuple[str, Ints]] = field(default_factory=list)
+    passes: list[tuple[str, int, int]] = field(default_factory=list)
     shadows: list[tuple[str, Ints, Drafts]] = field(default_factory=list)
     probabilities: list[tuple[Ints, torch.Tensor]] = field(default_factory=list)
 

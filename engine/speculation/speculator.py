@@ -19,6 +19,8 @@ from engine.speculation.proposal import Proposal
 from engine.speculation.track_record import TrackRecord
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
     from numpy.typing import NDArray
 
@@ -47,7 +49,7 @@ class Speculator:
     """One per engine. Drafters come into being when a request first uses them, out of `supply`.
 
     `fixed_drafts`: verify that many of every request's drafts instead of what the planner finds to pay. records: where what was learned of
-    drafters outlasts this engine.
+    drafters outlasts this engine. clock: nanoseconds, by which drafters are timed.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Speculator:
         *,
         fixed_drafts: int | None = None,
         records: Records | None = None,
+        clock: Callable[[], int] = time.perf_counter_ns,
     ) -> None:
         self._max_draft = max_draft_tokens
         self._cost = cost
@@ -69,7 +72,8 @@ class Speculator:
         self._record = TrackRecord(max_sequences)
         tags = {name: supply.tags(name) for name in supply.members[1:]}
         self._choices = Choices(tags, max_sequences, selective=self._selective, records=records)
-        self._drafters = LoadedDrafters(supply, self._choices, self._record, cost, selective=self._selective)
+        self._drafters = LoadedDrafters(supply, self._choices, self._record, cost, selective=self._selective, clock=clock)
+        self._clock = clock
         self._quiet = np.zeros(max_sequences, np.int64)
         """Steps since a draft of the request in a slot was chosen."""
 
@@ -299,21 +303,22 @@ class Speculator:
 
     def _ask(self, name: str, rows: Ints, sequences: list[Sequence], limits: Ints, step: int, proposal: Proposal) -> Drafts:
         """Drafts of one drafter for some rows; its time is theirs."""
-        started = time.perf_counter_ns()
+        started = self._clock()
         drafter = self._drafters[name]
         self._drafters.catch_up(name)
-        taken_in = time.perf_counter_ns()
+        taken_in = self._clock()
         wanted = limits[rows]
         if drafter.taps:
             wanted = np.minimum(wanted, self._record.depth(name))
         if self._selective and isinstance(drafter, Blocks) and self._record.whole(name) < _CHAIN:
             wanted = np.minimum(wanted, drafter.drafts_per_pass)
         drafts = drafter.propose(DraftBatch([sequences[row] for row in rows], wanted, step))
-        elapsed = time.perf_counter_ns() - started
+        elapsed = self._clock() - started
         self._choices.learn_seconds(name, len(rows), (started + elapsed - taken_in) * 1e-9 / self._cost.slowness)
         each, rest = divmod(elapsed, len(rows))
         proposal.nanoseconds[rows] += each
         proposal.nanoseconds[rows[:rest]] += 1
+        proposal.passes.append((name, len(rows), elapsed))
         return drafts
 
     def _take(self, name: str, rows: Ints, drafts: Drafts, sequences: list[Sequence], proposal: Proposal) -> None:

@@ -10,7 +10,8 @@ import pytest
 from engine.drafters.base import DraftBatch, Drafts
 from engine.lab.machine import CurveMachine
 from engine.lab.simulator import Limits, Script, Simulation, Simulator
-from engine.lab.stand_in import ReplaySupply, StandIn
+from engine.lab.stand_in import Manner, StandIn
+from engine.lab.supply import Clock, Price, ReplaySupply
 from engine.speculation.cost_model import CostModel
 from engine.speculation.speculator import Speculator
 from engine.types import Request, SamplingParams
@@ -20,8 +21,8 @@ EAGER = {1: 0.052, 8: 0.095, 32: 0.163, 64: 0.254, 128: 0.405, 256: 0.629}
 FLAT = {1: 0.020, 256: 0.022}
 CURVES = {"prepacked": PREPACKED, "eager": EAGER}
 MOST = 8
-_LUCK = 16
-"""Requests at least: with fewer, which policy meets the better luck decides."""
+_LUCK = 48
+"""Requests at least: with fewer, which policy meets the better luck decides, and the trial of the drafter is much of the job."""
 
 
 def scripts(count: int) -> list[Script]:
@@ -35,16 +36,25 @@ def scripts(count: int) -> list[Script]:
     ]
 
 
-def simulate(count: int, curve: dict[int, float], rate: float, *, fixed: int | None = None, plain: bool = False) -> Simulation:
+def supply(jobs: list[Script], clock: Clock, rate: float, seconds: float = 0.0) -> ReplaySupply:
+    """A drafter whose drafts stand with a chance of `rate` each."""
+    answers = {job.request.id: np.array(job.output) for job in jobs}
+    manner = Manner.by_depth(np.full(MOST, rate))
+    return ReplaySupply(("suffix",), answers, MOST, clock, {"model": manner}, {"model": Price(0.0, seconds)})
+
+
+def simulate(
+    count: int, curve: dict[int, float], rate: float, *, fixed: int | None = None, plain: bool = False, seconds: float = 0.0
+) -> Simulation:
+    """seconds: of a drafted block."""
     jobs, machine = scripts(max(count, _LUCK)), CurveMachine(curve)
     limits = Limits(max_sequences=count, max_step_tokens=max(512, count), num_blocks=4096)
     speculator = None
     if not plain:
         cost = CostModel(512)
         cost.profile(machine.profile([1, 2, 4, 8, 16, 32, 64, 128, 256, 512]))
-        answers = {job.request.id: np.array(job.output) for job in jobs}
-        supply = ReplaySupply(answers, np.full(MOST, rate), ("suffix",))
-        speculator = Speculator(MOST, count, cost, supply, fixed_drafts=fixed)
+        clock = Clock()
+        speculator = Speculator(MOST, count, cost, supply(jobs, clock, rate, seconds), fixed_drafts=fixed, clock=clock)
     return Simulator(limits, machine, speculator).run(jobs)
 
 
@@ -72,11 +82,11 @@ def test_a_fixed_length_is_verified_whatever_it_costs():
 
 def test_a_fixed_length_never_overfills_a_step():
     jobs = scripts(6)
-    answers = {job.request.id: np.array(job.output) for job in jobs}
     cost = CostModel(16)
     cost.profile(CurveMachine(FLAT).profile([1, 4, 16]))
     loads = []
-    speculator = Speculator(MOST, 6, cost, ReplaySupply(answers, np.ones(MOST), ("suffix",)), fixed_drafts=8)
+    clock = Clock()
+    speculator = Speculator(MOST, 6, cost, supply(jobs, clock, 1.0), fixed_drafts=8, clock=clock)
     limits = Limits(max_sequences=6, max_step_tokens=16, num_blocks=400)
     Simulator(limits, CurveMachine(FLAT), speculator, watch=lambda step, _: loads.append(step.load.tokens)).run(jobs)
     assert max(loads) == 16
@@ -85,7 +95,7 @@ def test_a_fixed_length_never_overfills_a_step():
 def test_a_stand_in_is_as_often_right_as_it_was_told():
     answers = {str(n): np.arange(400) for n in range(8)}
     rates = np.array([0.9, 0.5])
-    drafter = StandIn("stand-in", answers, rates)
+    drafter = StandIn("stand-in", answers, Manner.by_depth(rates), 2)
     job = Simulator(Limits(max_sequences=1, max_step_tokens=8, num_blocks=64), CurveMachine(FLAT))
     right = np.zeros(2)
     total = 0

@@ -33,6 +33,9 @@ def test_a_trace_holds_the_job_and_every_step(tmp_path):
     assert sum(sum(step.drafted) for step in trace.steps) == sum(result.ledger.drafted for result in results.values()) > 0
     assert sum(sum(step.accepted) for step in trace.steps) == sum(result.ledger.accepted for result in results.values()) > 0
     assert all(len(row) == count for step in trace.steps for row, count in zip(step.survival, step.drafted, strict=True))
+    for step in trace.steps:
+        assert {row for _, rows in step.groups for row in rows} >= {row for row, count in enumerate(step.drafted) if count}
+        assert sum(seconds for *_, seconds in step.passes) == pytest.approx(step.draft_seconds)
     assert all(later.at >= step.at + step.seconds for step, later in zip(trace.steps, trace.steps[1:], strict=False))
     assert 0 < sum(step.seconds + step.draft_seconds for step in trace.steps) <= trace.seconds
     assert trace.model_error() is not None
@@ -81,7 +84,7 @@ def test_a_recorded_machine_is_fitted_to_the_steps():
     at = 0.0
     for number in range(400):
         size = 1 + number * 7 % 60
-        step = StepRecord(at, size, size, size * 50, size * 50, size, size, 0.0, 0.002 * size, None, drafted=(1,) * size)
+        step = StepRecord(at, size, size, size * 50, size * 50, size, size, 0.0, 0.002 * size, None)
         seconds = curve.step(step.load)
         trace.steps.append(replace(step, seconds=seconds))
         at += seconds + step.draft_seconds + 0.001 + 0.0001 * size + (5.0 if number == 50 else 0.0)
@@ -139,7 +142,7 @@ def test_what_is_not_a_trace_is_refused(tmp_path):
         "line 2": [lines[0], "nonsense\n"],
         "empty": [],
         "line 1": lines[1:],
-        "another version": [lines[0].replace('"trace":2', '"trace":9')],
+        "another version": [lines[0].replace('"trace":3', '"trace":9')],
     }
     for word, content in cases.items():
         path.write_text("".join(content))
