@@ -10,6 +10,7 @@ import os
 import secrets
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -38,8 +39,19 @@ Say = Callable[[str], None]
 
 @contextmanager
 def deployment(settings: Settings) -> Iterator[Settings]:
-    """The settings with every URL filled in, for as long as the embedded servers that fill the gaps are running."""
-    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    """The settings with every URL filled in, for as long as the embedded servers that fill the gaps are running.
+
+    Raises ConfigError where the data folder cannot be made or written to.
+    """
+    try:
+        settings.data_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=settings.data_dir):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot keep data in {settings.data_dir}: {error.strerror}. Choose another folder: --data-dir, or LONGDRAFT_DATA_DIR.",
+            param="data_dir",
+        ) from None
     settings = settings.model_copy(update={"blob_url": settings.blob_url or (settings.data_dir.resolve() / "blobs").as_uri()})
     if settings.database_url and settings.broker_url:
         yield settings

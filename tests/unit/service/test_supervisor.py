@@ -1,8 +1,11 @@
 """When workers start and what happens when they end; the port; what `up` writes down. No servers needed."""
 
+import json
 import os
 import socket
 import stat
+import subprocess
+import sys
 
 import pytest
 
@@ -11,7 +14,7 @@ from service.children import Child, describe_exit
 from service.config import load_settings
 from service.errors import ConfigError
 from service.running import RunningServer
-from service.supervisor import child_environment, listen
+from service.supervisor import child_environment, deployment, listen
 from service.worker_pool import Workers
 
 
@@ -128,6 +131,16 @@ def test_children_get_addresses_but_not_the_owner_of_the_schema_or_the_key(monke
     assert (child.database_url, child.broker_url, child.blob_url) == (settings.database_url, settings.broker_url, settings.blob_url)
 
 
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/longdraft"])
+def test_a_data_folder_that_cannot_be_is_named(tmp_path, place):
+    (tmp_path / "file").touch()
+    folder = tmp_path / place
+    with pytest.raises(ConfigError, match="Cannot keep data in") as refused, deployment(load_settings(data_dir=folder)):
+        pass
+    assert str(folder) in refused.value.message
+    assert "--data-dir" in refused.value.message
+
+
 class TestRunningServer:
     def server(self, **changes):
         values = {"url": "http://127.0.0.1:1", "api_key": "k", "pid": os.getpid(), "database_url": "d", "broker_url": "b"}
@@ -140,8 +153,22 @@ class TestRunningServer:
         assert [path.name for path in tmp_path.iterdir()] == ["server.json"]
 
     def test_one_whose_process_is_gone_is_not_running(self, tmp_path):
-        self.server(pid=2**22 + 12345).write(tmp_path)
+        child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+        self.server(pid=child.pid).write(tmp_path)
+        assert RunningServer.read(tmp_path) == self.server(pid=child.pid)
+        child.kill()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        assert RunningServer.read(tmp_path) is None  # it has ended, though nobody took its status yet
+        child.communicate()
         assert RunningServer.read(tmp_path) is None
+
+    def test_one_whose_number_another_process_has_by_now_is_not_running(self, tmp_path):
+        self.server().write(tmp_path)
+        written = json.loads((tmp_path / "server.json").read_text())
+        boot, ticks = written["born"].split("/")
+        for born in (f"{boot}/{int(ticks) - 1}", f"another-boot/{ticks}"):
+            (tmp_path / "server.json").write_text(json.dumps({**written, "born": born}))
+            assert RunningServer.read(tmp_path) is None
 
     def test_half_a_file_is_not_running(self, tmp_path):
         (tmp_path / "server.json").write_text('{"url": ')
