@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
     from service.cli.client import Server
 
 CHAT = "/v1/chat/completions"
+LONGEST_LINE = 4 << 20
+SEARCHED_LINES = 1000
+"""How far into a job its endpoint is looked for: a bad first line must not sink the others."""
 BatchId = Annotated[str, typer.Argument(metavar="BATCH", help="A batch id (batch_...).")]
 Wait = Annotated[bool, typer.Option("--wait", help="Stay until the batch has ended; exit code 1 if a line failed.")]
 Output = Annotated[Path | None, typer.Option("-o", "--output", help="Where the answers go; failed lines go to OUT.errors.jsonl.")]
@@ -35,7 +40,9 @@ def submit(
     output_uri: Annotated[
         str | None, typer.Option("--output-uri", metavar="S3-FOLDER", help="Results go there as well: s3://bucket/folder/.")
     ] = None,
-    endpoint: Annotated[str | None, typer.Option(help="Default: the url of the first line; for s3:// chat completions.")] = None,
+    endpoint: Annotated[
+        str | None, typer.Option(help="Default: the url of the first line that has one; for s3:// chat completions.")
+    ] = None,
     window: Annotated[str, typer.Option(help="The batch expires after this long: 30m, 24h, 7d.")] = "24h",
     priority: Annotated[int, typer.Option(min=0, max=9, help="Higher runs first.")] = 0,
     drafter: Annotated[str, typer.Option(help="auto, off, or a drafter's name.")] = "auto",
@@ -46,11 +53,8 @@ def submit(
     as_json: AsJson = False,
 ) -> None:
     """Upload a job, or name one in a bucket, and start it."""
-    if output is not None and not wait:
-        raise typer.BadParameter("-o needs --wait: there are no answers before the batch has ended.")
-    if output is not None:
-        require_folder(output)
     in_bucket = job.startswith("s3://")
+    _check_output(output, wait, *(() if in_bucket else (Path(job),)))
     request: dict[str, Any] = {
         "endpoint": endpoint or (CHAT if in_bucket else endpoint_of(Path(job))),
         "completion_window": window,
@@ -88,6 +92,8 @@ def results(
     as_json: AsJson = False,
 ) -> None:
     """Print the answers of a batch (JSONL, in input order) or save them with -o. While it runs: what is finished so far."""
+    if output is not None:
+        require_place(output)
     with connect() as server:
         batch = server.get(f"/batches/{batch_id}")
         from service.cli.progress import ENDED
@@ -121,8 +127,7 @@ def cancel(batch_id: BatchId, as_json: AsJson = False) -> None:
 
 def retry(batch_id: BatchId, wait: Wait = False, output: Output = None, as_json: AsJson = False) -> None:
     """Run the failed lines of an ended batch again, as a new batch."""
-    if output is not None:
-        require_folder(output)
+    _check_output(output, wait)
     with connect() as server:
         batch = server.post(f"/batches/{batch_id}/retry")
         _started(server, batch, wait=wait, output=output, as_json=as_json)
@@ -143,23 +148,36 @@ def list_batches(limit: Annotated[int, typer.Option(min=1, help="At most this ma
 
 
 def endpoint_of(job: Path) -> str:
-    """The url of the first line: a batch has one endpoint, and every line must name it."""
+    """The url of the first line that names one: a batch has one endpoint, and every line must name it. Raises Failure."""
     import orjson
 
     try:
         with job.open("rb") as file:
-            first = file.readline(4 << 20).removeprefix(b"\xef\xbb\xbf")
-        return str(orjson.loads(first)["url"])
+            for line in islice(iter(lambda: file.readline(LONGEST_LINE), b""), SEARCHED_LINES):
+                with suppress(ValueError, KeyError, TypeError):
+                    url = orjson.loads(line.removeprefix(b"\xef\xbb\xbf"))["url"]
+                    if isinstance(url, str):
+                        return url
+            empty = file.tell() == 0
     except OSError as error:
         raise Failure(f"Cannot read {job}: {error.strerror or error}.") from None
-    except (ValueError, KeyError, TypeError):
-        raise Failure(f"The first line of {job} is not a batch request with a url; name the endpoint with --endpoint.") from None
+    found = "it is empty" if empty else f"none of its first {SEARCHED_LINES:,} lines is a JSON object with a url"
+    raise Failure(f'{job} is no batch job: {found}. A line is {{"custom_id": ..., "method": "POST", "url": "{CHAT}", "body": ...}}.')
 
 
-def require_folder(output: Path) -> None:
-    """Before anything is started: the answers must have somewhere to go. Raises Failure."""
+def require_place(output: Path, *kept: Path) -> None:
+    """Before anything is started: answers must have somewhere to go, and neither they nor the failed lines may go over a file of `kept`.
+
+    Raises Failure.
+    """
+    if output.exists() and not output.is_file():
+        raise Failure(f"Cannot write {output}: it is {'a folder' if output.is_dir() else 'no regular file'}. Name a file.")
     if not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
         raise Failure(f"Cannot write {output}: {output.parent.absolute()} is not a folder that can be written to.")
+    for written in (output, errors_path(output)):
+        for path in kept:
+            if written.resolve() == path.resolve():
+                raise Failure(f"Cannot write {written}: it would go over {path}. Name another file with -o.")
 
 
 def errors_path(output: Path) -> Path:
@@ -169,13 +187,17 @@ def errors_path(output: Path) -> Path:
 
 
 def save(server: Server, batch: Mapping[str, Any], output: Path) -> dict[str, str | None]:
-    """Downloads the answers to `output` and the failed lines beside it. A file that would be empty is not written."""
+    """Downloads the answers to `output` and the failed lines beside it. A file that would be empty is not written, and where an earlier
+    batch left one it does not stay beside the other."""
     saved: dict[str, str | None] = {"output": None, "errors": None}
+    file_ids = {"output": batch["output_file_id"], "errors": batch["error_file_id"]}
     for name, path in (("output", output), ("errors", errors_path(output))):
-        file_id = batch["output_file_id" if name == "output" else "error_file_id"]
+        file_id = file_ids[name]
         if file_id is not None:
             _write(path, server.download(file_id))
             saved[name] = str(path)
+        elif any(file_ids.values()):
+            path.unlink(missing_ok=True)
     return saved
 
 
@@ -190,6 +212,15 @@ def _write(path: Path, chunks: Iterable[bytes]) -> None:
         raise Failure(f"Cannot write {path}: {error.strerror or error}.") from None
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _check_output(output: Path | None, wait: bool, *kept: Path) -> None:
+    """`-o` of a command that starts a batch. Raises BadParameter or Failure."""
+    if output is None:
+        return
+    if not wait:
+        raise typer.BadParameter("-o needs --wait: there are no answers before the batch has ended.")
+    require_place(output, *kept)
 
 
 def _upload(server: Server, job: Path, *, quiet: bool) -> dict[str, Any]:

@@ -40,14 +40,14 @@ def run(
 ) -> None:
     """Run one job in this process, without any service. Exit code 1 if a line failed."""
     from service.bootstrap import make_runner
-    from service.cli.batch_cmds import require_folder
+    from service.cli.batch_cmds import errors_path, require_place
     from service.cli.local_run import read_job, run_job
     from service.cli.progress import RunBar
 
-    require_folder(output)
+    require_place(output, job)
     settings, resolve = with_model(model, dtype)
     if trace is not None:
-        require_folder(trace)
+        require_place(trace, job, output, errors_path(output))
         settings = settings.model_copy(update={"engine": settings.engine.model_copy(update={"trace": trace})})
     if drafter != "auto":
         settings = settings.model_copy(update={"engine": settings.engine.model_copy(update={"drafter": drafter})})

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from service.cli.batch_cmds import require_place
 from service.cli.bench.session import STOP_TIMES
 from service.cli.output import Failure
 
@@ -19,6 +20,7 @@ def check_plot(path: Path) -> None:
     """Before anything is measured. Raises Failure."""
     if path.suffix.lower() not in ENDINGS:
         raise Failure(f"--plot takes a file that ends in {', '.join(ENDINGS)}; got {path}.")
+    require_place(path)
     try:
         import matplotlib as _  # noqa: F401
     except ImportError:

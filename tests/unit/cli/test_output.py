@@ -4,11 +4,12 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from service.cli import bill, main
-from service.cli.batch_cmds import endpoint_of, errors_path, require_folder, save
+from service.cli.batch_cmds import endpoint_of, errors_path, require_place, save
 from service.cli.output import Failure, print_table
 from service.cli.progress import speed, states, watch
 
@@ -126,10 +127,44 @@ def test_saving_writes_what_there_is(tmp_path):
         save(FakeServer(), batch("completed", output_file_id="f", error_file_id=None), tmp_path / "no" / "out.jsonl")
 
 
-def test_answers_need_a_folder_before_anything_starts(tmp_path):
-    require_folder(tmp_path / "out.jsonl")
+def test_what_an_earlier_batch_left_does_not_stay_beside_the_new_files(tmp_path):
+    output, errors = tmp_path / "out.jsonl", tmp_path / "out.errors.jsonl"
+    save(FakeServer(), batch("completed", output_file_id="f1", error_file_id="f2"), output)
+    save(FakeServer(), batch("failed", output_file_id=None, error_file_id=None), output)
+    assert (output.exists(), errors.exists()) == (True, True)  # a batch without results replaces none
+    save(FakeServer(), batch("completed", output_file_id="f3", error_file_id=None), output)
+    assert (output.exists(), errors.exists()) == (True, False)
+    save(FakeServer(), batch("completed", output_file_id=None, error_file_id="f4"), output)
+    assert (output.exists(), errors.exists()) == (False, True)
+
+
+def test_answers_need_a_place_before_anything_starts(tmp_path):
+    require_place(tmp_path / "out.jsonl")
     with pytest.raises(Failure, match="no/out"):
-        require_folder(tmp_path / "no" / "out.jsonl")
+        require_place(tmp_path / "no" / "out.jsonl")
+    with pytest.raises(Failure, match="a folder"):
+        require_place(tmp_path)
+    with pytest.raises(Failure, match="no regular file"):
+        require_place(Path("/dev/null"))
+
+
+def test_answers_never_go_over_the_job(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "a.errors.jsonl")
+    for output, job in (("a.jsonl", "./a.jsonl"), ("a.jsonl", "a.errors.jsonl"), ("a.jsonl", "link.jsonl")):
+        with pytest.raises(Failure, match="would go over"):
+            require_place(Path(output), Path(job))
+    require_place(Path("a.jsonl"), Path("b.jsonl"))
+
+
+@pytest.mark.parametrize("arguments", [["retry", "batch_1"], ["submit", "job.jsonl"]])
+def test_an_output_that_would_not_be_written_is_refused(arguments, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["longdraft", *arguments, "-o", "out.jsonl"])
+    with pytest.raises(SystemExit) as caught:
+        main.main()
+    assert caught.value.code == 2
+    assert "-o needs --wait" in capsys.readouterr().err
 
 
 def test_names_of_error_files(tmp_path):
@@ -137,17 +172,21 @@ def test_names_of_error_files(tmp_path):
     assert errors_path(tmp_path / "answers.txt").name == "answers.txt.errors.jsonl"
 
 
-@pytest.mark.parametrize("content", ["not json\n", '{"custom_id": "a"}\n', "[1]\n", ""])
-def test_a_first_line_without_a_url_asks_for_the_endpoint(tmp_path, content):
+@pytest.mark.parametrize("content", ["not json\n", '{"custom_id": "a"}\n', "[1]\n", '{"url": 7}\n', "\n\n"])
+def test_a_file_whose_lines_name_no_url_is_no_job(tmp_path, content):
     path = tmp_path / "job.jsonl"
     path.write_text(content)
-    with pytest.raises(Failure, match="--endpoint"):
+    with pytest.raises(Failure, match="is no batch job: none of its first 1,000 lines"):
+        endpoint_of(path)
+    path.write_text("")
+    with pytest.raises(Failure, match="is no batch job: it is empty"):
         endpoint_of(path)
 
 
-def test_the_endpoint_comes_from_the_first_line_even_behind_a_byte_order_mark(tmp_path):
+@pytest.mark.parametrize("before", [b"\xef\xbb\xbf", b"not json\n", b"\n", b'{"url": 7}\n[1]\n', b"\xff\xfe\n"])
+def test_the_endpoint_comes_from_the_first_line_that_has_one(tmp_path, before):
     path = tmp_path / "job.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"url": "/v1/completions"}\n')
+    path.write_bytes(before + b'{"url": "/v1/completions"}\n{"url": "/v1/other"}\n')
     assert endpoint_of(path) == "/v1/completions"
 
 
