@@ -72,7 +72,7 @@ def submit(
         if estimate:
             _estimate(server, request, as_json=as_json)
             return
-        batch = server.post("/batches", request, once=True)
+        batch = _create(server, request)
         _started(server, batch, wait=wait, output=output, as_json=as_json)
 
 
@@ -234,6 +234,20 @@ def _upload(server: Server, job: Path, *, quiet: bool) -> dict[str, Any]:
     with Progress(*columns, console=console(stderr=True)) as bar:
         task = bar.add_task("", total=job.stat().st_size)
         return server.upload(job, lambda sent: bar.update(task, completed=sent))
+
+
+def _create(server: Server, request: Mapping[str, Any]) -> dict[str, Any]:
+    """A refused create leaves no upload behind. Where the server did not answer, nobody knows whether there is a batch: the file stays."""
+    from service.cli.client import Unreachable
+
+    try:
+        return server.post("/batches", request, once=True)
+    except Unreachable:
+        raise
+    except Failure:
+        if "input_file_id" in request:
+            server.delete(f"/files/{request['input_file_id']}")
+        raise
 
 
 def _estimate(server: Server, request: Mapping[str, Any], *, as_json: bool) -> None:

@@ -178,5 +178,8 @@ def test_from_the_command_line(tenant: Tenant, tmp_path: Path, monkeypatch: pyte
     broken = CliRunner().invoke(app, ["submit", str(job), "--estimate"])
     assert broken.exit_code == 1
     assert "line 3: duplicate_custom_id" in broken.output
+    refused = CliRunner().invoke(app, ["submit", str(job), "--max-cost", "much"])
+    assert refused.exit_code == 1
+    assert tenant.http.get("/v1/files").json()["data"] == [], "a refused create leaves no upload behind"
     made = CliRunner().invoke(app, ["submit", str(job), "--max-cost", "0.5", "--json"])
     assert json.loads(made.stdout.splitlines()[-1])["max_cost"] == "0.5"
