@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from service.cli.connect import open_deployment, settings
-from service.cli.output import AsJson, Failure, note, print_json, print_table
+from service.cli.connect import open_deployment, settings, with_addresses
+from service.cli.output import AsJson, note, print_json, print_table
+from service.running import RunningServer
 
 if TYPE_CHECKING:
     from service.domain.account import ApiKey
@@ -75,10 +76,10 @@ def keys_revoke(key_id: Annotated[str, typer.Argument(metavar="KEY", help="A key
 
 def projects_create(name: Annotated[str, typer.Argument(help="A name that no other project has.")], as_json: AsJson = False) -> None:
     """Make a project: an owner of keys, files, batches and bills."""
-    with open_deployment() as services, services.database.begin() as uow:
-        if any(project.name == name for project in uow.accounts.projects()):
-            raise Failure(f"There is a project called {name!r} already.")
-        project = uow.accounts.add_project(name)
+    from service.usecases.keys import create_project
+
+    with open_deployment() as services:
+        project = create_project(services.database, name)
     print_json({"id": project.id, "name": project.name}) if as_json else print(project.id)
 
 
@@ -126,7 +127,9 @@ def db_upgrade(as_json: AsJson = False) -> None:
     from service.adapters.schema import upgrade
     from service.supervisor import deployment
 
-    with deployment(settings()) as complete:
+    here = settings()
+    running = RunningServer.read(here.data_dir)
+    with deployment(with_addresses(here, running) if running else here) as complete:
         url = complete.migration_database_url or complete.database_url
         assert url is not None
         upgrade(url)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import secrets
 
+PROJECT_PREFIX = "proj_"
+
 
 def new_file_id() -> str:
     return f"file-{secrets.token_hex(16)}"
@@ -15,7 +17,7 @@ def new_batch_id() -> str:
 
 
 def new_project_id() -> str:
-    return f"proj_{secrets.token_hex(16)}"
+    return f"{PROJECT_PREFIX}{secrets.token_hex(16)}"
 
 
 def new_key_id() -> str:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from service.domain.account import ApiKey, Project
-from service.domain.ids import new_key_id
+from service.domain.ids import PROJECT_PREFIX, new_key_id
 from service.errors import Conflict, Forbidden, InvalidRequest, NotFound, Unauthenticated
 from service.ports import Database, UnitOfWork
 
@@ -26,6 +26,7 @@ SCOPES = ("all", "read")
 """`read` may list, retrieve and download; `all` may also upload, create, cancel and delete."""
 
 MIN_CHOSEN_LENGTH = 8
+MAX_PROJECT_NAME = 100
 _GENERATED = re.compile(r"ld-[A-Za-z0-9_-]{43}")
 _PUBLIC_CHARACTERS = len("ld-") + 8
 _TOUCH_EVERY = timedelta(minutes=1)
@@ -114,6 +115,20 @@ def revoke_key(database: Database, key_id: str) -> None:
     with database.begin() as uow:
         if not uow.accounts.revoke_key(key_id):
             raise NotFound(f"No live API key has the id {key_id!r}.")
+
+
+def create_project(database: Database, name: str) -> Project:
+    """Makes an owner of keys, files, batches and bills.
+
+    Raises:
+        InvalidRequest: the name is empty, over `MAX_PROJECT_NAME` characters, has some that cannot be seen, or could be taken for an id.
+        Conflict: another project has it.
+    """
+    if not name.strip() or len(name) > MAX_PROJECT_NAME or not name.isprintable() or name.startswith(PROJECT_PREFIX):
+        form = f"1 to {MAX_PROJECT_NAME} printable characters, of which the first are not {PROJECT_PREFIX}"
+        raise InvalidRequest(f"A project's name has {form}; got {name[:80]!r}.", param="name")
+    with database.begin() as uow:
+        return uow.accounts.add_project(name)
 
 
 def find_project(uow: UnitOfWork, project: str) -> Project:

@@ -107,6 +107,7 @@ def test_submit_list_cost_keys_doctor_and_a_clean_end(folder):
         assert (refused.returncode, refused.stdout) == (1, "")
         assert "LONGDRAFT_API_KEY" in refused.stderr
 
+        assert machine.json("db", "upgrade") == {"upgraded": True}
         second = machine.run("up", check=False)
         assert second.returncode == 1
         assert server["url"] in second.stderr
