@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -47,7 +47,10 @@ def cost(
 
     Reports have both views: what was charged (price) and what the device time behind it cost at the hourly [rates] of the settings.
     """
-    if batch_id is None and (since or until or by or project or workers or as_csv or plot or focus):
+    options = {"--from": since, "--to": until, "--by": by, "--project": project, "--workers": workers, "--focus": focus}
+    formats = {"--csv": as_csv, "--plot": plot}
+    check_together({"BATCH": batch_id, **options, **formats, "--json": as_json})
+    if any([*options.values(), *formats.values()]):
         start, end = period(since, until)
         keys = [key.strip() for key in (by or "day").split(",") if key.strip()]
         _report(start, end, keys, project, workers=workers, as_csv=as_csv, plot=plot, focus=focus, as_json=as_json)
@@ -60,6 +63,24 @@ def cost(
         else:
             report = server.get(f"/batches/{batch_id}/cost")
             print_json(report) if as_json else bill.print_report(report)
+
+
+APART: Mapping[str, Sequence[str]] = {
+    "BATCH": ("--from", "--to", "--by", "--project", "--workers", "--focus", "--csv", "--plot"),
+    "--focus": ("--by", "--workers", "--csv", "--plot"),
+    "--workers": ("--by", "--project", "--plot"),
+    "--plot": ("--csv", "--json"),
+    "--csv": ("--json",),
+}
+"""What has no meaning together."""
+
+
+def check_together(given: Mapping[str, object]) -> None:
+    """Nothing that was asked for is left out in silence. Raises BadParameter for the first two options that exclude each other."""
+    for option, others in APART.items():
+        for other in others:
+            if given[option] and given[other]:
+                raise typer.BadParameter(f"{option} and {other} do not go together; leave one of them out.")
 
 
 def period(since: str | None, until: str | None) -> tuple[datetime, datetime]:
@@ -111,7 +132,7 @@ def _report(
         else:
             lines = cost_report(services.database, start=start, end=end, by=by, rates=rates, project=project)
             rows = [cost_row(line, by) for line in lines]
-    if plot is not None and not workers:
+    if plot is not None:
         cost_view.plot(lines, by, plot)
         if plot != cost_view.TERMINAL:
             note(f"chart: {plot}")
@@ -187,12 +208,13 @@ def ledger_reverse(
     """Take the charge of a line back. The ledger keeps both the charge and its reversal."""
     from service.billing.ledger import debited
     from service.billing.price_book import exact_dollars
+    from service.cli.bill import dollars
     from service.usecases.corrections import reverse_charge
 
     with open_deployment() as services:
         posted = reverse_charge(services.database, batch_id, line_no)
     amount = exact_dollars(debited(posted))
-    print_json({"batch_id": batch_id, "line": line_no, "amount": amount}) if as_json else print(f"${amount}")
+    print_json({"batch_id": batch_id, "line": line_no, "amount": amount}) if as_json else print(dollars(amount))
 
 
 def _print_book(book: PriceBook, *, as_json: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 
 import typer
@@ -35,6 +36,11 @@ def main() -> None:
         sys.exit(1)
     except BrokenPipeError:
         sys.stderr.close()  # the reader left (`| head`): nobody is there to be told
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"longdraft: Cannot write: {error.strerror}. Make room and try again.", file=sys.stderr)
         sys.exit(1)
 
 

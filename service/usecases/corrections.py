@@ -6,7 +6,7 @@ import structlog
 
 from service.billing.ledger import reversal
 from service.domain.money import LedgerTransaction
-from service.errors import NotFound
+from service.errors import Conflict, NotFound
 from service.ports import Database
 
 log = structlog.get_logger(__name__)
@@ -24,6 +24,9 @@ def reverse_charge(database: Database, batch_id: str, line_no: int) -> LedgerTra
         if charge is None:
             raise NotFound(f"Line {line_no} of {batch_id} has no charge to reverse.")
         reversed_charge = reversal(charge)
-        uow.ledger.post([reversed_charge])
+        try:
+            uow.ledger.post([reversed_charge])
+        except Conflict as error:
+            raise Conflict(f"The charge of line {line_no} of {batch_id} was taken back before.") from error
     log.info("charge_reversed", batch_id=batch_id, line_no=line_no)
     return reversed_charge

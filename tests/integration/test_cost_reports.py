@@ -162,7 +162,7 @@ def test_reversals_show_up_everywhere(cli: Cli, seed: Seed, tmp_path: Path) -> N
     batch = rows_of(cli("cost", *PERIOD, "--by", "batch", "--project", "ads", "--json"))[0]["batch"]
     taken_back = json.loads(cli("ledger", "reverse", batch, "1", "--json").stdout)
     assert Decimal(taken_back["amount"]) == -ADS_LINE
-    with pytest.raises(Conflict):
+    with pytest.raises(Conflict, match=f"^The charge of line 1 of {batch} was taken back before.$"):
         cli("ledger", "reverse", batch, "1")
     with pytest.raises(NotFound):
         cli("ledger", "reverse", batch, "2")
@@ -175,6 +175,8 @@ def test_reversals_show_up_everywhere(cli: Cli, seed: Seed, tmp_path: Path) -> N
         rows = list(csv.DictReader(file))
     assert {row["ChargeClass"] for row in rows if Decimal(row["BilledCost"]) < 0} == {"Correction"}
     assert sum(Decimal(row["BilledCost"]) for row in rows) == -ADS_LINE
+    other = rows_of(cli("cost", *PERIOD, "--by", "batch", "--project", "search", "--json"))[0]["batch"]
+    assert cli("ledger", "reverse", other, "1").stdout.startswith("-$0.")
 
 
 def test_workers(cli: Cli, seed: Seed) -> None:

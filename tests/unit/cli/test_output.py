@@ -1,6 +1,8 @@
 """What people see: bills, figures, and how errors reach them."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 import time
@@ -199,6 +201,43 @@ def test_expected_errors_are_one_line_and_exit_code_1(monkeypatch, capsys):
         main.main()
     assert caught.value.code == 1
     assert capsys.readouterr().err == "longdraft: The lamp is broken: bulb 7. Replace it.\n"
+
+
+def test_a_full_disk_is_one_line_and_other_surprises_are_not_hidden(monkeypatch, capsys):
+    def fail(number):
+        def full(**_):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(main, "app", full)
+
+    fail(errno.ENOSPC)
+    with pytest.raises(SystemExit) as caught:
+        main.main()
+    assert caught.value.code == 1
+    assert capsys.readouterr().err == "longdraft: Cannot write: No space left on device. Make room and try again.\n"
+    fail(errno.EBADF)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        main.main()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["batch_1", "--csv"], "BATCH and --csv"),
+        (["batch_1", "--by", "day"], "BATCH and --by"),
+        (["--focus", "bill.csv", "--by", "model"], "--focus and --by"),
+        (["--workers", "--project", "default"], "--workers and --project"),
+        (["--workers", "--plot", "w.png"], "--workers and --plot"),
+        (["--plot", "c.png", "--json"], "--plot and --json"),
+        (["--csv", "--json"], "--csv and --json"),
+    ],
+)
+def test_reports_leave_no_option_out_in_silence(options, words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["longdraft", "cost", *options])
+    with pytest.raises(SystemExit) as caught:
+        main.main()
+    assert caught.value.code == 2
+    assert f"{words} do not go together" in capsys.readouterr().err
 
 
 def test_help_loads_nothing_heavy():
