@@ -33,7 +33,7 @@ _KINDS = {"none": 0, "vanilla": 1, "gated": 2, "rnn": 3}
 @triton.jit(do_not_specialize=["step", "length", "parts"])
 def _embed(
     anchors, tokens, lse, peak_out, best_value, best_column, part_peak, part_mass, token_ids, w1, mix, mixed_hidden, confidence_weight,
-    confidence_hidden, confidence, state, features, step, length, parts, stride_mix, rank,
+    confidence_hidden, confidence, state, features, step, length, parts, vocab, stride_mix, rank,
     KIND: tl.constexpr, MAPPED: tl.constexpr, CONFIDENT: tl.constexpr, WITH_EMBEDDING: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
@@ -46,7 +46,8 @@ def _embed(
         columns = tl.load(best_column + at, mask=index < parts, other=2147483647)
         peaks = tl.load(part_peak + at, mask=index < parts, other=float("-inf"))
         masses = tl.load(part_mass + at, mask=index < parts, other=0.0)
-        column = tl.min(tl.where(values == tl.max(values, axis=0), columns, 2147483647), axis=0)
+        # Of a row without a number, the last one, as in `_token`: no column is none.
+        column = tl.minimum(tl.min(tl.where(values == tl.max(values, axis=0), columns, 2147483647), axis=0), vocab - 1)
         peak = tl.max(peaks, axis=0)
         mass = tl.sum(masses * tl.exp(peaks - peak), axis=0)
         token = column.to(tl.int64)
@@ -296,7 +297,7 @@ def sequential_head(
         if not direct:
             _embed[(size,)](
                 anchors, tokens, lse, largest, best, column, peak, mass, ids, w1, logits if mix is None else mix,
-                lse if mixed_hidden is None else mixed_hidden, *confidences, state, features, step, length, parts,
+                lse if mixed_hidden is None else mixed_hidden, *confidences, state, features, step, length, parts, vocab,
                 0 if mix is None else mix.stride(0), rank, KIND=_KINDS[head.kind], BLOCK_O=min(block_r, 16), num_warps=4, **about,
             )  # fmt: skip
         if step == length:

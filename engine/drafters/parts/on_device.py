@@ -113,5 +113,6 @@ class DeviceBlocks:
         bucket = torch.bucketize(temperatures, self._edges)
         temperature, offset, weight = self._scales[:, bucket]
         tempered = torch.sigmoid((torch.logit(confidence, _EPS) + weight * torch.logit(peak, _EPS) - offset) / temperature)
-        level = (tempered * LEVELS).long().clamp(max=LEVELS - 1)
+        # Held from below as well: a request whose numbers are none is found out a step late, and a bin that is none stops the device.
+        level = (tempered * LEVELS).long().clamp(0, LEVELS - 1)
         return (bucket[:, None] * self._positions + places) * LEVELS + level

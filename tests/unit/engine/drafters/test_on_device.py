@@ -13,14 +13,15 @@ from engine.batch import TargetModel
 from engine.checkpoints.drafters import read_folder
 from engine.drafters.base import DraftBatch, Progress
 from engine.drafters.dspark import DSparkDrafter
-from engine.drafters.parts.confidence import sigmoid
+from engine.drafters.parts.confidence import LEVELS, sigmoid
+from engine.drafters.parts.places import slots_of
 from engine.pipeline import DeviceState
 from engine.row_table import RowTable
 from engine.scheduler import Chunk
 from engine.sequence import Sequence
 from engine.speculation.calibration import HIGHEST
 from engine.types import SamplingParams
-from tests.unit.engine.drafters.layouts import BLOCK_LAYOUTS, Scene, without_anchors
+from tests.unit.engine.drafters.layouts import BLOCK_LAYOUTS, HIDDEN, VOCAB, Scene, without_anchors
 from tests.unit.engine.models.tiny import BLOCK_SIZE, CHUNKED
 
 
@@ -67,6 +68,31 @@ def test_drafts_are_those_that_are_drafted_between_steps(
     chances = np.minimum(sigmoid(logits[between.bins] + shifts[:3, None]), HIGHEST)
     expected = chances.cumprod(axis=1) * np.array([[3.0], [1.0], [0.1]])
     assert found.survival[:3].numpy() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_context_without_numbers_costs_nobody_else_the_step(block_target: TargetModel, block_drafters: Path) -> None:
+    """A request whose numbers overflowed is found out when its step is read: by then the next one has drafted from them."""
+    scene = Scene(block_target, sampling=SamplingParams(max_tokens=40, temperature=0.0))
+    host = replace(scene.host, num_blocks=scene.pool.num_blocks + 12)
+    made = DSparkDrafter.load(read_folder(block_drafters / "dspark"), host)
+    scene.feed(made, without_anchors(CHUNKED))
+    blocks, state = made.on_device(4), DeviceState.empty(4, 16, torch.device("cpu"))
+    for slot, sequence in enumerate(scene.sequences):
+        held = len(sequence.blocks)
+        state.tables[slot, :held] = torch.tensor(sequence.blocks, dtype=torch.int32)
+        state.tables[slot, held : held + 4] = scene.pool.num_blocks + 4 * slot + torch.arange(4, dtype=torch.int32)
+        state.last[slot], state.length[slot], state.left[slot] = int(sequence.tokens[-1]), sequence.num_computed, 20
+    with torch.inference_mode():
+        sound = blocks(state)
+        own = torch.from_numpy(slots_of(scene.sequences[1], np.arange(scene.sequences[1].num_computed), BLOCK_SIZE))
+        blocks.observe({tap: torch.full((len(own), HIDDEN), torch.nan) for tap in blocks.taps}, torch.arange(len(own)), own)
+        found = blocks(state)
+    assert sound.bins is not None
+    assert found.bins is not None
+    for name in ("tokens", "survival", "bins"):
+        assert torch.equal(getattr(found, name)[[0, 2]], getattr(sound, name)[[0, 2]]), name
+    assert (found.bins[1] % LEVELS == 0).all(), "the least confidence that there is"
+    assert ((found.tokens[1] >= 0) & (found.tokens[1] < VOCAB)).all()
 
 
 def position_of(sequence: Sequence, position: int) -> Progress:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,8 @@ def head_cases(*, full: bool) -> Iterator[Case]:
     for kind in ("vanilla", "gated"):
         run = partial(_sequential_head, (5, 1, 300, 10, 24), kind, torch.float32, mapped=False, clear=False)
         yield Case("sequential_head", f"{kind}, no clear winner", run, 1e-4)
+    for kind in ("vanilla", "gated", "rnn"):
+        yield Case("sequential_head", f"{kind}, rows without a number", partial(_without_numbers, kind))
     for dtype in (torch.bfloat16,) if not full else HALF_TYPES:
         yield Case(
             "sequential_head", f"vanilla, {str(dtype)[6:]}", partial(_sequential_head, sizes[-1], "vanilla", dtype, mapped=False), 0.02
@@ -41,21 +43,8 @@ def _sequential_head(
     from kernels.triton.sequential_head import sequential_head
 
     size, length, vocab, hidden_size, rank = shape
-    generator = torch.Generator(device).manual_seed(torch.initial_seed() % 2**31 + hash(kind) % 7)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, device=device).to(dtype)
-
-    rows = {"gated": (rank, hidden_size + rank), "rnn": (3 * rank, 2 * rank + hidden_size)}.get(kind)
-    plain = kind == "none"
-    tensors = (
-        None if plain else normal(2 * vocab, rank),
-        None if plain else normal(vocab, rank) * rank**-0.5,
-        None if rows is None else normal(*rows) * rows[1] ** -0.5,
-        None if rows is None else normal(rows[0]),
-        normal(hidden_size if plain else hidden_size + rank) * hidden_size**-0.5,
-        normal(1),
-    )
+    normal = _normal(kind, dtype, device)
+    tensors = _head_tensors(kind, vocab, hidden_size, rank, normal)
     ids = torch.randperm(2 * vocab, device=device)[:vocab] if mapped else None
     logits, hidden = 3 * normal(size, length, vocab), normal(size, length, hidden_size)
     if clear:
@@ -68,6 +57,43 @@ def _sequential_head(
         made = sequential_head(logits, hidden, anchors, SequentialHead(kind, *tensors, ids), **options)
     parts = [(block.tokens, block.lse, block.peak, block.confidence, block.log_weights) for block in (made, exact)]
     return parts[0], parts[1]
+
+
+def _normal(kind: Any, dtype: torch.dtype, device: torch.device) -> Callable[..., torch.Tensor]:
+    generator = torch.Generator(device).manual_seed(torch.initial_seed() % 2**31 + hash(kind) % 7)
+    return lambda *shape: torch.randn(*shape, generator=generator, device=device).to(dtype)
+
+
+def _head_tensors(
+    kind: Any, vocab: int, hidden_size: int, rank: int, normal: Callable[..., torch.Tensor]
+) -> tuple[torch.Tensor | None, ...]:
+    """w1 (of twice the vocabulary), w2, mix_weight, mix_bias, confidence_weight, confidence_bias."""
+    rows = {"gated": (rank, hidden_size + rank), "rnn": (3 * rank, 2 * rank + hidden_size)}.get(kind)
+    plain = kind == "none"
+    return (
+        None if plain else normal(2 * vocab, rank),
+        None if plain else normal(vocab, rank) * rank**-0.5,
+        None if rows is None else normal(*rows) * rows[1] ** -0.5,
+        None if rows is None else normal(rows[0]),
+        normal(hidden_size if plain else hidden_size + rank) * hidden_size**-0.5,
+        normal(1),
+    )
+
+
+def _without_numbers(kind: Any, device: torch.device) -> Results:
+    """What a sequence drafts whose logits are NaN are tokens all the same, and no others than its own suffer."""
+    from kernels.reference.sequential_head import SequentialHead
+    from kernels.triton.sequential_head import sequential_head
+
+    size, length, vocab, hidden_size, rank = 3, 2, 300, 10, 24
+    normal = _normal(kind, torch.float32, device)
+    head = SequentialHead(kind, *_head_tensors(kind, vocab, hidden_size, rank, normal))
+    logits, hidden, anchors = 3 * normal(size, length, vocab), normal(size, length, hidden_size), torch.arange(size, device=device)
+    sound = sequential_head(logits, hidden, anchors, head).tokens
+    logits[1] = float("nan")
+    with poisoned_allocations():
+        tokens = sequential_head(logits, hidden, anchors, head).tokens
+    return (tokens[::2], (tokens[1] >= 0) & (tokens[1] < vocab)), (sound[::2], torch.ones(length, dtype=torch.bool, device=device))
 
 
 def budget_cases(*, full: bool) -> Iterator[Case]:
