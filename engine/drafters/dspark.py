@@ -20,6 +20,7 @@ from engine.drafters.parts.layers import Weights
 from engine.drafters.parts.on_device import DeviceBlocks
 from engine.drafters.parts.places import recent_slots, slots_of
 from engine.drafters.parts.spread import Drafted
+from engine.transfer import to_device
 from kernels.reference.sequential_head import SequentialHead
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ class DSparkDrafter:
             rows = rows[~far]
         if not len(rows):
             return
-        at = torch.from_numpy(rows).to(self._device)
+        at = to_device(rows, self._device)
         taps = [progress.taps[tap].index_select(0, at) for tap in self._spec.taps]
         positions, slots = progress.positions[rows], progress.slots[rows]
         self._backlog.add(taps, positions, slots)
@@ -161,7 +162,7 @@ class DSparkDrafter:
     def catch_up(self) -> None:
         """See `PutsOff`."""
         for taps, positions, slots in self._backlog.take():
-            self._backbone.take_in(taps, torch.from_numpy(positions).to(self._device), torch.from_numpy(slots).to(self._device))
+            self._backbone.take_in(taps, to_device(positions, self._device), to_device(slots, self._device))
 
     def miss(self, progress: Progress) -> None:
         """See `Rests`. Their slots may have held what was seen of another text."""

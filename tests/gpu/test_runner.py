@@ -12,8 +12,9 @@ import torch
 from engine.batch import ModelSpec
 from engine.checkpoints.drafters import read_folder
 from engine.checkpoints.loader import build_lean
-from engine.drafters.base import Host
+from engine.drafters.base import Host, Progress
 from engine.drafters.dspark import DSparkDrafter
+from engine.drafters.eagle3 import Eagle3Drafter
 from engine.graphs import CudaCapture, DirectCapture, GraphRunner
 from engine.kv_pool import KVPool
 from engine.pipeline import DecodePipeline
@@ -23,7 +24,7 @@ from kernels.reference.fp8_linear import Fp8Linear
 from tests.benchmarks.gpu_decode import BlockDrafter
 from tests.benchmarks.gpu_models import qwen3_config, random_model
 from tests.gpu.requirements import DEVICE, needs_gpu
-from tests.unit.engine.drafters.layouts import deepspec, write
+from tests.unit.engine.drafters.layouts import HIDDEN, deepspec, eagle, write
 from tests.unit.engine.models.tiny import make_hf, make_lean
 
 pytestmark = needs_gpu
@@ -138,3 +139,20 @@ def test_a_captured_pipeline_drafts_what_an_eager_one_drafts(tmp_path: Path) -> 
         made.append([(r.counts.tolist(), r.drafts[:3].tolist(), r.bins[:3].tolist(), r.verified.tolist()) for r in results])
         assert any(r.verified.sum() for r in results)
     assert made[0] == made[1]
+
+
+@pytest.mark.parametrize("kind", [DSparkDrafter, Eagle3Drafter])
+def test_a_drafter_takes_in_what_it_is_shown_without_waiting_for_the_device(tmp_path: Path, kind: type) -> None:
+    """A step that is launched before the one before it is read is shown to drafters at once: to wait for it then is to lose that."""
+    hf = make_hf("qwen3", max_position_embeddings=128)
+    layout = deepspec(make_lean(hf)) if kind is DSparkDrafter else eagle("original")
+    host = Host(make_lean(hf, DEVICE), Tokenizer(SimpleNamespace()), None, 40, BLOCK, 8, 5)
+    drafter = kind.load(read_folder(write(tmp_path / "drafter", *layout)), host)
+    taps = {tap: torch.randn(6, HIDDEN, device=DEVICE) for tap in drafter.taps}
+    progress = Progress([], np.array([0, 6], np.int32), np.array([5]), np.arange(6), np.arange(BLOCK, BLOCK + 6), taps)
+    drafter.observe(progress)  # compiles what it launches
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        drafter.observe(progress)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from engine.transfer import to_device
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -62,5 +64,5 @@ def _join(parts: list[Part], rows: Ints, count: int) -> Part:
     positions, slots = np.concatenate([part[1] for part in parts]), np.concatenate([part[2] for part in parts])
     if len(rows) == count:
         return taps, positions, slots
-    at = torch.from_numpy(rows).to(taps[0].device)
+    at = to_device(rows, taps[0].device)
     return [tap.index_select(0, at) for tap in taps], positions[rows], slots[rows]

@@ -19,6 +19,7 @@ from engine.drafters.parts.places import recent_slots, slots_of
 from engine.drafters.parts.private_kv import PrivateCache
 from engine.drafters.parts.spread import Drafted
 from engine.kv_pool import zeros
+from engine.transfer import to_device
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -78,10 +79,10 @@ class FeatureChain:
     @torch.inference_mode()
     def observe(self, progress: Progress) -> None:
         rows = progress.rows()
-        at = torch.from_numpy(rows).to(self._device)
+        at = to_device(rows, self._device)
         taps = [progress.taps[tap].index_select(0, at) for tap in self._core.taps]
         slots = progress.slots[rows]
-        self._features.index_copy_(0, torch.from_numpy(slots).to(self._device), self._core.feature(taps))
+        self._features.index_copy_(0, to_device(slots, self._device), self._core.feature(taps))
         self._known[slots] = True
 
     def miss(self, progress: Progress) -> None:
