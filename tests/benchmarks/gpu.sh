@@ -18,5 +18,6 @@ run() { # NAME SECONDS COMMAND...: its output in $out/NAME.txt; its last lines h
 
 run tests "${2:-200}" "$python" -m pytest -q --maxfail=10 -p no:cacheprovider tests/gpu
 run kernels "${3:-200}" "$python" -m tests.benchmarks.kernels --out "$out/kernels.json" --tune "$out/configurations" --within "$((${3:-200} - 20))"
-run engine "${4:-200}" "$python" -m tests.benchmarks.gpu_engine --out "$out/gpu_engine.json" --within "$((${4:-200} - 30))"
+run engine "${4:-200}" "$python" -m tests.benchmarks.gpu_engine --out "$out/gpu_engine.json" --configurations "$out/configurations" \
+    --within "$((${4:-200} - 30))"
 exit $status
