@@ -37,7 +37,8 @@ class Recorder:
         """The recorder that `config.trace` asks for. Raises OSError where its file cannot be written."""
         if config.trace is None:
             return Recorder(None)
-        known = {} if records is None else {name: records.recall(name) for name in drafters.members}
+        learning = drafters.members[1:]  # nothing is learned of the text lookup
+        known = {} if records is None else {name: records.recall(name) for name in learning}
         engine = EngineRecord(
             model=spec.name,
             device=str(spec.device),

@@ -13,6 +13,7 @@ from engine.config import EngineConfig
 from engine.drafters.base import DraftBatch, Drafts
 from engine.drafters.dspark import DSparkDrafter
 from engine.engine import Engine
+from engine.lab.trace import read_trace
 from engine.profile import Profiles
 from engine.speculation.cost_model import Load
 from engine.speculation.portfolio import Portfolio
@@ -101,3 +102,13 @@ def test_without_a_place_for_profiles_every_engine_begins_anew(target: TargetMod
     for _ in range(2):
         run(target, jobs(6), "auto", packed)
         assert watch.take()[0] > 0
+
+
+def test_a_trace_says_what_the_engine_knew_of_its_drafters(target: TargetModel, packed: Path, tmp_path: Path) -> None:
+    known = []
+    for number in range(2):
+        path = tmp_path / f"{number}.trace"
+        config = EngineConfig(kv_bytes=4 << 20, block_size=4, max_sequences=8, seed=3, trace=path)
+        list(Engine(Loaded(target, Letters(), packed), config, Profiles(tmp_path)).run(iter(jobs(6))))
+        known.append(set(read_trace(path).engine.experience))
+    assert known == [set(), {"dspark"}]
