@@ -177,7 +177,7 @@ def require_place(output: Path, *kept: Path) -> None:
     for written in (output, errors_path(output)):
         for path in kept:
             if written.resolve() == path.resolve():
-                raise Failure(f"Cannot write {written}: it would go over {path}. Name another file with -o.")
+                raise Failure(f"Cannot write {written}: it would go over {path}. Name another file.")
 
 
 def errors_path(output: Path) -> Path:
