@@ -14,13 +14,13 @@ from engine.lab.stand_in import Manner, StandIn
 from engine.speculation.experience import Experience
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
     from engine.drafters.base import DraftBatch, Drafter, Drafts, Progress
     from engine.lab.trace import StepRecord, Trace
-    from engine.sequence import Sequence
+    from engine.sequence import Sequence as EngineSequence
 
 
 class Clock:
@@ -44,10 +44,12 @@ class Price:
     each: float
 
     @staticmethod
-    def of_steps(steps: Iterable[StepRecord], name: str) -> Price | None:
-        """What passes of `name` took in a trace; None where there were none."""
+    def of_steps(steps: Sequence[StepRecord], name: str) -> Price | None:
+        """What passes of `name` took in a trace; None where it did not draft. What was drafted inside the steps is part of what those took."""
         passes = [(requests, seconds) for step in steps for drafter, requests, seconds in step.passes if drafter == name]
-        return Price(*fit_line(*map(np.array, zip(*passes, strict=True)))) if passes else None
+        if passes:
+            return Price(*fit_line(*map(np.array, zip(*passes, strict=True))))
+        return Price(0.0, 0.0) if any(drafter == name for step in steps for drafter, _ in step.groups) else None
 
 
 class Timed:
@@ -69,7 +71,7 @@ class Timed:
     def observe(self, progress: Progress) -> None:
         self._drafter.observe(progress)
 
-    def finish(self, sequence: Sequence, *, complete: bool) -> None:
+    def finish(self, sequence: EngineSequence, *, complete: bool) -> None:
         self._drafter.finish(sequence, complete=complete)
 
 

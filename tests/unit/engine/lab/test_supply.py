@@ -78,6 +78,7 @@ def test_passes_move_the_clock_by_what_they_took_in_the_trace() -> None:
     assert price is not None
     assert (price.fixed, price.each) == pytest.approx((0.002, 0.001))
     assert Price.of_steps(steps, "another") is None
+    assert Price.of_steps([step(groups=(("neural", (0,)),))], "neural") == Price(0.0, 0.0), "drafted on the device, inside the step"
     trace, clock = _trace(steps), Clock()
     supply = ReplaySupply.of(trace, Told({}), clock)
     sequence = Simulator(Limits(max_sequences=1, max_step_tokens=8, num_blocks=64), FREE).scheduler.add(trace.requests[0].request())
