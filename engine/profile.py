@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import platform
 import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,10 +29,16 @@ if TYPE_CHECKING:
     from engine.batch import ModelSpec
     from engine.checkpoints.cache import SharedFolders
 
-PROFILE = 6
+PROFILE = 7
 """Part of a stored profile's name: raise it when steps take another time than before (new kernels) or are measured otherwise."""
 
-_REPEATS = 2
+_TURNS, _SECONDS = 8, 10.0
+"""Turns over all steps at most, and seconds after which none begins; two are taken in any case. A busy machine makes some steps of a turn
+look ten times as long, and what is kept is used for a long time."""
+_SETTLED = 0.03
+"""A turn that finds steps faster than those before it did by less than this on average is the last."""
+_STALE, _PROBED = 0.4, 16
+"""A profile in which steps of up to so many tokens take over 1 / _STALE of what they take now (the median) was made at a busy time."""
 _VERIFIED = 64
 """Tokens of the largest verification, where four each are fewer."""
 _PROMPT = 2048
@@ -69,12 +77,17 @@ class Profiles:
         return DrafterRecords(self._directory.parent / "drafter-records", describe(spec), stamp)
 
     def steps(self, runner: Runner, spec: ModelSpec, max_sequences: int, max_tokens: int) -> tuple[list[tuple[Load, float]], bool]:
-        """What `measure_steps` returns, and whether it was there already. A cache that cannot be used costs the measurement only."""
+        """What `measure_steps` returns, and whether it was there already. A cache that cannot be used costs the measurement only.
+
+        One that was measured while the machine was busy is measured anew.
+        """
         measured: list[tuple[Load, float]] = []
 
         def build(folder: Path) -> None:
             measured.extend(measure_steps(runner, max_sequences, max_tokens))
-            (folder / _FILE).write_text(to_json(measured))
+            scratch = folder / f".{_FILE}-{os.getpid()}"
+            scratch.write_text(to_json(measured))
+            scratch.replace(folder / _FILE)
 
         about = [
             *describe(spec),
@@ -86,11 +99,36 @@ class Profiles:
         try:
             with self.tuned(spec.device):
                 folder = make_once(self._directory / f"{spec.name.replace('/', '--')}-{name}", build, self._shared)
-            if not measured:
-                return from_json((folder / _FILE).read_text()), True
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            _log.warning("the cached profile of %s cannot be used: %s", spec.name, error)
+                if not measured:
+                    stored = _read(folder / _FILE)
+                    if stored and not _stale(runner, stored, max_sequences, max_tokens):
+                        return stored, True
+                    build(folder)
+                    if self._shared is not None:
+                        self._shared.put(f"{self._directory.name}/{folder.name}", folder)
+        except OSError as error:
+            _log.warning("the profile of %s cannot be kept: %s", spec.name, error)
         return measured or measure_steps(runner, max_sequences, max_tokens), False
+
+
+def _read(path: Path) -> list[tuple[Load, float]]:
+    """Nothing where it is spoilt."""
+    try:
+        return from_json(path.read_text())
+    except (OSError, ValueError, TypeError) as error:
+        _log.warning("the profile in %s is measured again, it cannot be used: %s", path, error)
+        return []
+
+
+def _stale(runner: Runner, stored: list[tuple[Load, float]], max_sequences: int, max_tokens: int) -> bool:
+    """Whether small steps take so much less now than they did then that the machine must have been busy."""
+    known = dict(stored)
+    small = [shape for shape in _shapes_of(runner, max_sequences, max_tokens) if shape.load.tokens <= _PROBED and shape.load in known]
+    shares = [_seconds(runner, shape.step(runner.kv.block_size)) / known[shape.load] for shape in small]
+    if not shares or median(shares) >= _STALE:
+        return False
+    _log.warning("small steps take %.0f%% of what a stored profile says: it is measured again", 100 * median(shares))
+    return True
 
 
 def describe(spec: ModelSpec) -> list[str]:
@@ -150,17 +188,26 @@ def tune_attention(runner: Runner, max_tokens: int) -> None:
 
 
 def measure_steps(runner: Runner, max_sequences: int, max_tokens: int) -> list[tuple[Load, float]]:
-    """Seconds of steps of the kinds that a run is made of (see `shapes`); the better of two runs each.
+    """Seconds of steps of the kinds that a run is made of (see `shapes`), each the least of some turns over all of them.
 
     Writes into block 0 alone, which no sequence ever holds, and reads whatever lies in the others. The larger sizes come first, so that
     one-time work (kernel selection, allocator growth) is over before the small ones, where it would weigh most.
     """
-    made = shapes(max_sequences, max_tokens, runner.model.spec.max_positions, runner.kv.num_blocks, runner.kv.block_size)
-    points = []
-    for shape in sorted(made, key=lambda shape: (-shape.sequences * shape.each, -shape.context)):
-        step = shape.step(runner.kv.block_size)
-        points.append((shape.load, min(_seconds(runner, step) for _ in range(_REPEATS))))
-    return points
+    made = sorted(_shapes_of(runner, max_sequences, max_tokens), key=lambda shape: (-shape.sequences * shape.each, -shape.context))
+    steps = [(shape.load, shape.step(runner.kv.block_size)) for shape in made]
+    began = time.perf_counter()
+    least = np.array([_seconds(runner, step) for _, step in steps])
+    for _ in range(1, _TURNS):
+        now = np.minimum(least, [_seconds(runner, step) for _, step in steps])
+        gain, least = float(np.log(least / now).mean()), now
+        if gain < _SETTLED or time.perf_counter() - began > _SECONDS:
+            break
+    return undisturbed([(load, seconds) for (load, _), seconds in zip(steps, least.tolist(), strict=True)])
+
+
+def undisturbed(points: list[tuple[Load, float]]) -> list[tuple[Load, float]]:
+    """No step takes longer than one that does at least as much of everything: where one did, something else ran meanwhile."""
+    return [(load, min(seconds for other, seconds in points if other.covers(load))) for load, _ in points]
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +246,10 @@ class Shape:
             row_counts=np.full(self.sequences, len(rows) // self.sequences, np.int64),
             shared_prefix_blocks=0,
         )
+
+
+def _shapes_of(runner: Runner, max_sequences: int, max_tokens: int) -> set[Shape]:
+    return shapes(max_sequences, max_tokens, runner.model.spec.max_positions, runner.kv.num_blocks, runner.kv.block_size)
 
 
 def shapes(max_sequences: int, max_tokens: int, max_positions: int, num_blocks: int, block_size: int) -> set[Shape]:

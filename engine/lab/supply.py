@@ -45,7 +45,7 @@ class Price:
 
     @staticmethod
     def of_steps(steps: Sequence[StepRecord], name: str) -> Price | None:
-        """What passes of `name` took in a trace; None where it did not draft. What is drafted inside the steps takes no more than they do."""
+        """What passes of `name` took in a trace; None where it did not draft. What was drafted inside steps is in their time."""
         passes = [(requests, seconds) for step in steps for drafter, requests, seconds in step.passes if drafter == name]
         if passes:
             return Price(*fit_line(*map(np.array, zip(*passes, strict=True))))

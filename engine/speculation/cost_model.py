@@ -8,7 +8,7 @@ fits. `speed` follows what changes from one minute to the next for all steps ali
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,6 +27,10 @@ class Load:
     rows: int
     kv_tokens: int
     pairs: int = 0
+
+    def covers(self, other: Load) -> bool:
+        """Whether it is at least as large in every way."""
+        return all(ours >= theirs for ours, theirs in zip(astuple(self), astuple(other), strict=True))
 
 
 class CostModel:

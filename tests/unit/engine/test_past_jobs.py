@@ -104,7 +104,10 @@ def test_without_a_place_for_profiles_every_engine_begins_anew(target: TargetMod
         assert watch.take()[0] > 0
 
 
-def test_a_trace_says_what_the_engine_knew_of_its_drafters(target: TargetModel, packed: Path, tmp_path: Path) -> None:
+def test_a_trace_says_what_the_engine_knew_of_its_drafters(
+    target: TargetModel, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profile, "measure_steps", lambda *_: [(Load(1, 1, 1), 1.0)])
     known = []
     for number in range(2):
         path = tmp_path / f"{number}.trace"
