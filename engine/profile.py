@@ -121,7 +121,12 @@ def _read(path: Path) -> list[tuple[Load, float]]:
 
 
 def _stale(runner: Runner, stored: list[tuple[Load, float]], max_sequences: int, max_tokens: int) -> bool:
-    """Whether small steps take so much less now than they did then that the machine must have been busy."""
+    """Whether small steps take so much less now than they did then that the machine must have been busy.
+
+    Not asked of a GPU, which runs one thing after the other, and where the first step of a size takes its time to be captured.
+    """
+    if runner.model.spec.device.type == "cuda":
+        return False
     known = dict(stored)
     small = [shape for shape in _shapes_of(runner, max_sequences, max_tokens) if shape.load.tokens <= _PROBED and shape.load in known]
     shares = [_seconds(runner, shape.step(runner.kv.block_size)) / known[shape.load] for shape in small]
