@@ -246,7 +246,8 @@ def _create(server: Server, request: Mapping[str, Any]) -> dict[str, Any]:
         raise
     except Failure:
         if "input_file_id" in request:
-            server.delete(f"/files/{request['input_file_id']}")
+            with suppress(Failure):  # why it was refused is what counts
+                server.delete(f"/files/{request['input_file_id']}")
         raise
 
 

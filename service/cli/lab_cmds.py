@@ -44,6 +44,8 @@ def replay(
         raise Failure(f"Cannot read {trace}: {error.strerror or error}.") from None
     except (TraceError, UnknownPolicyError, ValueError) as error:
         raise Failure(f"{error}.") from None
+    if not recorded.answered():
+        raise Failure(f"{trace} has no answered request to replay: the run was stopped before its first one ended.")
     cases = [(one, size) for one in policies for size in max_sequences or [recorded.engine.max_sequences]]
     predictions = [
         _row(one.name, size, simulate(recorded, one, max_sequences=size, machine=machine))

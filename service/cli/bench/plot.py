@@ -48,7 +48,8 @@ def plot_bench(report: dict[str, Any], path: Path) -> None:
     for place, (run, speed) in enumerate(zip(runs, speeds, strict=True)):
         style = "italic" if run["stopped"] else "normal"
         axes.annotate(_said(run), (speed["max"], place), va="center", fontsize=8, style=style)
-    legend: list[Artist] = [Patch(color=_OURS, label="Longdraft"), Patch(color=_THEIRS, label="others")]
+    sides = {_OURS: "Longdraft", _THEIRS: "others"}
+    legend: list[Artist] = [Patch(color=colour, label=side) for colour, side in sides.items() if colour in colours]
     if (bound := report.get("bound")) is not None:
         line = axes.axvline(bound["tokens_per_second"], color="black", linestyle="--", linewidth=1, label="bound by the fastest product")
         legend.append(line)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 
 import pytest
 from typer.testing import CliRunner
@@ -58,3 +59,13 @@ def test_what_is_wrong_is_said(trace, tmp_path):
     (tmp_path / "other").write_text("{}\n")
     with pytest.raises(Failure, match="line 1"):
         invoke("replay", tmp_path / "other")
+    cut = tmp_path / "cut"
+    cut.write_text("".join(line for line in trace.read_text().splitlines(keepends=True) if not line.startswith('{"end"')))
+    with pytest.raises(Failure, match="before its first one ended"):
+        invoke("replay", cut)
+
+
+def test_the_version_is_the_packages():
+    result = invoke("--version")
+    assert (result.exit_code, result.stdout) == (0, f"longdraft {version('longdraft')}\n")
+    assert "self-hosted batch inference" in invoke("--help").stdout
