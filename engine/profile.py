@@ -157,14 +157,14 @@ def from_json(text: str) -> list[tuple[Load, float]]:
 
 
 def _processor() -> str:
-    """The CPU's model name where Linux tells it."""
+    """The CPU's name, family and model where Linux tells them: virtual machines of several generations go by one name."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        first, _, _ = Path("/proc/cpuinfo").read_text().partition("\n\n")
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        first = ""
+    said = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
+    known = [said[name] for name in ("model name", "cpu family", "model") if name in said]
+    return ", ".join(known) or platform.processor() or platform.machine()
 
 
 def warm_up(runner: Runner, max_tokens: int) -> None:
