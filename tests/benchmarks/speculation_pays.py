@@ -2,8 +2,8 @@
 
 For every batch size, paired live runs: plain decoding, the planner, a fixed length of 8, and plain once more, in an order that turns from
 repeat to repeat. The planner's ratio to the better of plain and fixed, against 0.98 less half the spread of plain against plain (A/A). The
-cost model's error is that of its predictions before it has seen a step, from the planner's traces, beside the error of the best that
-looking back could do (the same steps' own spread around a formula fitted to all of them).
+cost model's error is that of its predictions before it has seen a step, from the planner's traces: at most 5%, or that spread. Beside it is
+the error of the best that looking back could do (the same steps' own spread around a formula fitted to all of them).
 
 Then the same in virtual time, on the machine that the traces describe, where nothing is noise: there the planner must not lose 2%.
 """
@@ -75,7 +75,7 @@ def main() -> int:
             "model_error_median": round(error, 4),
             "model_error_of_hindsight": round(spread, 4),
             "virtual_worst_ratio": worst,
-            "pass": ratio >= GOAL - half and error <= max(MODEL_GOAL, spread) and worst >= GOAL,
+            "pass": ratio >= GOAL - half and error <= max(MODEL_GOAL, half) and worst >= GOAL,
         },
         as_json=options.as_json,
     )
