@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -11,9 +13,10 @@ from engine.lab.machine import CurveMachine
 from engine.lab.simulator import Limits, Simulator
 from engine.lab.stand_in import Manner, StandIn
 from engine.lab.supply import Clock, Price, ReplaySupply, Told
-from engine.lab.trace import EndRecord, EngineRecord, RequestRecord, StepRecord, Trace
+from engine.lab.trace import EndRecord, RequestRecord, StepRecord, Trace
 from engine.speculation.experience import PRICES, Experience
 from engine.types import Request, SamplingParams
+from tests.unit.engine.lab.test_trace import engine_record
 
 FREE = CurveMachine({1: 0.0})
 SURE, UNSURE = (0.9, 0.81, 0.729), (0.3, 0.09)
@@ -118,21 +121,6 @@ def test_a_line_is_never_negative_and_its_sum_is_right() -> None:
 
 
 def _trace(steps: list[StepRecord], experience: dict[str, str] | None = None) -> Trace:
-    engine = EngineRecord(
-        model="m",
-        device="cpu",
-        max_sequences=8,
-        max_step_tokens=64,
-        num_blocks=100,
-        block_size=4,
-        max_positions=256,
-        look_ahead=4,
-        share_prefixes=True,
-        drafter="portfolio",
-        members=("suffix", "neural"),
-        max_draft_tokens=8,
-        fixed_drafts=None,
-        experience=experience or {},
-    )
+    engine = replace(engine_record(), drafter="portfolio", members=("suffix", "neural"), max_draft_tokens=8, experience=experience or {})
     request = RequestRecord(1, 0.0, False, (1, 2, 3, 1, 2, 3, 1, 2), 32, None, 0, None, "auto", True)
     return Trace(engine, [request], steps, {1: EndRecord(1, 1.0, "stop", tuple(range(30)))})

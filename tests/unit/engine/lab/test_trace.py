@@ -80,7 +80,7 @@ def test_another_batch_size_is_replayed(tmp_path):
 def test_a_recorded_machine_is_fitted_to_the_steps():
     """From steps of a known machine: step time by the formula, host time by its line, drafting time a sequence."""
     curve = CurveMachine({1: 0.02, 8: 0.03, 64: 0.15}, seconds_per_kv_token=1e-6)
-    trace = Trace(_engine_record())
+    trace = Trace(engine_record())
     at = 0.0
     for number in range(400):
         size = 1 + number * 7 % 60
@@ -96,7 +96,7 @@ def test_a_recorded_machine_is_fitted_to_the_steps():
 
 def test_slow_steps_count_in_the_sum():
     """Every tenth step lost its core: the shape of the curve comes from the others, the total from all."""
-    trace = Trace(_engine_record())
+    trace = Trace(engine_record())
     for number in range(200):
         seconds = 0.02 * (5 if number % 10 == 0 else 1)
         trace.steps.append(StepRecord(float(number), 8, 8, 80, 80, 8, 8, seconds, 0.0, None))
@@ -161,7 +161,7 @@ def test_policies_are_named(tmp_path):
             Policy.of(name, trace)
 
 
-def _engine_record() -> EngineRecord:
+def engine_record() -> EngineRecord:
     return EngineRecord(
         model="m",
         device="cpu",
