@@ -21,8 +21,9 @@ EAGER = {1: 0.052, 8: 0.095, 32: 0.163, 64: 0.254, 128: 0.405, 256: 0.629}
 FLAT = {1: 0.020, 256: 0.022}
 CURVES = {"prepacked": PREPACKED, "eager": EAGER}
 MOST = 8
-_LUCK = 48
-"""Requests at least: with fewer, which policy meets the better luck decides, and the trial of the drafter is much of the job."""
+_LINES = {1: 16, 8: 48, 64: 64}
+"""Requests of a job, by how many run together: with fewer, which policy meets the better luck decides, and the trial of the drafter is much
+of the job."""
 
 
 def scripts(count: int) -> list[Script]:
@@ -36,25 +37,22 @@ def scripts(count: int) -> list[Script]:
     ]
 
 
-def supply(jobs: list[Script], clock: Clock, rate: float, seconds: float = 0.0) -> ReplaySupply:
-    """A drafter whose drafts stand with a chance of `rate` each."""
+def supply(jobs: list[Script], clock: Clock, rate: float) -> ReplaySupply:
+    """A drafter that takes no time, whose drafts stand with a chance of `rate` each."""
     answers = {job.request.id: np.array(job.output) for job in jobs}
     manner = Manner.by_depth(np.full(MOST, rate))
-    return ReplaySupply(("suffix",), answers, MOST, clock, {"model": manner}, {"model": Price(0.0, seconds)})
+    return ReplaySupply(("suffix",), answers, MOST, clock, {"model": manner}, {"model": Price(0.0, 0.0)})
 
 
-def simulate(
-    count: int, curve: dict[int, float], rate: float, *, fixed: int | None = None, plain: bool = False, seconds: float = 0.0
-) -> Simulation:
-    """seconds: of a drafted block."""
-    jobs, machine = scripts(max(count, _LUCK)), CurveMachine(curve)
+def simulate(count: int, curve: dict[int, float], rate: float, *, fixed: int | None = None, plain: bool = False) -> Simulation:
+    jobs, machine = scripts(_LINES[count]), CurveMachine(curve)
     limits = Limits(max_sequences=count, max_step_tokens=max(512, count), num_blocks=4096)
     speculator = None
     if not plain:
         cost = CostModel(512)
         cost.profile(machine.profile([1, 2, 4, 8, 16, 32, 64, 128, 256, 512]))
         clock = Clock()
-        speculator = Speculator(MOST, count, cost, supply(jobs, clock, rate, seconds), fixed_drafts=fixed, clock=clock)
+        speculator = Speculator(MOST, count, cost, supply(jobs, clock, rate), fixed_drafts=fixed, clock=clock)
     return Simulator(limits, machine, speculator).run(jobs)
 
 
