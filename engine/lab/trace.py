@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.speculation.cost_model import Load
+from engine.speculation.experience import Experience
 from engine.types import FinishReason, Request, SamplingParams
 
 if TYPE_CHECKING:
@@ -233,6 +234,8 @@ def _engine(record: dict[str, Any]) -> EngineRecord:
     if record.pop("trace") != VERSION:
         raise ValueError("it was written by another version of longdraft")
     record["profile"] = tuple((int(a), int(b), int(c), int(d), float(seconds)) for a, b, c, d, seconds in record["profile"])
+    for text in record["experience"].values():
+        Experience.from_json(text)  # what is wrong with it is said here, with the line
     return EngineRecord(**{**record, "members": tuple(record["members"])})
 
 

@@ -142,6 +142,7 @@ def test_what_is_not_a_trace_is_refused(tmp_path):
         "line 2": [lines[0], "nonsense\n"],
         "empty": [],
         "line 1": lines[1:],
+        "no record of a drafter": [lines[0].replace('"experience":{}', '"experience":{"neural":"{}"}')],
         "another version": [lines[0].replace('"trace":3', '"trace":9')],
     }
     for word, content in cases.items():
