@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import subprocess
 import sys
 import textwrap
@@ -74,7 +75,6 @@ import kernels
 from engine.batch import FrozenParts
 from engine.drafters.parts.frozen import vocabulary
 from engine.drafters.parts.layers import Weights
-from kernels import pages
 
 def memory():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
@@ -85,7 +85,6 @@ def peak():  # since `forget_peak`; ru_maxrss would be that of the process that 
 def forget_peak():
     Path("/proc/self/clear_refs").write_text("5")
 
-pages.keep_freed()
 width, vocab = 256, 1 << 17
 embedding = torch.randn(vocab, width)
 packed = kernels.pack_linear(embedding)
@@ -100,13 +99,18 @@ print(embedding.nbytes, memory() - before, peak() - before)
 
 
 def test_a_head_in_eight_bits_leaves_nothing_else_behind() -> None:
-    """A head of 128 MiB: a quarter stays. Meanwhile there are its rows, read back, and no further copy as wide (five there once were)."""
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(MADE)], capture_output=True, text=True, check=False)
+    """A head of 128 MiB: a quarter stays. Meanwhile there are its rows, read back, and no further copy as wide (five there once were).
+
+    The allocator gives back at once what is freed: what it would keep for later differs from run to run.
+    """
+    at_once = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_TRIM_THRESHOLD_": "0"}
+    command = [sys.executable, "-c", textwrap.dedent(MADE)]
+    done = subprocess.run(command, env={**os.environ, **at_once}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     whole, kept, most = map(int, done.stdout.split()[-3:])
     assert whole == 128 * MIB
-    assert kept <= 0.8 * whole, "the numbers, and what the allocator keeps of a few logits"
-    assert most <= 2.2 * whole
+    assert kept <= 0.4 * whole
+    assert most <= 1.5 * whole
 
 
 def count_rows(head: Callable[[torch.Tensor], torch.Tensor], sizes: list[int], hidden: torch.Tensor) -> torch.Tensor:
