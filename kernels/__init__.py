@@ -111,6 +111,12 @@ def tuned(folder: Path, device: torch.device) -> Iterator[None]:
         yield
 
 
+def keep_compiled(folder: Path) -> None:
+    """Kernels that are compiled for this CPU from now on are kept in `folder`, and read from there where they lie already."""
+    if _native() is not None:
+        import_module("kernels.native.jit").keep_in(folder)
+
+
 @cache
 def _native() -> ModuleType | None:
     """`kernels.native` where it can run."""

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+import kernels
 from engine.batch import ModelSpec, TargetModel
 from engine.checkpoints.fit import GIB, check_fit, requirement
 from engine.checkpoints.fp8 import take_scales
 from engine.checkpoints.model_config import read_config
-from engine.checkpoints.sources import LocalCheckpoint, fetch
+from engine.checkpoints.sources import LocalCheckpoint, default_cache_dir, fetch
 from engine.checkpoints.tensors import check_tensors, read_tensors, tied_names
 from engine.memory import free_bytes
 from engine.models.families import FAMILIES, max_positions, read_architecture
@@ -58,6 +59,7 @@ def load_model(
     """
     from transformers import AutoTokenizer
 
+    kernels.keep_compiled((cache_dir or default_cache_dir()) / "native")
     checkpoint = fetch(source, revision=revision, cache_dir=cache_dir, shared=shared, progress=progress)
     config = read_config(checkpoint.directory)
     place = _device(device)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import llvmlite
 import llvmlite.binding as llvm
 import torch
 from llvmlite import ir
 
 from kernels.native.emit import Emitter
+from kernels.native.objects import Objects
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,6 +23,12 @@ if TYPE_CHECKING:
 MOST_ARGUMENTS = 24
 _Arguments = ctypes.c_int64 * MOST_ARGUMENTS
 _engines: list[llvm.ExecutionEngine] = []
+_EFFORT = 3
+"""LLVM's level of optimisation."""
+_OBJECTS = 1
+"""Part of what is kept is known by: raise it when `_machine_code` compiles otherwise."""
+_kept: list[Objects] = []
+"""Where machine code is kept, if anywhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,25 +99,48 @@ def parallel_address() -> int:
     return ctypes.cast(runtime.GOMP_parallel, ctypes.c_void_p).value or 0
 
 
+def keep_in(folder: Path) -> None:
+    """What is compiled from now on is kept in `folder`, and read from there where it lies already."""
+    _kept[:] = [Objects(folder)]
+
+
 @cache
 def _machine() -> llvm.TargetMachine:
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     features = llvm.get_host_cpu_features().flatten()
-    return llvm.Target.from_default_triple().create_target_machine(cpu=llvm.get_host_cpu_name(), features=features, opt=3, jit=True)
+    return llvm.Target.from_default_triple().create_target_machine(cpu=llvm.get_host_cpu_name(), features=features, opt=_EFFORT, jit=True)
 
 
 def _compile(module: ir.Module, name: str) -> int:
-    parsed = llvm.parse_assembly(str(module), context=llvm.create_context())
+    text = str(module)
+    key = hashlib.sha256("\n".join((*_circumstances(), text)).encode()).hexdigest()
+    code = next((found for kept in _kept if (found := kept.get(key)) is not None), None)
+    if code is None:
+        code = _machine_code(text)
+        for kept in _kept:
+            kept.put(key, code)
+    # Only machine code goes to the engine: it would keep the module, and the global context its constants, megabytes of each product.
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _machine())
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    _engines.append(engine)  # owns the code
+    return int(engine.get_function_address(name))
+
+
+def _machine_code(text: str) -> bytes:
+    parsed = llvm.parse_assembly(text, context=llvm.create_context())
     parsed.verify()
-    options = llvm.create_pipeline_tuning_options(speed_level=3)
+    options = llvm.create_pipeline_tuning_options(speed_level=_EFFORT)
     # Kernels are written as they should run: vectorised and unrolled by hand.
     options.loop_vectorization = options.slp_vectorization = options.loop_unrolling = False
     builder = llvm.create_pass_builder(_machine(), options)
     builder.getModulePassManager().run(parsed, builder)
-    # Only machine code goes to the engine: it would keep the module, and the global context its constants, megabytes of each product.
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _machine())
-    engine.add_object_file(llvm.ObjectFileRef.from_data(_machine().emit_object(parsed)))
-    engine.finalize_object()
-    _engines.append(engine)  # owns the code
-    return int(engine.get_function_address(name))
+    return bytes(_machine().emit_object(parsed))
+
+
+@cache
+def _circumstances() -> tuple[str, ...]:
+    """What machine code depends on beside the text that it is compiled from."""
+    compiler = f"{llvmlite.__version__} {llvm.llvm_version_info} {_EFFORT} {_OBJECTS}"
+    return compiler, llvm.get_default_triple(), llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
