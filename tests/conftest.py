@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import socket
 import subprocess
 import sys
@@ -22,6 +23,11 @@ from psycopg import sql
 from service.adapters.schema import upgrade
 from service.config import S3
 from service.embedded import Endpoints, embedded_servers
+
+# Read when torch is loaded. Several test processes share the cores, and threads that spin while they wait keep them from each other:
+# engine tests in two processes on two cores took several times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 # How long an example takes says something about what else this machine does, and nothing about the code.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
