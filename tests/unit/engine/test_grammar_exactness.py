@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import pytest
@@ -57,13 +58,19 @@ def encode(text: str) -> list[int]:
     return tokens
 
 
+@cache
+def compiler_for(vocabulary: Vocabulary) -> Compiler:
+    """One for all engines of a vocabulary: each is a process that takes seconds to start."""
+    return Compiler(lambda: vocabulary)
+
+
 def engine_on(loaded: Loaded, **fields: object) -> Engine:
     """The tiny decoder with a vocabulary that can spell the schema, and an end token."""
     from dataclasses import replace
 
     made = Engine(loaded, EngineConfig(**({"kv_bytes": 8 << 20, "max_sequences": 8, "max_step_tokens": 96, "seed": 3} | fields)))
     made.spec = replace(made.spec, eos_token_ids=(END,))
-    made.grammars = Compiler(lambda: WORDS)
+    made.grammars = compiler_for(WORDS)
     made.tokenizer.encode_piece = encode
     made.tokenizer.decode = lambda tokens, **_: "".join(PIECES[token] for token in tokens if token < len(PIECES))
     return made
@@ -179,7 +186,7 @@ def form_chi_square(drafter: str) -> tuple[float, Engine]:
     """Of (state, next token): the state is the last token and whether the number of letters is even. 1,200 unseeded answers of up to 24."""
     config = EngineConfig(kv_bytes=4 << 20, max_sequences=256, max_step_tokens=1024, drafter=drafter, max_draft_tokens=4, seed=5)
     made = Engine(LetterModel(), config)
-    made.grammars = Compiler(lambda: Vocabulary((b"a", b"b", b"c", b"d", b""), (4,)))
+    made.grammars = compiler_for(Vocabulary((b"a", b"b", b"c", b"d", b""), (4,)))
     made.tokenizer.encode_piece = lambda text: [ord(letter) - ord("a") for letter in text]
     params = SamplingParams(max_tokens=24, grammar=ALTERNATING)
     prompts = np.random.default_rng(0).integers(0, 4, (1200, 8))
