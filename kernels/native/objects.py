@@ -16,7 +16,7 @@ _DIGEST = hashlib.sha256().digest_size
 class Objects:
     """Object files in `folder`, which is made when the first is kept, each behind its own checksum.
 
-    A folder that cannot be used costs the compilation only: nothing is raised for it. What another user could have written is not run.
+    A folder that cannot be used costs the compilation only: nothing is raised for it. What others could have written is not run.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -57,6 +57,7 @@ class Objects:
 
 
 def _ours(path: Path) -> bool:
-    """Whether nobody but this user can have written what lies here."""
+    """Whether nobody but this user and group can have written what lies here (a volume of Kubernetes is its group's to write)."""
     about = path.stat()
-    return about.st_uid == os.geteuid() and not about.st_mode & 0o022
+    open_to = 0o002 if about.st_gid == os.getegid() else 0o022
+    return about.st_uid == os.geteuid() and not about.st_mode & open_to

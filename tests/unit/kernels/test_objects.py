@@ -90,13 +90,17 @@ def test_what_others_could_have_written_is_not_run(tmp_path: Path, which: str) -
     kept.put(KEY, b"machine code")
     path = folder if which == "folder" else folder / KEY
     mode = path.stat().st_mode
-    path.chmod(mode | 0o020)
+    path.chmod(mode | 0o002)
     assert kept.get(KEY) is None
-    path.chmod(mode)
+    path.chmod(mode | 0o020)
     assert kept.get(KEY) == b"machine code"
     if os.geteuid() == 0:
-        os.chown(path, 65534, 65534)
-        assert kept.get(KEY) is None
+        os.chown(path, -1, 65534)
+        assert kept.get(KEY) is None, "another group's"
+        path.chmod(mode)
+        assert kept.get(KEY) == b"machine code"
+        os.chown(path, 65534, -1)
+        assert kept.get(KEY) is None, "another user's"
 
 
 def test_what_was_used_longest_ago_makes_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
