@@ -1,4 +1,4 @@
-"""Machine code of compiled kernels, kept on disk: a model's take seconds to compile at every start, and none to read."""
+"""Machine code of compiled kernels, kept on disk: a model's take seconds to compile at every start, and a moment to read."""
 
 from __future__ import annotations
 
