@@ -48,7 +48,8 @@ def open_database(settings: Settings) -> Database:
 
     if not settings.database_url:
         raise ConfigError("database_url is not set: name a PostgreSQL, or use `longdraft up`, which brings one.", param="database_url")
-    return PostgresDatabase(settings.database_url)
+    # Whoever says nothing for as long as a lease has lost what it held, locks like groups.
+    return PostgresDatabase(settings.database_url, patience=settings.timing.lease)
 
 
 def open_blobs(settings: Settings) -> BlobStore:

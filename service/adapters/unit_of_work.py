@@ -78,16 +78,30 @@ class Transaction:
 
 
 class PostgresDatabase:
-    """A pool of connections that survives restarts of the server: every connection is tried before it is lent."""
+    """A pool of connections that survives restarts of the server: every connection is tried before it is lent.
 
-    def __init__(self, url: str, *, pool_size: int = 8, application: str = "longdraft") -> None:
+    `patience`: seconds after which the other end counts as gone. The server ends a transaction in which nothing was asked for that long,
+    so that the rows it locked are free although its process is frozen and the connection stands; either side gives up a connection
+    whose bytes nobody takes.
+    """
+
+    def __init__(self, url: str, *, pool_size: int = 8, patience: float = 60.0) -> None:
+        milliseconds = max(1, round(patience * 1000))
         self._engine = sa.create_engine(
             sqlalchemy_url(url),
             pool_size=pool_size,
             max_overflow=pool_size,
             pool_pre_ping=True,
             pool_timeout=30,
-            connect_args={"application_name": application, "connect_timeout": 10, "options": "-c timezone=UTC"},
+            connect_args={
+                "application_name": "longdraft",
+                "connect_timeout": 10,
+                "keepalives_idle": max(1, round(patience / 2)),
+                "keepalives_interval": max(1, round(patience / 6)),
+                "keepalives_count": 3,
+                "tcp_user_timeout": milliseconds,
+                "options": f"-c timezone=UTC -c idle_in_transaction_session_timeout={milliseconds} -c tcp_user_timeout={milliseconds}",
+            },
         )
 
     @contextlib.contextmanager

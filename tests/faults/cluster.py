@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+import psutil
 
 from service.bootstrap import Services, open_services
 from service.config import load_settings
@@ -52,6 +53,10 @@ class Worker:
     def send_signal(self, number: int) -> None:
         if self.process.pid is not None and self.process.is_alive():
             os.kill(self.process.pid, number)
+
+    def stopped(self) -> bool:
+        """Whether a signal stopped it and none let it go on yet."""
+        return psutil.Process(self.process.pid).status() == psutil.STATUS_STOPPED
 
 
 @dataclass

@@ -19,7 +19,7 @@ from service.ports import BlobInfo, BlobStore, Database
 
 
 class Trap:
-    """Kills the process at the `countdown`-th time that its point is reached."""
+    """Kills or stops the process at the `countdown`-th time that its point is reached."""
 
     def __init__(self, point: str, countdown: int, number: int) -> None:
         self.point, self.countdown, self.number = point, countdown, number
@@ -29,11 +29,12 @@ class Trap:
             self.countdown -= 1
             if self.countdown == 0:
                 os.kill(os.getpid(), self.number)
-                time.sleep(60)  # the signal may be handled a moment later
+                if self.number != signal.SIGSTOP:
+                    time.sleep(60)  # the signal may be handled a moment later
 
 
 class TrappedDatabase:
-    """Reaches `in_claim` and `in_commit` just before COMMIT, `after_commit` just after."""
+    """Reaches `in_claim`, `in_commit` and `in_beat` just before COMMIT, `after_commit` just after."""
 
     def __init__(self, inner: Database, trap: Trap) -> None:
         self._inner, self._trap = inner, trap
@@ -47,11 +48,14 @@ class TrappedDatabase:
         with self._inner.begin() as uow:
             uow.groups.claim = _noting(uow.groups.claim, "claim", seen)
             uow.results.add = _noting(uow.results.add, "add", seen)
+            uow.groups.renew = _noting(uow.groups.renew, "renew", seen)
             yield uow
             if "claim" in seen:
                 self._trap.reached("in_claim")
             if "add" in seen:
                 self._trap.reached("in_commit")
+            if "renew" in seen:
+                self._trap.reached("in_beat")
         if "add" in seen:
             self._trap.reached("after_commit")
 
@@ -90,7 +94,7 @@ def run(name: str, environment: Mapping[str, str], log: str) -> None:
         os.dup2(descriptor, standard)
     point, _, countdown = environment.get("FAULT", "").partition(":")
     number = int(environment.get("FAULT_SIGNAL", signal.SIGKILL))
-    if number != signal.SIGKILL:
+    if number not in (signal.SIGKILL, signal.SIGSTOP):
         signal.signal(number, signal.SIG_DFL)  # shells start what runs in the background with some signals ignored
     trap = Trap(point, int(countdown or 1), number)
     if skew := float(environment.get("FAULT_CLOCK", 0)):

@@ -108,6 +108,22 @@ def test_a_frozen_worker_wakes_up_to_find_its_lines_taken(faulty):
         assert faulty.ended(other).completed == 16
 
 
+@pytest.mark.parametrize("fault", ["in_claim:1", "in_commit:2", "in_beat:1"])
+def test_a_worker_that_freezes_inside_a_transaction_keeps_no_locks(faulty, fault):
+    """Its connection stays open, and with it the rows it locked: the database must end that transaction in time for the takeover."""
+    with faulty.control():
+        batch = faulty.jobs.submit(lines(48))
+        frozen = faulty.worker("frozen", standin__delay="0.5", fault=fault, FAULT_SIGNAL=str(int(signal.SIGSTOP)))
+        faulty.wait(frozen.stopped, "the freeze")
+        faulty.worker("second")
+        assert faulty.ended(batch).completed == 48
+        faulty.workers[1].send_signal(signal.SIGTERM)
+        assert faulty.workers[1].wait(10) == 0
+        frozen.send_signal(signal.SIGCONT)
+        other = faulty.jobs.submit(lines(16))
+        assert faulty.ended(other).completed == 16
+
+
 @pytest.mark.parametrize("how", ["sigkill", "exit", "memory"])
 def test_a_line_that_kills_the_engine_is_found_and_the_others_finish(faulty, how):
     """Three deaths: two in company, one alone. A supervisor's restarts are played by this test."""

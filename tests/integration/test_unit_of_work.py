@@ -95,6 +95,19 @@ def test_a_connection_cut_inside_a_transaction_is_an_outage_and_the_pool_recover
         assert uow.accounts.projects()
 
 
+def test_locks_of_a_process_that_falls_silent_are_free_after_a_while(database_url: str, database: PostgresDatabase) -> None:
+    silent = PostgresDatabase(database_url, patience=0.2)
+    with silent.begin() as uow:
+        batch = stored(database, uow.accounts.projects()[0].id)
+    with pytest.raises(Unavailable, match="idle-in-transaction"), silent.begin() as uow:  # noqa: PT012 - the transaction is the point
+        uow.batches.load(batch.id, lock=True)
+        with database.begin() as other:
+            other.batches.load(batch.id, lock=True)  # waits until the server has ended the first transaction
+        uow.batches.load(batch.id)
+    silent.ping()
+    silent.close()
+
+
 def test_a_crash_of_the_server_is_an_outage_and_the_pool_recovers(database: PostgresDatabase, owner_url: str) -> None:
     """One killed backend makes PostgreSQL throw everybody out and recover from its log."""
     database.ping()
