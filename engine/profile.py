@@ -53,11 +53,15 @@ _log = logging.getLogger(__name__)
 
 
 class Profiles:
-    """Profiles that were measured before, in `directory`/profiles and in `shared`: one a model, device, number of threads and versions."""
+    """Profiles that were measured before, in `directory`/profiles and in `shared`: one a model, device, number of threads and versions.
 
-    def __init__(self, directory: Path, shared: SharedFolders | None = None) -> None:
+    keep_records: whether what jobs teach about drafters is used and kept, too; not for those who judge them.
+    """
+
+    def __init__(self, directory: Path, shared: SharedFolders | None = None, *, keep_records: bool = True) -> None:
         self._directory = directory / "profiles"
         self._shared = shared
+        self._keep_records = keep_records
 
     @contextmanager
     def tuned(self, device: torch.device) -> Iterator[None]:
@@ -72,8 +76,10 @@ class Profiles:
                 _log.warning("launch configurations of kernels cannot be kept: %s", error)
             yield
 
-    def drafters(self, spec: ModelSpec, stamp: Callable[[str], tuple[object, ...]]) -> DrafterRecords:
+    def drafters(self, spec: ModelSpec, stamp: Callable[[str], tuple[object, ...]]) -> DrafterRecords | None:
         """What was learned of drafters for this model on this device in earlier jobs, beside the profiles. stamp: see `DrafterRecords`."""
+        if not self._keep_records:
+            return None
         return DrafterRecords(self._directory.parent / "drafter-records", describe(spec), stamp)
 
     def steps(self, runner: Runner, spec: ModelSpec, max_sequences: int, max_tokens: int) -> tuple[list[tuple[Load, float]], bool]:

@@ -207,7 +207,7 @@ class Adapter:
             trainer = Trainer(self._spec, self._frozen, KeptTexts(learned), Path(folder), plan, KeptTexts(judged), workers=1)
             trainer.module.load_tensors(self._tensors)
             before = trainer.held_lengths()
-            trainer.train(lambda _: None)
+            trainer.train()
             after = trainer.held_lengths()
         surely = better_by(np.array(before), np.array(after))
         _log.info("adapted drafter: %.3f tokens a block before, %.3f after, at least %+.3f", np.mean(before), np.mean(after), surely)

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 from engine.types import FinishReason, Request, SamplingParams
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from engine.engine import Engine
     from engine.tokenizer import Tokenizer
     from engine.training.prompts import Prompt
+    from engine.training.report import Report
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ def encode(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
 
 
 def answer(
-    engine: Engine, prompts: Sequence[Prompt], path: Path, *, samples: int, temperature: float, max_tokens: int, tell: Callable[[str], None]
+    engine: Engine, prompts: Sequence[Prompt], path: Path, *, samples: int, temperature: float, max_tokens: int, report: Report
 ) -> None:
     """Appends what is still missing of `samples` answers a prompt to `path` (JSONL). The first is greedy, the others at `temperature`."""
     done = {text.id for text in read(path)} if path.exists() else set()
@@ -49,8 +50,7 @@ def answer(
             prompt = lengths[result.id].prompt_token_ids
             out.write(json.dumps({"id": result.id, "prompt": prompt, "answer": result.token_ids}) + "\n")
             out.flush()
-            if count % 50 == 0 or count == len(made):
-                tell(f"answers: {count} of {len(made)}, {engine.stats().tokens_per_second:.0f} tokens/s")
+            report.tick(path.name, count, len(made))
 
 
 def read(path: Path) -> Iterator[Text]:

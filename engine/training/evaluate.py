@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from engine.checkpoints import LoadedModel
     from engine.drafters.base import DraftBatch, Drafter, Drafts, Progress
+    from engine.profile import Profiles
     from engine.sequence import Sequence as EngineSequence
     from engine.training.prompts import Prompt
 
@@ -157,14 +158,17 @@ def measure(
     drafts: int = 7,
     max_tokens: int = 256,
     max_sequences: int | None = None,
+    profiles: Profiles | None = None,
     tick: Callable[[int, int], None] = lambda done, of: None,  # noqa: ARG005 - names for the reader
 ) -> Measured:
     """Runs the prompts with every request drafting `drafts` tokens a step, whatever that costs, so that figures compare.
 
-    tick: called with how many requests are answered, and of how many.
+    profiles: where this machine's step times are kept; measured anew where None. tick: called with how many requests are answered, and of
+    how many.
     """
+    tick(0, len(prompts))
     config = EngineConfig(drafter=drafter, fixed_drafts=drafts, max_draft_tokens=drafts, max_sequences=max_sequences, seed=0)
-    engine = Engine(loaded, config)
+    engine = Engine(loaded, config, profiles)
     name = engine.drafters.resolve("auto")
     watched: list[Watched] = []
 

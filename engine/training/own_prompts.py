@@ -14,11 +14,12 @@ from engine.training.prompts import Prompt, Split, may_train, normal, part_of, r
 from engine.types import FinishReason, Request, SamplingParams
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from engine.engine import Engine
     from engine.tokenizer import Tokenizer
+    from engine.training.report import Report
 
 FILE = "own_prompts.jsonl"
 _TEMPERATURE, _MAX_TOKENS = 0.9, 160
@@ -29,7 +30,7 @@ _MARK = "\ue000"
 """A character of no prompt: where it comes out of a chat template, the user's turn begins."""
 
 
-def invent(engine: Engine, parts: Split, each: int, data: Path, *, barred: Iterable[str], seed: int, tell: Callable[[str], None]) -> None:
+def invent(engine: Engine, parts: Split, each: int, data: Path, *, barred: Iterable[str], seed: int, report: Report) -> None:
     """Writes up to `each` prompts a domain to `data`/own_prompts.jsonl, unless the file is there. Prompts that the split knows, that are
     `barred` or whose hash keeps them out of training are left out.
     """
@@ -45,8 +46,7 @@ def invent(engine: Engine, parts: Split, each: int, data: Path, *, barred: Itera
         if result.finish_reason in (FinishReason.STOP, FinishReason.LENGTH) and normal(text) not in seen and may_train(part_of(text)):
             seen.add(normal(text))
             found.append(Prompt(text, domain))
-        if count % 50 == 0 or count == len(begun):
-            tell(f"prompts of the model's own: {count} of {len(begun)}, {engine.stats().tokens_per_second:.0f} tokens/s")
+        report.tick("prompts of the model's own", count, len(begun))
     part = path.with_suffix(".part")
     part.write_text("".join(json.dumps({"prompt": prompt.text, "domain": prompt.domain}) + "\n" for prompt in found), encoding="utf-8")
     part.replace(path)

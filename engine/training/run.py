@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,17 +27,20 @@ from engine.training.export import new_config, set_calibration, write_folder, wr
 from engine.training.own_prompts import invent, with_own
 from engine.training.prompts import balanced, split, spread
 from engine.training.provenance import note_prompts
+from engine.training.report import SILENT
 from engine.training.states import LiveStates, StateStore
 from engine.training.trainer import TrainConfig, Trainer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from engine.checkpoints import LoadedModel
+    from engine.profile import Profiles
     from engine.training.calibrate import Quality
     from engine.training.evaluate import Measured
     from engine.training.prompts import Prompt, Split
     from engine.training.provenance import Provenance
+    from engine.training.report import Report
     from engine.training.trainer import Texts
 
 _ANSWERS = {"states": "answers.jsonl", "held": "held.jsonl"}
@@ -78,13 +82,14 @@ def train(
     benchmarks: Iterable[str] = (),
     data: Path | None = None,
     generate_missing: bool = True,
-    tell: Callable[[str], None],
+    profiles: Profiles | None = None,
+    report: Report = SILENT,
 ) -> dict[str, Any]:
     """Writes a drafter to `out` and its work to `out`/training; returns the training record. Raises DrafterError for unusable input.
 
     data: folder of answers and hidden states (`out`/training where None). What another run of this target left there is used; with the
     same prompts nothing is generated twice, and without `generate_missing` nothing at all. Answers to prompts that are to stay out are an
-    error.
+    error. profiles: where this machine's step times are kept; measured anew where None.
     """
     benchmarks = list(benchmarks)
     parts = split(prompts, benchmarks)
@@ -95,32 +100,32 @@ def train(
     data = data or work
     data.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    engine = Engine(loaded, EngineConfig(drafter="suffix", seed=config.seed)) if generate_missing else None
+    engine = Engine(loaded, EngineConfig(drafter="suffix", seed=config.seed), profiles) if generate_missing else None
     if engine is not None:
-        invent(engine, parts, recipe.own_prompts, data, barred=benchmarks, seed=config.seed, tell=tell)
+        invent(engine, parts, recipe.own_prompts, data, barred=benchmarks, seed=config.seed, report=report)
     parts = with_own(parts, data)
     if engine is not None:
-        generate(engine, parts, data, recipe=recipe, tell=tell)
+        generate(engine, parts, data, recipe=recipe, report=report)
         del engine
     check_answers(parts, data)
-    store_states(loaded, data, recipe, tell)
+    store_states(loaded, data, recipe, report)
     domains = {hash_of(prompt.text): prompt.domain for prompt in (*parts.train, *parts.calibrate)}
-    record = fit_drafter(loaded, data, out, recipe=recipe, config=config, domains=domains, tell=tell)
+    record = fit_drafter(loaded, data, out, recipe=recipe, config=config, domains=domains, report=report)
     counts = {"trained": len(parts.train), "calibrated": len(parts.calibrate), "kept": len(parts.judged)}
     record |= {"prompts": counts, "seconds": round(time.monotonic() - started, 1)}
     write_record(out, record)
     note_trained(out, parts, data, benchmarks)
     if parts.calibrate:
-        calibrate(loaded, out, spread(parts.calibrate, _CALIBRATED_EACH), max_tokens=recipe.max_tokens, tell=tell)
+        calibrate(loaded, out, spread(parts.calibrate, _CALIBRATED_EACH), max_tokens=recipe.max_tokens, profiles=profiles, report=report)
     return record
 
 
-def generate(engine: Engine, parts: Split, data: Path, *, recipe: Recipe, tell: Callable[[str], None]) -> None:
+def generate(engine: Engine, parts: Split, data: Path, *, recipe: Recipe, report: Report) -> None:
     """The target's own answers: `recipe.samples` to each prompt that trains, and a greedy one to those that only show how training goes."""
     samples, length = recipe.samples, recipe.max_tokens
-    answer(engine, parts.train, data / "answers.jsonl", samples=samples, temperature=recipe.temperature, max_tokens=length, tell=tell)
+    answer(engine, parts.train, data / "answers.jsonl", samples=samples, temperature=recipe.temperature, max_tokens=length, report=report)
     watched = balanced(parts.calibrate, _WATCHED_EACH)
-    answer(engine, watched, data / "held.jsonl", samples=1, temperature=0.0, max_tokens=length, tell=tell)
+    answer(engine, watched, data / "held.jsonl", samples=1, temperature=0.0, max_tokens=length, report=report)
 
 
 def check_answers(parts: Split, data: Path) -> None:
@@ -145,14 +150,14 @@ def note_trained(folder: Path, parts: Split, data: Path, benchmarks: Iterable[st
     )
 
 
-def store_states(loaded: LoadedModel, data: Path, recipe: Recipe, tell: Callable[[str], None]) -> None:
+def store_states(loaded: LoadedModel, data: Path, recipe: Recipe, report: Report) -> None:
     """Hidden states of every answer that lacks them; none on an accelerator, which makes them anew sooner than a disk gives them."""
     if loaded.model.spec.device.type != "cpu":
         return
     taps = block_spec(drafter_config(loaded, recipe)).taps
     for kind, texts in _ANSWERS.items():
         if (data / texts).exists():
-            StateStore(data / kind, recipe.disk_bytes).write(read(data / texts), loaded.model, taps, tell)
+            StateStore(data / kind, recipe.disk_bytes).write(read(data / texts), loaded.model, taps, report)
 
 
 def _states(loaded: LoadedModel, data: Path, kind: str, taps: tuple[int, ...], max_length: int, disk_bytes: int) -> Texts:
@@ -177,7 +182,7 @@ def fit_drafter(
     recipe: Recipe,
     config: TrainConfig,
     domains: Mapping[str, str] | None = None,
-    tell: Callable[[str], None],
+    report: Report = SILENT,
 ) -> dict[str, Any]:
     """Trains on the hidden states in `data` and writes the drafter to `out`; goes on from a checkpoint in `out`/training.
 
@@ -192,7 +197,7 @@ def fit_drafter(
     watched = held if held.names() else None
     domain_of = {name: (domains or {}).get(name.split("-")[1], "other") for name in (*store.names(), *held.names())}
     trainer = Trainer(spec, loaded.model.frozen(), store, work, config, watched, target, domain_of=domain_of)
-    trainer.train(tell)
+    trainer.train(report)
     plot(work)
     record = {
         "name": out.name,
@@ -210,12 +215,19 @@ def fit_drafter(
 
 
 def calibrate(
-    loaded: LoadedModel, folder: Path, prompts: Sequence[Prompt], *, max_tokens: int, tell: Callable[[str], None]
+    loaded: LoadedModel,
+    folder: Path,
+    prompts: Sequence[Prompt],
+    *,
+    max_tokens: int,
+    profiles: Profiles | None = None,
+    report: Report = SILENT,
 ) -> dict[str, Any]:
     """Fits the scales of every position and bucket (`parts.confidence`) on these prompts and writes them beside the drafter.
 
     Returns what was written.
 
+    profiles: where this machine's step times are kept, see `evaluate.measure`.
     Drafts of a second, chained block have temperatures of their own: what it is anchored at is a draft itself.
     A drafter without a confidence head is calibrated by how sharp its distributions are.
     """
@@ -225,9 +237,12 @@ def calibrate(
     quality_of: dict[str, dict[str, Any]] = {}
     for temperature in FITTED_AT:
         width = spec.drafts_per_block * CHAINED
-        got = measure(loaded, str(folder), prompts, temperature=temperature, drafts=width, max_tokens=max_tokens)
+        tick = partial(report.tick, f"calibration at temperature {temperature:g}")
+        got = measure(
+            loaded, str(folder), prompts, temperature=temperature, drafts=width, max_tokens=max_tokens, profiles=profiles, tick=tick
+        )
         if not len(got.stood):
-            tell(f"calibration at temperature {temperature}: no whole block was drafted, so nothing is fitted")
+            report.tell(f"calibration at temperature {temperature}: no whole block was drafted, so nothing is fitted")
             continue
         bucket = str(int(bucket_of(np.array([temperature]))[0]))
         scales = fit(got.evidence, got.stood)
@@ -235,7 +250,7 @@ def calibrate(
         for name, row in zip(SCALES, scales, strict=True):
             calibration[name][bucket] = [round(float(value), 4) for value in row]
         quality_of[bucket] = {"blocks": len(got.stood), "ece_before": float(before.ece.mean()), "ece_after": float(after.ece.mean())}
-        tell(f"calibration at temperature {temperature}: error {before.ece.mean():.4f} before, {after.ece.mean():.4f} after")
+        report.tell(f"calibration at temperature {temperature}: error {before.ece.mean():.4f} before, {after.ece.mean():.4f} after")
     calibration["fitted"] = quality_of
     set_calibration(found, calibration)
     note_prompts(folder, calibrated=[prompt.text for prompt in prompts])
@@ -278,15 +293,30 @@ def evaluate(
     drafts: int = 7,
     max_tokens: int = 256,
     max_sequences: int | None = None,
-    tell: Callable[[str], None] = lambda _: None,
+    profiles: Profiles | None = None,
+    report: Report = SILENT,
 ) -> dict[str, Judged]:
-    """How far each drafter gets on these prompts, by its name."""
+    """How far each drafter gets on these prompts, by its name. profiles: where this machine's step times are kept, see `measure`."""
     found: dict[str, Judged] = {}
     for drafter in drafters:
-        got = measure(loaded, drafter, prompts, temperature=temperature, drafts=drafts, max_tokens=max_tokens, max_sequences=max_sequences)
-        found[_name(drafter)] = judged = Judged(got, fitted(drafter, temperature, drafts))
-        tell(f"{_name(drafter)}: {judged.row()}")
+        got = measure(
+            loaded,
+            drafter,
+            prompts,
+            temperature=temperature,
+            drafts=drafts,
+            max_tokens=max_tokens,
+            max_sequences=max_sequences,
+            profiles=profiles,
+            tick=partial(report.tick, _name(drafter)),
+        )
+        found[_name(drafter)] = Judged(got, fitted(drafter, temperature, drafts))
+        report.tell(f"{_name(drafter)}: {_lengths(got.acceptance)}")
     return found
+
+
+def _lengths(acceptance: Mapping[str, float]) -> str:
+    return ", ".join(f"{domain} {length:.3f}" for domain, length in acceptance.items()) or "no request took a step"
 
 
 @dataclass(frozen=True, slots=True)

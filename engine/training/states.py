@@ -16,13 +16,15 @@ from safetensors.torch import load_file, save_file
 
 from engine.batch import NORMALISED, ForwardBatch
 from engine.kv_pool import KVPool
+from engine.training.report import SILENT
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
     from engine.batch import TargetModel
     from engine.training.answers import Text
+    from engine.training.report import Report
 
 _BLOCK = 16
 _DEVICE_TOKENS = 8192
@@ -66,21 +68,21 @@ class StateStore:
         tensors = load_file(self._folder / f"{name}.safetensors")
         return States(tensors["tokens"].long(), int(tensors["prompt_length"][0]), tensors["taps"], tensors["final"])
 
-    def write(self, texts: Iterable[Text], model: TargetModel, taps: tuple[int, ...], tell: Callable[[str], None]) -> bool:
+    def write(self, texts: Iterable[Text], model: TargetModel, taps: tuple[int, ...], report: Report = SILENT) -> bool:
         """Runs the target over the texts that are not there yet. Returns False where the bound was reached before the last."""
         present = set(self.names())
         used = sum(path.stat().st_size for path in self._folder.glob("*.safetensors"))
         together = 1 if model.spec.device.type == "cpu" else _DEVICE_TOKENS
+        missing = [text for text in texts if text.id not in present]
         count = 0
-        for group in _groups((text for text in texts if text.id not in present), together):
+        for group in _groups(missing, together):
             if used >= self._max_bytes:
-                tell(f"hidden states: {used >> 20} MiB reached the bound of {self._max_bytes >> 20} MiB; training uses what is there")
+                report.tell(f"hidden states: {used >> 20} MiB, the bound is {self._max_bytes >> 20}; training uses what is there")
                 return False
             for text, (of_taps, final) in zip(group, forward_states(model, [text.tokens for text in group], taps), strict=True):
                 used += self._save(text, of_taps.cpu(), final.cpu())
-            told, count = count // 50, count + len(group)
-            if count // 50 > told:
-                tell(f"hidden states: {count} texts, {used >> 20} MiB")
+            count += len(group)
+            report.tick("hidden states", count, len(missing))
         return True
 
     def _save(self, text: Text, taps: torch.Tensor, final: torch.Tensor) -> int:

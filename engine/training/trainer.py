@@ -17,13 +17,15 @@ from torch.nn.utils.rnn import pad_sequence
 
 from engine.training.losses import Losses, block_losses
 from engine.training.module import BlockModule
+from engine.training.report import SILENT
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from engine.batch import FrozenParts
     from engine.checkpoints.drafters.specs import BlockSpec
+    from engine.training.report import Report
     from engine.training.states import States
 
 
@@ -140,19 +142,19 @@ class Trainer:
         if self._state.exists():
             self._resume()
 
-    def train(self, tell: Callable[[str], None]) -> None:
+    def train(self, report: Report = SILENT) -> None:
         """Runs to `config.steps`, from wherever an earlier run stopped."""
         if self._workers == 1:
-            self._run(tell)
+            self._run(report)
             return
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            self._run(tell)
+            self._run(report)
         finally:
             torch.set_num_threads(threads)
 
-    def _run(self, tell: Callable[[str], None]) -> None:
+    def _run(self, report: Report) -> None:
         with ThreadPoolExecutor(1, "states") as reader, ThreadPoolExecutor(self._workers, "texts") as self._pool:
             coming = reader.submit(self._read, self.step)
             while self._progress() < 1.0:
@@ -170,8 +172,8 @@ class Trainer:
                 if saved:
                     self._save()
                     held = f", held-out length {entry['held_length']['macro']}" if "held_length" in entry else ""
-                    done = f"step {self.step} of {self._config.steps}, {entry['seconds']} s"
-                    tell(f"{done}: loss {entry['loss']}, length {entry['length']}{held}")
+                    report.tell(f"step {self.step}, {entry['seconds']} s: loss {entry['loss']}, length {entry['length']}{held}")
+                report.tick("steps", self.step, round(self.step / self._progress()))
 
     def _log(self, *, held: bool) -> dict[str, Any]:
         """Writes what is not in the log yet; returns the last entry, which with `held` has the held-out lengths."""

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from service.cli.output import AsJson, Failure, note, print_json, print_table
+from service.cli.progress import counting
 
 if TYPE_CHECKING:
     from engine.checkpoints import LoadedModel
+    from engine.profile import Profiles
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="The target: a registered name, a Hugging Face id or a path.")]
 Folder = Annotated[Path, typer.Argument(metavar="DRAFTER", help="A drafter's folder.")]
@@ -131,6 +133,7 @@ def train(
     """
     with readable_errors():
         from engine.training.prompts import read_prompts
+        from engine.training.report import Report
         from engine.training.run import Recipe
         from engine.training.run import train as run_training
         from engine.training.trainer import TrainConfig
@@ -158,9 +161,19 @@ def train(
         )
         given = read_prompts(prompts)[:limit]
         kept = [prompt.text for path in benchmark or [] for prompt in read_prompts(path)]
-        record = run_training(
-            load(model, dtype), given, out, recipe=recipe, config=config, benchmarks=kept, data=data, generate_missing=generate, tell=note
-        )
+        with counting() as tick:
+            record = run_training(
+                load(model, dtype),
+                given,
+                out,
+                recipe=recipe,
+                config=config,
+                benchmarks=kept,
+                data=data,
+                generate_missing=generate,
+                profiles=step_times(),
+                report=Report(note, tick),
+            )
     if as_json:
         print_json(record)
     else:
@@ -173,9 +186,12 @@ def calibrate(model: Model, drafter: Folder, prompts: Prompts, max_tokens: MaxTo
     """Fit a drafter's confidence on these prompts, and write calibration.json beside it."""
     with readable_errors():
         from engine.training.prompts import read_prompts
+        from engine.training.report import Report
         from engine.training.run import calibrate as fit
 
-        written = fit(load(model), drafter, read_prompts(prompts), max_tokens=max_tokens, tell=note)
+        given = read_prompts(prompts)
+        with counting() as tick:
+            written = fit(load(model), drafter, given, max_tokens=max_tokens, profiles=step_times(), report=Report(note, tick))
     print_json(written) if as_json else print(drafter / "calibration.json")
 
 
@@ -209,6 +225,7 @@ def evaluate(
         from engine.drafters.builtin import PORTFOLIO, TEXT_DRAFTERS
         from engine.drafters.sources import find_automatic
         from engine.training.prompts import balanced, read_prompts, split
+        from engine.training.report import Report
         from engine.training.run import evaluate as judge
         from engine.training.run import plot_reliability
 
@@ -219,16 +236,18 @@ def evaluate(
         found = [source.origin for source in find_automatic(loaded.directory, loaded.model.spec) if Path(source.origin).is_dir()]
         names = drafter or [*TEXT_DRAFTERS, *found, *([PORTFOLIO] if found else [])]
         settings = {"temperature": temperature, "drafts": drafts, "max_tokens": max_tokens}
-        report = judge(
-            loaded,
-            names,
-            given,
-            temperature=temperature,
-            drafts=drafts,
-            max_tokens=max_tokens,
-            max_sequences=max_sequences,
-            tell=(lambda _: None) if as_json else note,
-        )
+        with counting() as tick:
+            report = judge(
+                loaded,
+                names,
+                given,
+                temperature=temperature,
+                drafts=drafts,
+                max_tokens=max_tokens,
+                max_sequences=max_sequences,
+                profiles=step_times(),
+                report=Report(tick=tick) if as_json else Report(note, tick),
+            )
         if plot is not None:
             plot_reliability(report, plot)
     rows = {name: one.row() for name, one in report.items()}
@@ -310,6 +329,14 @@ def load(model: str, dtype: str = "auto") -> LoadedModel:
     from engine.checkpoints import load_model
 
     return load_model(source_of(model), dtype=dtype, progress=note)
+
+
+def step_times() -> Profiles:
+    """This machine's, where every command keeps them. What jobs teach about drafters stays out: these are judged by their own drafts."""
+    from engine.checkpoints import default_cache_dir
+    from engine.profile import Profiles
+
+    return Profiles(default_cache_dir(), keep_records=False)
 
 
 @contextmanager

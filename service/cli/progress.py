@@ -1,13 +1,14 @@
-"""Watching a batch: one bar with lines, rate, acceptance length and time left, until the batch ends."""
+"""Bars with rate and time left: of a batch, with its acceptance length, until it ends, and of whatever else is counted."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Self
 
 from service.cli.client import Unreachable
-from service.cli.output import console, print_json
+from service.cli.output import console, note, print_json
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -19,6 +20,8 @@ ENDED = frozenset({"completed", "failed", "expired", "cancelled"})
 POLL_SECONDS = 0.5
 OUTAGE_SECONDS = 120.0
 """A server that restarts must not end a `watch`; one that is gone this long does."""
+SAID_EVERY = 10.0
+"""Seconds between lines about progress where there is no terminal for a bar."""
 
 
 def states(server: Server, batch_id: str, *, sleep: Callable[[float], None] = time.sleep) -> Iterator[dict[str, Any]]:
@@ -107,6 +110,50 @@ def line_progress() -> Progress:
     )
 
 
+@contextmanager
+def counting() -> Iterator[Callable[[str, int, int], None]]:
+    """Yields `tick(what, done, of)`: a bar on stderr for each `what`, with rate and ETA; where nobody watches, a line now and then."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=28), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("{task.fields[figures]}"), console=console(stderr=True)) as progress:
+        yield _Counts(progress).tick
+
+
+class _Counts:
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._watched = progress.console.is_terminal
+        self._what = ""
+        self._first = self._done = 0
+        self._began = self._said = 0.0
+
+    def tick(self, what: str, done: int, of: int) -> None:
+        now = time.monotonic()
+        if what != self._what or done < self._done:
+            self._what, self._first, self._began, self._said = what, done, now, now
+            self._task = self._progress.add_task(what, total=of, figures="", visible=self._watched)
+        self._done = done
+        figures = _pace(done - self._first, of - done, now - self._began)
+        self._progress.update(self._task, completed=done, total=of, figures=figures)
+        if not self._watched and (done == of or now - self._said >= SAID_EVERY):
+            self._said = now
+            note(f"{what}: {done} of {of}{figures and ', '}{figures}")
+
+
+def _pace(done: int, left: int, seconds: float) -> str:
+    """`3.1/s · ETA 0:12` or `4.2 s each · ETA 12:00`; nothing where nothing is done yet, and no ETA where nothing is left."""
+    if not done or not seconds:
+        return ""
+    each = seconds / done
+    rate = f"{1 / each:.1f}/s" if each < 1 else f"{each:.1f} s each"
+    return rate if not left else f"{rate} · {_eta(each * left)}"
+
+
+def _eta(seconds: float) -> str:
+    return f"ETA {int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
 def figures(batch: dict[str, Any]) -> str:
     """Rate, acceptance length, ETA and failures of a batch object, where known."""
     progress = batch.get("progress") or {}
@@ -122,7 +169,7 @@ def speed(tokens_per_second: float | None, acceptance_length: float | None, eta_
     if acceptance_length:
         parts.append(f"acceptance length {acceptance_length:.2f}")
     if eta_seconds is not None:
-        parts.append(f"ETA {int(eta_seconds) // 60}:{int(eta_seconds) % 60:02d}")
+        parts.append(_eta(eta_seconds))
     if failed:
         parts.append(f"{failed} failed")
     return " · ".join(parts)

@@ -22,11 +22,12 @@ from typing import Any
 
 import numpy as np
 
-from engine.checkpoints import LoadedModel
+from engine.checkpoints import LoadedModel, default_cache_dir
 from engine.checkpoints.drafters.folder import read_folder
 from engine.checkpoints.drafters.formats import block_spec
 from engine.drafters.builtin import PORTFOLIO, TEXT_DRAFTERS
 from engine.drafters.sources import registry_folders
+from engine.profile import Profiles
 from engine.training.evaluate import Measured, measure, ratio
 from engine.training.prompts import Prompt, balanced, digest, read_prompts, split
 from engine.training.provenance import read_provenance
@@ -129,6 +130,7 @@ def kept(
             drafts=options.drafts,
             max_tokens=options.max_tokens,
             max_sequences=options.max_sequences,
+            profiles=Profiles(default_cache_dir(), keep_records=False),
             tick=tick,
         )
     columns = {f"{kind}:{domain}": values for kind in ("tokens", "steps") for domain, values in getattr(got, kind).items()}

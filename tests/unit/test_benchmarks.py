@@ -119,7 +119,7 @@ def test_drafter_quality(run, model, tmp_path):
     prompts = [Prompt(text, ("math", "code")[number % 2]) for number, text in enumerate(texts)]
     for name, rank, steps in (("spark", 4, 2), ("flash", 0, 2), ("longer", 4, 3)):
         recipe, config = Recipe(layers=1, block_size=4, rank=rank, samples=1, max_tokens=12), TrainConfig(steps=steps, checkpoint_every=1)
-        train(loaded, prompts, tmp_path / name, recipe=recipe, config=config, data=tmp_path, tell=lambda _: None)
+        train(loaded, prompts, tmp_path / name, recipe=recipe, config=config, data=tmp_path)
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": prompt.text, "domain": prompt.domain}) + "\n" for prompt in prompts))
     drafters = [f"--drafter={tmp_path / name}" for name in ("spark", "flash", "longer")]

@@ -13,7 +13,7 @@ import pytest
 from service.cli import bill, main
 from service.cli.batch_cmds import endpoint_of, errors_path, require_place, save
 from service.cli.output import Failure, print_table
-from service.cli.progress import speed, states, watch
+from service.cli.progress import counting, speed, states, watch
 
 REPORT = {
     "batch_id": "batch_1",
@@ -54,6 +54,20 @@ def test_a_bill_without_drafts_or_steps(capsys):
     assert "nothing was drafted" in shown
     bill.print_report({**REPORT, "speculation": {**nothing, "drafted": 4}})
     assert "No line has been decoded yet" in capsys.readouterr().out
+
+
+def test_what_is_counted_says_its_pace_where_nobody_watches(capsys, monkeypatch):
+    now = iter([0.0, 4.0, 11.0, 12.0, 30.0, 34.0])
+    monkeypatch.setattr("service.cli.progress.time.monotonic", lambda: next(now))
+    with counting() as tick:
+        for done in (100, 104, 122, 124):  # an interrupted run goes on at 100: its pace is that of what it does now
+            tick("steps", done, 124)
+        tick("answers", 0, 2)
+        tick("answers", 1, 2)
+    assert capsys.readouterr().err.splitlines()[:2] == [
+        "steps: 122 of 124, 2.0/s · ETA 0:01",
+        "steps: 124 of 124, 2.0/s",
+    ]
 
 
 def test_sums_of_money_are_exact(capsys):

@@ -48,7 +48,7 @@ def test_training_records_what_it_used(tmp_path: Path) -> None:
     benchmarks = [BY_PART[5][0], BY_PART[1][0], "never among the prompts"]
     recipe = Recipe(layers=1, block_size=4, rank=4, samples=1, max_tokens=12)
     config = TrainConfig(steps=2, texts=1, anchors=4)
-    train(loaded, prompts, tmp_path / "made", recipe=recipe, config=config, benchmarks=iter(benchmarks), tell=lambda _: None)
+    train(loaded, prompts, tmp_path / "made", recipe=recipe, config=config, benchmarks=iter(benchmarks))
     record = read_provenance(tmp_path / "made")
     parts = split(prompts, benchmarks)
     assert record["trained"] == sorted(digest(prompt.text) for prompt in parts.train)

@@ -24,10 +24,10 @@ def test_states_stop_at_their_bound_and_are_written_once(loaded: LoadedModel, tm
 
     texts = [Text(str(n), tuple(range(1, 40)), 5) for n in range(10)]
     size = StateStore(tmp_path / "all", 1 << 30)
-    assert size.write(texts, loaded.model, (1, 2), lambda _: None)
+    assert size.write(texts, loaded.model, (1, 2))
     each = next((tmp_path / "all").glob("*.safetensors")).stat().st_size
     bounded = StateStore(tmp_path / "some", 3 * each)
-    assert not bounded.write(texts, loaded.model, (1, 2), lambda _: None)
+    assert not bounded.write(texts, loaded.model, (1, 2))
     assert len(bounded.names()) == 3
-    assert not bounded.write(texts, loaded.model, (1, 2), lambda _: None)
+    assert not bounded.write(texts, loaded.model, (1, 2))
     assert len(bounded.names()) == 3

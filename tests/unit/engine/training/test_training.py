@@ -14,10 +14,12 @@ from typer.testing import CliRunner
 from engine.checkpoints import LoadedModel, load_model
 from engine.checkpoints.drafters import DrafterError, read_folder
 from engine.checkpoints.drafters.formats import block_spec
+from engine.profile import Profiles
 from engine.training.answers import read
 from engine.training.export import export, pack
 from engine.training.prompts import Prompt, digest, part_of, read_prompts, split
 from engine.training.provenance import leaks, read_provenance
+from engine.training.report import Report
 from engine.training.run import Recipe, evaluate, plot_reliability, train
 from engine.training.states import LiveStates, StateStore
 from engine.training.trainer import TrainConfig, Trainer, _walk
@@ -32,7 +34,7 @@ CONFIG = TrainConfig(steps=12, texts=2, anchors=8, checkpoint_every=4, learning_
 @pytest.fixture(scope="module")
 def trained(loaded: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("out") / "spark"
-    train(loaded, PROMPTS, out, recipe=RECIPE, config=CONFIG, tell=lambda _: None)
+    train(loaded, PROMPTS, out, recipe=RECIPE, config=CONFIG)
     return out
 
 
@@ -50,11 +52,13 @@ def test_held_out_prompts_are_followed_and_data_is_shared_among_runs(loaded: Loa
     rows = [json.loads(line) for line in (trained / "training" / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "held_length" in row] == [4, 8, 12]
     assert all(1.0 <= row["held_length"]["macro"] <= 5.0 for row in rows if "held_length" in row)
-    said: list[str] = []
+    counted: set[str] = set()
+    report = Report(tick=lambda what, _done, _of: counted.add(what))
     before = sorted(path.stat().st_mtime_ns for path in (trained / "training" / "states").iterdir())
     plain = Recipe(layers=1, block_size=4, rank=0, samples=1, max_tokens=16)
-    record = train(loaded, PROMPTS, tmp_path / "flash", recipe=plain, config=CONFIG, data=trained / "training", tell=said.append)
-    assert not [line for line in said if line.startswith(("answers", "hidden states"))]
+    record = train(loaded, PROMPTS, tmp_path / "flash", recipe=plain, config=CONFIG, data=trained / "training", report=report)
+    assert {"steps", "calibration at temperature 0"} < counted
+    assert not {"answers.jsonl", "held.jsonl", "hidden states"} & counted, "they were made again"
     assert sorted(path.stat().st_mtime_ns for path in (trained / "training" / "states").iterdir()) == before
     assert record["texts"] == read_folder(trained).record["texts"]
     # What stays out by another choice of benchmarks must not come in by way of the stored answers.
@@ -62,7 +66,7 @@ def test_held_out_prompts_are_followed_and_data_is_shared_among_runs(loaded: Loa
     with pytest.raises(DrafterError, match="not trained on"):
         train(
             loaded, PROMPTS, tmp_path / "b", recipe=plain, config=CONFIG, benchmarks=[barred], data=trained / "training",
-            generate_missing=False, tell=said.append,
+            generate_missing=False,
         )  # fmt: skip
 
 
@@ -93,7 +97,7 @@ def test_a_drawn_part_of_the_vocabulary_stands_for_all_of_it(loaded: LoadedModel
         config = TrainConfig(steps=400, texts=2, anchors=8, learning_rate=0.0, vocabulary=vocabulary, full_from=1.0)
         (tmp_path / str(vocabulary)).mkdir()
         trainer = Trainer(spec, loaded.model.frozen(), store, tmp_path / str(vocabulary), config)
-        trainer.train(lambda _: None)
+        trainer.train()
         rows = [json.loads(line) for line in (tmp_path / str(vocabulary) / "log.jsonl").read_text().splitlines()]
         means.append((np.mean([row["kl"] for row in rows]), np.mean([row["tv"] for row in rows])))
     assert means[1][0] == pytest.approx(means[0][0], abs=0.1)
@@ -135,7 +139,7 @@ def test_states_made_on_the_way_are_those_on_disk_and_texts_together_train_as_th
 def test_prompts_of_the_models_own_begin_as_those_that_train_and_keep_to_the_rule(loaded: LoadedModel, tmp_path: Path) -> None:
     prompts = [Prompt(f"tell me all that you know about the number {number} and its neighbours", "chat") for number in range(40)]
     recipe = replace(RECIPE, own_prompts=30)
-    train(loaded, prompts, tmp_path / "a", recipe=recipe, config=replace(CONFIG, steps=2), tell=lambda _: None)
+    train(loaded, prompts, tmp_path / "a", recipe=recipe, config=replace(CONFIG, steps=2))
     own = read_prompts(tmp_path / "a" / "training" / "own_prompts.jsonl")
     known = split(prompts)
     assert 10 < len(own) <= 30
@@ -157,7 +161,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(loaded: LoadedModel, tr
     spec = block_spec(read_folder(trained).config)
     store = StateStore(trained / "training" / "states", 1 << 30)
     whole = Trainer(spec, loaded.model.frozen(), store, tmp_path, CONFIG)
-    whole.train(lambda _: None)
+    whole.train()
     work = tmp_path / "killed"
     work.mkdir()
     first = Trainer(spec, loaded.model.frozen(), store, work, CONFIG)
@@ -172,17 +176,21 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(loaded: LoadedModel, tr
 
     first._one_step = one_step
     with pytest.raises(Killed):
-        first.train(lambda _: None)
+        first.train()
     second = Trainer(spec, loaded.model.frozen(), store, work, CONFIG)
     assert second.step == 4
-    second.train(lambda _: None)
+    second.train()
     assert [json.loads(line)["step"] for line in (work / "log.jsonl").read_text().splitlines()] == list(range(1, 13))
     for name, tensor in whole.module.tensors().items():
         assert torch.equal(tensor, second.module.tensors()[name]), name
 
 
 def test_a_trained_drafter_is_judged_calibrated_packed_and_exported(loaded: LoadedModel, trained: Path, tmp_path: Path) -> None:
-    found = evaluate(loaded, [str(trained), "ngram"], PROMPTS[:6], drafts=4, max_tokens=12)
+    kept, said = Profiles(tmp_path / "cache", keep_records=False), []
+    found = evaluate(loaded, [str(trained), "ngram"], PROMPTS[:6], drafts=4, max_tokens=12, profiles=kept, report=Report(said.append))
+    assert [line.partition(":")[0] for line in said] == ["spark", "ngram"]
+    assert len(list((tmp_path / "cache" / "profiles").glob("*/steps.json"))) == 1, "the machine's step times are measured once"
+    assert not (tmp_path / "cache" / "drafter-records").exists()
     report = {name: one.row() for name, one in found.items()}
     assert set(report) == {"spark", "ngram"}
     assert {"math", "chat", "macro", "ece_before", "ece_after"} == set(report["spark"])
