@@ -7,10 +7,12 @@ import hashlib
 from collections.abc import Iterator
 from typing import Any
 
-from sqlalchemy import Connection, CursorResult, Select
+from sqlalchemy import Connection, CursorResult, Select, text
 
 READ_ROWS = 2000
 """Rows a server-side cursor fetches at a time."""
+READ_SECONDS = 600
+"""How long a transaction may ask for nothing once it streams: what is read may go on to a slow object store, a part at a time."""
 
 _OPEN_STREAMS = "longdraft.streams"
 
@@ -28,6 +30,7 @@ def advisory_key(name: str) -> int:
 
 def stream(connection: Connection, query: Select[Any]) -> Iterator[Any]:
     """Rows through a server-side cursor. Other statements may run between reads, COPY may not."""
+    connection.execute(text(f"SET LOCAL idle_in_transaction_session_timeout = '{READ_SECONDS}s'"))
     with connection.execute(query, execution_options={"yield_per": READ_ROWS}) as result:
         streams: set[CursorResult[Any]] = connection.info.setdefault(_OPEN_STREAMS, set())
         streams.add(result)

@@ -80,9 +80,9 @@ class Transaction:
 class PostgresDatabase:
     """A pool of connections that survives restarts of the server: every connection is tried before it is lent.
 
-    `patience`: seconds after which the other end counts as gone. The server ends a transaction in which nothing was asked for that long,
-    so that the rows it locked are free although its process is frozen and the connection stands; either side gives up a connection
-    whose bytes nobody takes.
+    `patience`: seconds after which the other end counts as gone. The server ends a transaction in which nothing was asked for that long
+    (one that streams rows has longer), so that what it locked is free although its process is frozen and the connection stands; either
+    side gives up a connection whose bytes nobody takes.
     """
 
     def __init__(self, url: str, *, pool_size: int = 8, patience: float = 60.0) -> None:

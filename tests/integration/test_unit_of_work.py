@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 from uuid import uuid4
@@ -105,6 +106,21 @@ def test_locks_of_a_process_that_falls_silent_are_free_after_a_while(database_ur
             other.batches.load(batch.id, lock=True)  # waits until the server has ended the first transaction
         uow.batches.load(batch.id)
     silent.ping()
+    silent.close()
+
+
+def test_who_streams_rows_may_be_silent_for_longer(database_url: str) -> None:
+    """Between two reads they go to an object store, however slow."""
+    silent = PostgresDatabase(database_url, patience=0.2)
+    with silent.begin() as uow:
+        batch = stored(silent, uow.accounts.projects()[0].id)
+    with silent.begin() as uow:
+        uow.lines.stage(batch.id, [StagedLine(n, 0, 1, f"line-{n}", model="m") for n in range(1, 3001)])
+    with silent.begin() as uow:
+        rows = uow.lines.for_grouping(batch.id)
+        next(rows)
+        time.sleep(0.6)
+        assert sum(1 for _ in rows) == 2999
     silent.close()
 
 
