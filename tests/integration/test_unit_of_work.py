@@ -97,9 +97,8 @@ def test_a_connection_cut_inside_a_transaction_is_an_outage_and_the_pool_recover
 
 
 def test_locks_of_a_process_that_falls_silent_are_free_after_a_while(database_url: str, database: PostgresDatabase) -> None:
-    silent = PostgresDatabase(database_url, patience=0.2)
-    with silent.begin() as uow:
-        batch = stored(database, uow.accounts.projects()[0].id)
+    silent = PostgresDatabase(database_url, patience=0.5)
+    batch = stored(database, _a_project(database))
     with pytest.raises(Unavailable, match="idle-in-transaction"), silent.begin() as uow:  # noqa: PT012 - the transaction is the point
         uow.batches.load(batch.id, lock=True)
         with database.begin() as other:
@@ -109,19 +108,23 @@ def test_locks_of_a_process_that_falls_silent_are_free_after_a_while(database_ur
     silent.close()
 
 
-def test_who_streams_rows_may_be_silent_for_longer(database_url: str) -> None:
+def test_who_streams_rows_may_be_silent_for_longer(database_url: str, database: PostgresDatabase) -> None:
     """Between two reads they go to an object store, however slow."""
-    silent = PostgresDatabase(database_url, patience=0.2)
-    with silent.begin() as uow:
-        batch = stored(silent, uow.accounts.projects()[0].id)
-    with silent.begin() as uow:
+    silent = PostgresDatabase(database_url, patience=0.5)
+    batch = stored(database, _a_project(database))
+    with database.begin() as uow:
         uow.lines.stage(batch.id, [StagedLine(n, 0, 1, f"line-{n}", model="m") for n in range(1, 3001)])
     with silent.begin() as uow:
         rows = uow.lines.for_grouping(batch.id)
         next(rows)
-        time.sleep(0.6)
+        time.sleep(1.2)
         assert sum(1 for _ in rows) == 2999
     silent.close()
+
+
+def _a_project(database: PostgresDatabase) -> str:
+    with database.begin() as uow:
+        return uow.accounts.projects()[0].id
 
 
 def test_a_crash_of_the_server_is_an_outage_and_the_pool_recovers(database: PostgresDatabase, owner_url: str) -> None:
