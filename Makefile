@@ -16,7 +16,7 @@ SHELL := bash
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install --prefer-binary --constraint constraints.txt
-UV := $(BIN)/python -m uv pip install --quiet --system-certs --index-strategy unsafe-best-match --python $(BIN)/python --constraint constraints.txt
+UV := $(BIN)/python -m uv pip install --quiet --compile-bytecode --system-certs --index-strategy unsafe-best-match --python $(BIN)/python --constraint constraints.txt
 STAMP := $(VENV)/.installed
 
 ifeq ($(TORCH),auto)

@@ -19,7 +19,7 @@ import structlog
 from service.bootstrap import make_runner, open_blobs, open_database
 from service.children import process_age_ns
 from service.config import Settings
-from service.errors import LongdraftError, Unavailable
+from service.errors import Unavailable
 from service.metrics import WorkerMetrics
 from service.ops import Readiness, ops_server
 from service.ports import BlobStore, Database, InferenceRunner
@@ -86,7 +86,6 @@ def _work(
     metrics = WorkerMetrics(runner, groups)
     groups.observe = metrics.delivered
     lately = ClaimedLately(database, groups, stop)
-    _wait_for(database, stop)
     with ops_server(settings, metrics=metrics.text, ready=lambda: Readiness(*lately())), groups:
         log.info("worker_ready", worker=identity.id, device=runner.device)
         last_work = time.monotonic()
@@ -102,18 +101,6 @@ def _work(
                 break
             hint.wait(POLL_SECONDS)
     log.info("worker_stopped", worker=identity.id, delivered=groups.delivered)
-
-
-def _wait_for(database: Database, stop: threading.Event) -> None:
-    """A worker may be started before its database."""
-    while not stop.is_set():
-        try:
-            database.ping()
-        except LongdraftError as error:
-            log.warning("worker_waits", error=error.message)
-            stop.wait(OUTAGE_SECONDS)
-        else:
-            return
 
 
 def _stop_on_signals(stop: threading.Event, hint: threading.Event) -> None:

@@ -18,7 +18,7 @@ from service.usecases.holdings import Holdings
 TICK = 0.2
 """Seconds between looks at `stop`: how long a SIGTERM waits before running lines are aborted."""
 RETRY = 1.0
-"""Seconds until the next try after a heartbeat that did not reach the database."""
+"""Seconds until the next try after a heartbeat or a registration that did not reach the database."""
 
 log = structlog.get_logger(__name__)
 
@@ -65,9 +65,15 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def start(self) -> None:
-        """Registers the worker and begins to beat. Raises Unavailable."""
-        with self._database.begin() as uow:
-            uow.workers.register(self._identity.id, host=self._identity.host, pid=self._identity.pid, device=self._device)
+        """Registers the worker, once the database answers (a worker may be started before it), and begins to beat."""
+        while not self._stop.is_set():
+            try:
+                with self._database.begin() as uow:
+                    uow.workers.register(self._identity.id, host=self._identity.host, pid=self._identity.pid, device=self._device)
+                break
+            except LongdraftError as error:
+                log.warning("worker_waits", worker=self._identity.id, error=error.message)
+                self._stop.wait(RETRY)
         self._thread.start()
 
     def close(self) -> None:

@@ -162,6 +162,29 @@ def test_a_commit_whose_answer_was_lost_is_settled_by_looking(jobs):
     assert check(jobs.database, jobs.blobs) == []
 
 
+def test_a_worker_that_starts_in_an_outage_waits_for_its_end(jobs, monkeypatch):
+    """Not for the answer to a ping: between that and its registration the next connection may be cut."""
+    monkeypatch.setattr("service.usecases.heartbeat.RETRY", 0.01)
+    batch = jobs.run(lines(10))
+    inner, cut = jobs.database, []
+
+    class Flaky:
+        def __getattr__(self, name):
+            return getattr(inner, name)
+
+        def begin(self):
+            if len(cut) < 3:
+                cut.append(True)
+                raise Unavailable("the connection was cut")
+            return inner.begin()
+
+    jobs.database = Flaky()
+    assert jobs.drain() == 10
+    jobs.database = inner
+    assert len(cut) == 3
+    assert jobs.finalize(batch).completed == 10
+
+
 def test_a_suspect_waits_until_the_others_are_done_and_then_runs_alone(jobs):
     jobs.group_lines = 4
     batch = jobs.run(lines(20))
