@@ -62,7 +62,8 @@ $(VENV)/bin/python:
 	@echo "==> creating $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV) || { echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt install python3-venv" >&2; rm -rf $(VENV); exit 1; }
 
-# uv installs ten times faster, but knows nothing of pip's configuration: what it is told here, and where it fails pip takes over.
+# uv installs several times faster, and compiles at once, for wherever no bytecode may be written later. It knows nothing of pip's
+# configuration: what it is told here, and where it fails pip takes over.
 ifdef PIP_INDEX_URL
 export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
 endif

@@ -224,10 +224,10 @@ def evaluate(
     with readable_errors():
         from engine.drafters.builtin import PORTFOLIO, TEXT_DRAFTERS
         from engine.drafters.sources import find_automatic
+        from engine.training.judge import evaluate as judge
+        from engine.training.judge import plot_reliability
         from engine.training.prompts import balanced, read_prompts, split
         from engine.training.report import Report
-        from engine.training.run import evaluate as judge
-        from engine.training.run import plot_reliability
 
         given = read_prompts(prompts)
         given = list(split(given).judged) if judged else given

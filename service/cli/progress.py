@@ -11,7 +11,7 @@ from service.cli.client import Unreachable
 from service.cli.output import console, note, print_json
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.progress import Progress, ProgressColumn
 
     from service.cli.client import Server
     from service.cli.local_run import Tally
@@ -110,13 +110,19 @@ def line_progress() -> Progress:
     )
 
 
+def count_columns() -> tuple[ProgressColumn, ...]:
+    """What is counted, a bar, how many of how many, and for how long."""
+    from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    return SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=28), MofNCompleteColumn(), TimeElapsedColumn()
+
+
 @contextmanager
 def counting() -> Iterator[Callable[[str, int, int], None]]:
     """Yields `tick(what, done, of)`: a bar on stderr for each `what`, with rate and ETA; where nobody watches, a line now and then."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress, TextColumn
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=28), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("{task.fields[figures]}"), console=console(stderr=True)) as progress:
+    with Progress(*count_columns(), TextColumn("{task.fields[figures]}"), console=console(stderr=True)) as progress:
         yield _Counts(progress).tick
 
 

@@ -29,9 +29,9 @@ from engine.drafters.builtin import PORTFOLIO, TEXT_DRAFTERS
 from engine.drafters.sources import registry_folders
 from engine.profile import Profiles
 from engine.training.evaluate import Measured, measure, ratio
+from engine.training.judge import Judged, fitted, plot_reliability
 from engine.training.prompts import Prompt, balanced, digest, read_prompts, split
 from engine.training.provenance import read_provenance
-from engine.training.run import Judged, fitted, plot_reliability
 from tests.benchmarks import live
 
 MACRO, OVER_DFLASH, ERROR, AREA = 2.0, 1.10, 0.015, 0.75

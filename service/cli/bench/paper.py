@@ -205,8 +205,8 @@ def _run(loaded: LoadedModel, requests: Sequence[Request], sequences: int, setti
 def _calibration(loaded: LoadedModel, drafter: str, lines: Sequence[BenchLine], plan: PaperPlan) -> dict[str, Any]:
     """Reliability points before and after scaling and as foretold while running, by position."""
     from engine.training.calibrate import reliability
+    from engine.training.judge import evaluate
     from engine.training.prompts import Prompt
-    from engine.training.run import evaluate
 
     asked = [
         next(turn["content"] for turn in line.body["messages"] if turn["role"] == "user")

@@ -22,6 +22,7 @@ from service.cli.bench.peers import PEERS, Family
 from service.cli.bench.plan import BenchRequest, Task
 from service.cli.bench.prompts import Prompts, wire_job
 from service.cli.output import Failure, console
+from service.cli.progress import count_columns
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -307,10 +308,9 @@ class _Session:
 
 @contextmanager
 def _display(quiet: bool) -> Iterator[Progress]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=28), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console(stderr=True), disable=quiet, transient=True) as progress:
+    with Progress(*count_columns(), console=console(stderr=True), disable=quiet, transient=True) as progress:
         yield progress
 
 

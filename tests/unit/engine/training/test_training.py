@@ -17,10 +17,11 @@ from engine.checkpoints.drafters.formats import block_spec
 from engine.profile import Profiles
 from engine.training.answers import read
 from engine.training.export import export, pack
+from engine.training.judge import evaluate, plot_reliability
 from engine.training.prompts import Prompt, digest, part_of, read_prompts, split
 from engine.training.provenance import leaks, read_provenance
 from engine.training.report import Report
-from engine.training.run import Recipe, evaluate, plot_reliability, train
+from engine.training.run import Recipe, train
 from engine.training.states import LiveStates, StateStore
 from engine.training.trainer import TrainConfig, Trainer, _walk
 from service.cli.main import app
