@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+import kernels
 from kernels import pages
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class ForwardBatch:
     max_query, max_kv: Python ints, so that nobody has to ask the device.
     shared_prefix_blocks: leading blocks that are the same for *all* S sequences (0 = none); a kernel may read them once.
     taps: hidden-state indices wanted beside the output (0 = embeddings, i = after layer i, or `NORMALISED`), for drafters.
+    peaks: of the logits only the highest of each row and its token are wanted. A model that cannot do with less gives all logits still.
     """
 
     token_ids: torch.Tensor
@@ -45,14 +47,31 @@ class ForwardBatch:
     max_kv: int
     shared_prefix_blocks: int = 0
     taps: tuple[int, ...] = ()
+    peaks: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Peaks:
+    """The highest logit of each of R rows, float32 [R] (NaN or infinite where the model gave no number), and its token, int64 [R]."""
+
+    values: torch.Tensor
+    tokens: torch.Tensor
+
+    @staticmethod
+    def of(logits: torch.Tensor) -> Peaks:
+        """Of logits [R, vocab]; of equal ones the first."""
+        return Peaks(*kernels.peaks(logits))
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardOutput:
-    """logits: float32 [R, vocab] of the rows asked for. taps: one [T, hidden] tensor an index asked for."""
+    """logits: float32 [R, vocab] of the rows asked for; [0, vocab] where there are `peaks`, which say all that was asked for. taps: one
+    [T, hidden] tensor an index asked for.
+    """
 
     logits: torch.Tensor
     taps: dict[int, torch.Tensor] = field(default_factory=dict)
+    peaks: Peaks | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +134,7 @@ class TargetModel(Protocol):
     spec: ModelSpec
 
     def forward(self, batch: ForwardBatch, kv: KVPool) -> ForwardOutput:
-        """Writes the keys and values of all T tokens into `kv` and returns the logits of `batch.logit_rows`.
+        """Writes the keys and values of all T tokens into `kv` and returns the logits of `batch.logit_rows`, or their peaks alone.
 
         A layer writes all of them before it reads any: a sequence's table may list blocks that another sequence of the same
         step fills (siblings that start together share their prefix in one step).

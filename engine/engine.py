@@ -37,7 +37,7 @@ from engine.row_table import RowTable
 from engine.runner import make_runner
 from engine.scheduler import Scheduler, StepPlan, UnfitRequestError
 from engine.speculation.cost_model import CostModel, Load, best_batch, best_chunk
-from engine.speculation.judge import DeviceJudge, HostJudge
+from engine.speculation.judge import DeviceJudge, HostJudge, judge_peaks
 from engine.speculation.proposal import Proposal
 from engine.speculation.speculator import Speculator
 from engine.stats import EngineStats, Meter
@@ -51,12 +51,15 @@ from kernels import pages
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from engine.batch import ForwardOutput
     from engine.checkpoints import LoadedModel
     from engine.device_decoding import DeviceFlight
+    from engine.logprobs import Kept
     from engine.profile import Profiles
     from engine.runner import Runner
     from engine.sequence import Sequence
-    from engine.speculation.judge import Judge
+    from engine.speculation.judge import Judge, Pending
+    from engine.speculation.verify import Rows
 
 _log = logging.getLogger(__name__)
 
@@ -398,11 +401,10 @@ class Engine:
         """The forward and the verdict on its rows: what a device does in a step. Where it works by itself, nobody waits for it here."""
         step, rows = work.step, work.rows(self._table)
         timing = self._clock.start()
-        output = self._runner.run(step, self._speculator.taps)
-        logits, kept = self._logprobs.keep(output.logits, work)
-        rules = self._rules.apply(logits, work)
-        wanted = None if kept is None else kept.wanted
-        pending = self._judge(logits, rows, step.row_counts, work.slots, self._steps, work.row_probabilities(logits), rules, wanted)
+        # Nobody needs other logits than the highest; a judge on the device is captured with all of them.
+        greedy = self._runner.latest is None and not rows.modes.any() and self._rules.idle and self._logprobs.idle
+        output = self._runner.run(step, self._speculator.taps, peaks=greedy)
+        pending, kept = self._verdict(output, work, rows)
         timing.stop()
         promised = self._runner.latest is not None and not (work.proposal.groups or work.proposal.drafted.any())
         if promised:
@@ -412,6 +414,16 @@ class Engine:
         for live in lives:
             live.in_flight += 1
         return Flight(work, lives, pending, timing, {} if promised else output.taps, kept, promised)
+
+    def _verdict(self, output: ForwardOutput, work: Work, rows: Rows) -> tuple[Pending, Kept | None]:
+        """On all rows of a step, and what is kept of its log-probabilities."""
+        counts = work.step.row_counts
+        if output.peaks is not None:
+            return judge_peaks(output.peaks, rows, counts), None
+        logits, kept = self._logprobs.keep(output.logits, work)
+        rules = self._rules.apply(logits, work)
+        wanted = None if kept is None else kept.wanted
+        return self._judge(logits, rows, counts, work.slots, self._steps, work.row_probabilities(logits), rules, wanted), kept
 
     def _land(self) -> list[Result]:
         """Reads the step that is in flight, if any."""

@@ -212,7 +212,7 @@ class GraphRunner(Runner):
         return self.tiers.spare(tokens, sequences)
 
     @torch.inference_mode()
-    def run(self, step: PackedStep, taps: tuple[int, ...] = ()) -> ForwardOutput:
+    def run(self, step: PackedStep, taps: tuple[int, ...] = (), *, peaks: bool = False) -> ForwardOutput:  # noqa: ARG002 - graphs have all
         """See `Runner.run`."""
         tier = self.tiers.of(step.num_tokens, len(step.kv_lengths))
         rows = len(step.logit_rows)

@@ -155,6 +155,11 @@ class RuleBook(ABC, Generic[Rules]):
             prompt = sequence.tokens[: sequence.prompt_length]
             self._of[sequence.serial] = self._make(sampling, prompt, end_tokens, constraint)
 
+    @property
+    def idle(self) -> bool:
+        """Whether no request in the engine has any."""
+        return not self._of
+
     def leave(self, sequence: Sequence) -> None:
         self._of.pop(sequence.serial, None)
 

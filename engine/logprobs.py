@@ -110,6 +110,11 @@ class Logprobs:
         if sequence.request.sampling.logprobs is not None:
             self._of[sequence.serial] = _Log()
 
+    @property
+    def idle(self) -> bool:
+        """Whether no request in the engine wants any."""
+        return not self._of
+
     def leave(self, sequence: Sequence) -> tuple[tuple[TokenLogprob, ...], tuple[TokenLogprob, ...]]:
         """Of the prompt and of the answer; forgets both."""
         log = self._of.pop(sequence.serial, None)

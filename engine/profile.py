@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 import kernels
+from engine.batch import Peaks
 from engine.checkpoints.cache import make_once
 from engine.drafter_records import DrafterRecords
 from engine.runner import PackedStep, Runner
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from engine.batch import ModelSpec
     from engine.checkpoints.cache import SharedFolders
 
-PROFILE = 7
+PROFILE = 8
 """Part of a stored profile's name: raise it when steps take another time than before (new kernels) or are measured otherwise."""
 
 _TURNS, _SECONDS = 8, 10.0
@@ -280,9 +281,9 @@ def shapes(max_sequences: int, max_tokens: int, max_positions: int, num_blocks: 
 
 def _seconds(runner: Runner, step: PackedStep) -> float:
     started = time.perf_counter()
-    logits = runner.run(step).logits
-    if logits.device.type == "cuda":
-        torch.cuda.synchronize(logits.device)
-    else:
-        kernels.peaks(logits)
+    output = runner.run(step, peaks=True)
+    if runner.model.spec.device.type == "cuda":
+        torch.cuda.synchronize(runner.model.spec.device)
+    elif output.peaks is None:
+        Peaks.of(output.logits)
     return time.perf_counter() - started

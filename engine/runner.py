@@ -140,8 +140,10 @@ class Runner:
         self.latest = None if slots is None else torch.zeros(slots, dtype=torch.int64, device=model.spec.device)
 
     @torch.inference_mode()
-    def run(self, step: PackedStep, taps: tuple[int, ...] = ()) -> ForwardOutput:
-        """One forward; KV of every token of the step is written. Logits: float32 [rows, vocab] on the model's device."""
+    def run(self, step: PackedStep, taps: tuple[int, ...] = (), *, peaks: bool = False) -> ForwardOutput:
+        """One forward; KV of every token of the step is written. Logits: float32 [rows, vocab] on the model's device. taps, peaks: see
+        `ForwardBatch`.
+        """
         device = self.model.spec.device
         token_ids = to_device(step.token_ids, device)
         if step.sources is not None:
@@ -158,6 +160,7 @@ class Runner:
             max_kv=int(step.kv_lengths.max()),
             shared_prefix_blocks=step.shared_prefix_blocks,
             taps=taps,
+            peaks=peaks,
         )
         return self.model.forward(batch, self.kv)
 

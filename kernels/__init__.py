@@ -171,9 +171,12 @@ def pack_linear(
     *,
     int8: bool = False,
     dtype: torch.dtype | None = None,
+    screened: bool = False,
 ) -> PackedLinear:
-    """Lays a weight [out, in], or several stacked, out for their device, on request in eight bits. See `kernels.reference.linear`."""
-    return _implementation("pack_linear", weight[0].device.type)(weight, bias, int8=int8, dtype=dtype)
+    """Lays a weight [out, in], or several stacked, out for their device, on request in eight bits, or for `linear_peaks`. See
+    `kernels.reference.linear`.
+    """
+    return _implementation("pack_linear", weight[0].device.type)(weight, bias, int8=int8, dtype=dtype, screened=screened)
 
 
 def pack_gated_linear(
@@ -188,6 +191,14 @@ def linear(x: torch.Tensor, packed: PackedLinear | Fp8Linear, residual: torch.Te
     if hasattr(packed, "scale"):
         return fp8_linear(x, cast("Fp8Linear", packed), residual)
     return _implementation("linear", x.device.type)(x, packed, residual)
+
+
+def linear_peaks(x: torch.Tensor, packed: PackedLinear | Fp8Linear) -> tuple[torch.Tensor, torch.Tensor]:
+    """`peaks` of `linear(x, packed)` in float32, to the last bit; without computing all of it where `packed` is screened."""
+    if len(x) and (screen := getattr(packed, "screen", None)) is not None:
+        panels = cast("PackedLinear", packed)
+        return _compiled("screen", "peaks")(x, panels.weight, panels.out_features, screen)
+    return peaks(linear(x, packed).float())
 
 
 def gated_linear(x: torch.Tensor, packed: PackedLinear | Fp8Linear, activation: str) -> torch.Tensor:

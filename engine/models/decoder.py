@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 import kernels
-from engine.batch import NORMALISED, ForwardBatch, ForwardOutput, FrozenParts, ModelSpec
+from engine.batch import NORMALISED, ForwardBatch, ForwardOutput, FrozenParts, ModelSpec, Peaks
 from engine.models.few_rows import MOST_ROWS, FewRows
 
 if TYPE_CHECKING:
@@ -48,6 +48,9 @@ class LeanDecoder:
         self._ropes = ropes
         self._weights = weights
         self._few_rows = FewRows.of(spec, arch, weights)
+        # What is done to logits afterwards could make two of them equal.
+        plain = arch.logit_scale == 1.0 and arch.logit_soft_cap is None
+        self._screened = plain and getattr(weights.head, "screen", None) is not None
         # Rounded to the model's type first, as transformers does: in bfloat16 sqrt(640) is 25.25.
         self._embedding_scale = torch.tensor(arch.embedding_scale, dtype=spec.dtype, device=spec.device)
 
@@ -82,7 +85,10 @@ class LeanDecoder:
         """`whole`: `normed` has all rows, not only those that want logits."""
         if NORMALISED in batch.taps:
             taps[NORMALISED] = normed
-        return ForwardOutput(self._logits(normed.index_select(0, batch.logit_rows) if whole else normed), taps)
+        rows = normed.index_select(0, batch.logit_rows) if whole else normed
+        if batch.peaks and self._screened:
+            return ForwardOutput(rows.new_empty(0, self.spec.vocab_size), taps, Peaks(*kernels.linear_peaks(rows, self._weights.head)))
+        return ForwardOutput(self._logits(rows), taps)
 
     def _at_once(
         self, hidden: torch.Tensor, batch: ForwardBatch, tables: _StepTables, kv: KVPool

@@ -73,7 +73,7 @@ def pack_weights(
         embedding=embedding,
         layers=tuple(_pack_layer(source, arch, f"model.layers.{index}.") for index in range(len(arch.layers))),
         norm=_norm(source, arch, "model.norm"),
-        head=kernels.pack_linear(embedding if tied else source.pieces("lm_head.weight"), int8=int8, dtype=dtype),
+        head=kernels.pack_linear(embedding if tied else source.pieces("lm_head.weight"), int8=int8, dtype=dtype, screened=True),
         tied=tied and not int8,
     )
     if tensors:

@@ -11,13 +11,14 @@ import torch
 import kernels
 from engine.device_rules import RowRules
 from engine.logprobs import Sent
-from engine.speculation.verify import Rows, accepted_lengths, verify
+from engine.speculation.verify import Rows, Verdict, accepted_lengths, verify, verify_greedy
 from engine.transfer import Arrival, all_to_device, to_device
 from kernels.reference.sampling import DraftWeights, SampleRows
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from engine.batch import Peaks
     from engine.logprobs import Wanted
 
     Ints = NDArray[np.int64]
@@ -92,14 +93,22 @@ class HostJudge:
     ) -> Known:
         """See `Judge`. The logits have been changed by their rules, and their log-probabilities taken before that."""
         del slots, rules, wanted
-        verdict = verify(logits, rows, attempt, probabilities)
-        starts = np.cumsum(row_counts) - row_counts
-        accepted = accepted_lengths(verdict.stands, starts, np.maximum(row_counts - 1, 0))
-        samples = row_counts > 0
-        following = np.full(len(samples), -1, np.int64)
-        following[samples] = verdict.tokens[(starts + accepted)[samples]]
-        bad = np.concatenate(([0], np.cumsum(~verdict.finite)))
-        return Known(Decision(accepted, following, bad[starts + row_counts] == bad[starts]))
+        return Known(_decide(verify(logits, rows, attempt, probabilities), row_counts))
+
+
+def judge_peaks(peaks: Peaks, rows: Rows, row_counts: Ints) -> Known:
+    """The decision on a step of greedy rows, where their highest logits are all that is known. rows, row_counts: see `Judge`."""
+    return Known(_decide(verify_greedy(peaks, rows), row_counts))
+
+
+def _decide(verdict: Verdict, row_counts: Ints) -> Decision:
+    starts = np.cumsum(row_counts) - row_counts
+    accepted = accepted_lengths(verdict.stands, starts, np.maximum(row_counts - 1, 0))
+    samples = row_counts > 0
+    following = np.full(len(samples), -1, np.int64)
+    following[samples] = verdict.tokens[(starts + accepted)[samples]]
+    bad = np.concatenate(([0], np.cumsum(~verdict.finite)))
+    return Decision(accepted, following, bad[starts + row_counts] == bad[starts])
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-import kernels
+from engine.batch import Peaks
 from engine.noise import Stream, keys, uniform
 from engine.sampling import Distribution, draw, narrow_width, temper, truncate
 
@@ -80,9 +80,12 @@ def verify(logits: torch.Tensor, rows: Rows, attempt: int, draft_probabilities: 
     logits: float32 [R, vocab]. attempt: a number never used before in this run, so that unseeded noise is always fresh.
     draft_probabilities: [R, vocab], what each draft was sampled from; None: all drafters are deterministic.
     """
-    peaks, tokens = kernels.peaks(logits)
-    stands = tokens == torch.from_numpy(rows.drafts).to(logits.device)
+    peaks = Peaks.of(logits)
     sampled = np.flatnonzero(rows.modes != Mode.GREEDY)
+    if not len(sampled):
+        return verify_greedy(peaks, rows)
+    tokens = peaks.tokens
+    stands = tokens == torch.from_numpy(rows.drafts).to(logits.device)
     at_once = max(_NUMBERS_AT_ONCE // logits.shape[1], 1)
     for start in range(0, len(sampled), at_once):
         part = sampled[start : start + at_once]
@@ -90,8 +93,14 @@ def verify(logits: torch.Tensor, rows: Rows, attempt: int, draft_probabilities: 
             at = torch.from_numpy(index).to(logits.device)
             q = None if draft_probabilities is None else draft_probabilities[at]
             tokens[at], stands[at] = _judge(distribution, rows.take(index), attempt, q)
-    packed = torch.stack((tokens, stands.long(), peaks.isfinite().long())).cpu().numpy()
+    packed = torch.stack((tokens, stands.long(), peaks.values.isfinite().long())).cpu().numpy()
     return Verdict(packed[0], packed[1].astype(bool), packed[2].astype(bool))
+
+
+def verify_greedy(peaks: Peaks, rows: Rows) -> Verdict:
+    """`verify` of rows that are all greedy: they need no other logits than the highest."""
+    tokens, finite = torch.stack((peaks.tokens, peaks.values.isfinite().long())).cpu().numpy()
+    return Verdict(tokens, tokens == rows.drafts, finite.astype(bool))
 
 
 def accepted_lengths(stands: NDArray[np.bool_], starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:

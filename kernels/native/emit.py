@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 I8 = ir.IntType(8)
+I16 = ir.IntType(16)
 I32 = ir.IntType(32)
 I64 = ir.IntType(64)
 F32 = ir.FloatType()
@@ -36,11 +37,14 @@ class Variable:
 
 
 class Emitter:
-    """Builds one function `void name(int64 *arguments)`. `lanes`: float32 numbers in a vector register of the machine."""
+    """Builds one function `void name(int64 *arguments)`. `lanes`: float32 numbers in a vector register of the machine, whose
+    instructions for smaller integers may be narrower than that (`wide_integers` says that they are not).
+    """
 
-    def __init__(self, module: ir.Module, name: str, lanes: int) -> None:
+    def __init__(self, module: ir.Module, name: str, lanes: int, *, wide_integers: bool) -> None:
         self.module = module
         self.lanes = lanes
+        self.wide_integers = wide_integers
         self.vector = ir.VectorType(F32, lanes)
         self.function = ir.Function(module, ir.FunctionType(ir.VoidType(), [PTR]), name)
         self._entry = self.function.append_basic_block("entry")
@@ -114,6 +118,29 @@ class Emitter:
         """As many int8 numbers as a vector has lanes, as float32."""
         numbers = self.b.load(self.at(base, offset, I8), typ=ir.VectorType(I8, self.lanes), align=1)
         return self.b.sitofp(self.b.sext(numbers, ir.VectorType(I32, self.lanes)), self.vector)
+
+    def load_int8_pairs(self, base: ir.Value, offset: int | ir.Value) -> ir.Value:
+        """Two int8 numbers a lane, as int16."""
+        numbers = self.b.load(self.at(base, offset, I8), typ=ir.VectorType(I8, 2 * self.lanes), align=1)
+        return self.b.sext(numbers, ir.VectorType(I16, 2 * self.lanes))
+
+    def splat_int16_pair(self, base: ir.Value, pair: ir.Value) -> ir.Value:
+        """The numbers 2 `pair` and 2 `pair` + 1 of int16 `base` in every lane."""
+        return self.b.bitcast(self.splat_i32(self.load_i32(base, pair)), ir.VectorType(I16, 2 * self.lanes))
+
+    def store_int8_pairs(self, first: ir.Value, second: ir.Value, base: ir.Value, offset: int | ir.Value) -> None:
+        """The whole numbers of two float32 vectors, within 8 bits, a lane's two side by side."""
+        wide, narrow = ir.VectorType(I32, self.lanes), ir.VectorType(I8, 2 * self.lanes)
+        mask = [lane + half * self.lanes for lane in range(self.lanes) for half in (0, 1)]
+        both = self.b.shuffle_vector(
+            self.b.fptosi(first, wide), self.b.fptosi(second, wide), ir.Constant(ir.VectorType(I32, 2 * self.lanes), mask)
+        )
+        self.b.store(self.b.trunc(both, narrow), self.at(base, offset, I8), align=1)
+
+    def store_int16(self, value: ir.Value, base: ir.Value, offset: int | ir.Value) -> None:
+        """A vector's numbers, all within 16 bits, rounded."""
+        numbers = self.b.trunc(self.b.fptosi(self.round(value), ir.VectorType(I32, self.lanes)), ir.VectorType(I16, self.lanes))
+        self.b.store(numbers, self.at(base, offset, I16), align=2)
 
     def store(self, value: ir.Value, base: ir.Value, offset: int | ir.Value) -> None:
         self.b.store(value, self.at(base, offset), align=4)
@@ -198,6 +225,36 @@ class Emitter:
         suffix = "f32" if a.type is F32 or a.type == F32 else f"v{self.lanes}f32"
         return self.call(f"llvm.fma.{suffix}", a.type, a, b, c)
 
+    def multiply_pairs(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        """Products of int16 vectors with two numbers a lane, each pair summed: int32. Numbers are above -2**15."""
+        if self.lanes == 16 and self.wide_integers:
+            return self.call("llvm.x86.avx512.pmaddw.d.512", ir.VectorType(I32, 16), a, b)
+        sums = []
+        for start in range(0, 2 * self.lanes, 16):
+            part = ir.Constant(ir.VectorType(I32, 16), list(range(start, start + 16)))
+            halves = (self.b.shuffle_vector(x, x, part) for x in (a, b))
+            sums.append(self.call("llvm.x86.avx2.pmadd.wd", ir.VectorType(I32, 8), *halves))
+        whole = ir.Constant(ir.VectorType(I32, self.lanes), list(range(self.lanes)))
+        return sums[0] if len(sums) == 1 else self.b.shuffle_vector(*sums, whole)
+
+    def any(self, mask: ir.Value) -> ir.Value:
+        """Whether one lane of a mask is set."""
+        bits = ir.IntType(self.lanes)
+        return self.b.icmp_unsigned("!=", self.b.bitcast(mask, bits), ir.Constant(bits, 0))
+
+    def round(self, value: ir.Value) -> ir.Value:
+        """A vector's numbers to the nearest whole ones."""
+        return self.call(f"llvm.rint.v{self.lanes}f32", self.vector, value)
+
+    def square_root(self, value: ir.Value) -> ir.Value:
+        """Of a number or a vector."""
+        suffix = f"v{self.lanes}f32" if value.type == self.vector else "f32"
+        return self.call(f"llvm.sqrt.{suffix}", value.type, value)
+
+    def absolute(self, value: ir.Value) -> ir.Value:
+        """Of a vector."""
+        return self.call(f"llvm.fabs.v{self.lanes}f32", self.vector, value)
+
     def maximum(self, a: ir.Value, b: ir.Value) -> ir.Value:
         return self.b.select(self.b.fcmp_ordered(">", a, b), a, b)
 
@@ -226,7 +283,7 @@ class Emitter:
         """
         tiny = self.b.fcmp_ordered("<", x, self.splat(-87.0))
         x = self.maximum(x, self.splat(-87.0))
-        n = self.call(f"llvm.rint.v{self.lanes}f32", self.vector, self.b.fmul(x, self.splat(1.4426950408889634)))
+        n = self.round(self.b.fmul(x, self.splat(1.4426950408889634)))
         r = self.fma(n, self.splat(-0.693359375), x)
         r = self.fma(n, self.splat(2.12194440e-4), r)
         p = self.splat(1.9875691500e-4)

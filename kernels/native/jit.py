@@ -79,7 +79,7 @@ def build(name: str, body: Callable[[Emitter], None]) -> Kernel:
     """Compiles the function that `body` writes."""
     module = ir.Module(name)
     module.triple = llvm.get_default_triple()
-    emitter = Emitter(module, name, lanes())
+    emitter = Emitter(module, name, lanes(), wide_integers=bool(llvm.get_host_cpu_features().get("avx512bw")))
     body(emitter)
     emitter.finish()
     address = _compile(module, name)

@@ -123,7 +123,7 @@ def _emit_norm(e: Emitter) -> None:
             value = e.load_vector(line, column)
             total.set(e.fma(value, value, total.get()))
         mean = e.b.fdiv(e.reduce_add(total.get()), width)
-        root = e.call("llvm.sqrt.f32", eps.type, e.b.fadd(mean, eps))
+        root = e.square_root(e.b.fadd(mean, eps))
         factor = e.splat(e.b.fdiv(e.scalar(1.0), root))
         with e.range(0, columns, e.lanes) as column:
             e.store(e.b.fmul(e.b.fmul(e.load_vector(line, column), factor), e.load_vector(weight, column)), target, column)
@@ -217,16 +217,16 @@ def _emit_peaks(e: Emitter) -> None:
         best, place = e.variable(e.scalar(float("-inf"))), e.variable(e.const(0))
         bad = e.variable(e.reduce_add(wrong.get()))
         with e.range(0, e.lanes) as lane:
-            _keep(e, best, place, e.load(highs, lane), e.add(e.load_i32(turns, lane), lane))
+            keep_first(e, best, place, e.load(highs, lane), e.add(e.load_i32(turns, lane), lane))
         with e.range(whole, columns) as column:
             value = e.load(line, column)
-            _keep(e, best, place, value, column)
+            keep_first(e, best, place, value, column)
             bad.set(e.b.fadd(bad.get(), e.b.select(e.b.fcmp_unordered("uno", value, value), value, e.scalar(0.0))))
         e.store(e.b.fadd(best.get(), bad.get()), values, row)
         e.b.store(place.get(), e.at(places, row, I64))
 
 
-def _keep(e: Emitter, best: Variable, place: Variable, value: ir.Value, column: ir.Value) -> None:
+def keep_first(e: Emitter, best: Variable, place: Variable, value: ir.Value, column: ir.Value) -> None:
     """The higher number, of equal ones the first."""
     level = e.b.and_(e.b.fcmp_ordered("==", value, best.get()), e.less(column, place.get()))
     better = e.b.or_(e.b.fcmp_ordered(">", value, best.get()), level)

@@ -19,6 +19,8 @@ from kernels import native, pages
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from kernels.native.screen import Screen
+
 Layout = Literal["rows", "onednn", "panels", "gated panels"]
 
 _AT_ONCE = 1 << 16
@@ -32,7 +34,8 @@ class PackedLinear:
     """A weight [out_features, in_features] in the layout its device multiplies fastest, and its bias [out_features].
 
     `gated panels`: gate and up interleaved, for `gated_linear` alone. A weight of int8 is to be multiplied with its `scales` (one an
-    output, in the order of the layout); inputs, sums and results stay in their own type.
+    output, in the order of the layout); inputs, sums and results stay in their own type. screen: what
+    `kernels.linear_peaks` rules outputs out by.
     """
 
     weight: torch.Tensor
@@ -40,6 +43,7 @@ class PackedLinear:
     out_features: int
     layout: Layout
     scales: torch.Tensor | None = None
+    screen: Screen | None = None
 
 
 def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,10 +57,13 @@ def pack_linear(
     *,
     int8: bool = False,
     dtype: torch.dtype | None = None,
+    screened: bool = False,
 ) -> PackedLinear:
     """Packs `weight` [out, in], or several that are stacked along their outputs, in `dtype` (None: its own).
 
-    Several are taken up piece by piece, and the result owns its memory: at no time there is more than a piece besides it.
+    Several are taken up piece by piece, and the result owns its memory: at no time there is more than a piece besides it. screened:
+    where there is a way, it is kept a second time in eight bits, for
+    `kernels.linear_peaks`.
     """
     pieces = [weight] if isinstance(weight, torch.Tensor) else weight
     kind, device = dtype or pieces[0].dtype, pieces[0].device
@@ -67,7 +74,8 @@ def pack_linear(
         panels = compiled.empty_panels(columns, depth, torch.int8 if int8 else kind)
         scales = _fill(partial(compiled.write, panels), pieces, kind, int8=int8)
         padded_bias, padded_scales = (None if numbers is None else compiled.pad_outputs(numbers) for numbers in (bias, scales))
-        return PackedLinear(panels, padded_bias, columns, "panels", padded_scales)
+        screen = _screen(panels, columns) if screened and bias is None and scales is None else None
+        return PackedLinear(panels, padded_bias, columns, "panels", padded_scales, screen)
     if int8:
         numbers, scales = _stack_rounded(pieces, kind)
         return PackedLinear(numbers, bias, columns, "rows", scales)
@@ -92,6 +100,12 @@ def pack_gated_linear(
         known = [numbers for numbers in scales if numbers is not None]
         return PackedLinear(panels, None, 2 * len(gate), "gated panels", compiled.pair_gated(*known) if known else None)
     return pack_linear([gate, up], int8=int8, dtype=dtype)
+
+
+def _screen(panels: torch.Tensor, columns: int) -> Screen | None:
+    from kernels.native import screen
+
+    return screen.screen(panels, columns) if screen.fits(panels.shape[1]) else None
 
 
 def _stack(pieces: Sequence[torch.Tensor], kind: torch.dtype) -> torch.Tensor:

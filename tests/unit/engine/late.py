@@ -35,7 +35,7 @@ class Queue(Runner):
         self.live = False
         self.deepest = 0
 
-    def run(self, step: PackedStep, taps: tuple[int, ...] = ()) -> ForwardOutput:
+    def run(self, step: PackedStep, taps: tuple[int, ...] = (), *, peaks: bool = False) -> ForwardOutput:
         if not self.live:
             return super().run(step, taps)
         assert not taps

@@ -14,6 +14,7 @@ from engine.checkpoints.loader import build_lean
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.types import Request, SamplingParams
+from kernels import native
 from tests.unit.engine.hash_model import Letters
 
 VOCAB = 48
@@ -91,6 +92,39 @@ def greedy(reference: LlamaForCausalLM) -> dict[str, tuple[int, ...]]:
 def test_greedy_answers_equal_generate(loaded: Loaded, greedy: dict[str, tuple[int, ...]], drafter: str, max_sequences: int) -> None:
     got, _ = run(loaded, requests(64, temperature=0.0), drafter=drafter, max_sequences=max_sequences)
     assert got == greedy
+
+
+COMPANY: dict[str, dict[str, object]] = {
+    "log-probabilities": {"temperature": 0.0, "logprobs": 2},
+    "penalties": {"temperature": 0.0, "repetition_penalty": 1.2},
+    "sampling": {"temperature": 1.0, "seed": 3},
+}
+
+
+@pytest.mark.skipif(not native.available(), reason="this processor has no compiled kernels")
+@pytest.mark.parametrize("company", [None, *COMPANY])
+def test_only_greedy_steps_do_without_the_other_logits(
+    loaded: Loaded, greedy: dict[str, tuple[int, ...]], company: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = highest = 0
+
+    def forward(batch, kv, inner=loaded.model.forward):  # type: ignore[no-untyped-def]
+        nonlocal whole, highest
+        output = inner(batch, kv)
+        assert output.peaks is None or (batch.peaks and len(output.logits) == 0)
+        whole, highest = whole + (output.peaks is None), highest + (output.peaks is not None)
+        return output
+
+    monkeypatch.setattr(loaded.model, "forward", forward)
+    made = requests(8, temperature=0.0)
+    others = [] if company is None else [replace(request, id=f"other {request.id}") for request in requests(8, **COMPANY[company])]
+    engine = Engine(loaded, EngineConfig(kv_bytes=8 << 20, max_sequences=16, max_step_tokens=96, seed=3, drafter="suffix"))
+    whole = highest = 0
+    got = {result.id: result.token_ids for result in engine.run(iter(made + others))}
+    assert {request.id: got[request.id] for request in made} == {request.id: greedy[request.id] for request in made}
+    assert (whole > 0) == (company is not None)
+    assert engine.stats().verified > 0
+    assert company is not None or highest == engine.stats().steps
 
 
 def test_a_tiny_cache_preempts_and_changes_nothing(loaded: Loaded, greedy: dict[str, tuple[int, ...]]) -> None:

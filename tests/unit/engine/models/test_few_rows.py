@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from engine.batch import NORMALISED
+from engine.batch import NORMALISED, Peaks
 from engine.models import few_rows
 from engine.models.decoder import LeanDecoder
 from engine.models.few_rows import FewRows
@@ -111,3 +112,23 @@ def test_a_step_of_many_rows_or_of_few_wanted_ones_runs_kernel_by_kernel(monkeyp
     monkeypatch.setattr(FewRows, "run", lambda *_: pytest.fail("ran at once"))
     object.__setattr__(step, "logit_rows", torch.from_numpy(np.array([39])))
     assert len(model.forward(step, kv).logits) == 1
+
+
+@pytest.mark.parametrize("case", ["biases", "scales"])
+@pytest.mark.parametrize("taps", [(), (3, NORMALISED)])
+def test_peaks_alone_are_those_of_the_logits(case: str, taps: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What scales logits is no reason to compute them all, but what it rounds could be equal afterwards: there all are computed."""
+    monkeypatch.setattr(tiny, "BLOCK_SIZE", 16)
+    model_type, changes = CASES[case]
+    model, texts = decoder(model_type, **changes), Texts.random(101)
+    for few in (model._few_rows, None):
+        monkeypatch.setattr(model, "_few_rows", few)
+        whole, alone = texts.pool(model.spec), texts.pool(model.spec)
+        for spans in CHUNKED:
+            step = texts.step(spans, taps)
+            expected, found = model.forward(step, whole), model.forward(replace(step, peaks=True), alone)
+            assert (found.peaks is None) == (case == "scales")
+            peaks = found.peaks or Peaks.of(found.logits)
+            assert torch.equal(peaks.values, expected.logits.amax(1))
+            assert torch.equal(peaks.tokens, expected.logits.argmax(1))
+            assert all(torch.equal(found.taps[tap], expected.taps[tap]) for tap in taps)
