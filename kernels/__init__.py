@@ -350,6 +350,9 @@ def sequential_head(
     keep_weights: bool = False,
 ) -> DraftBlock:
     """Drafts a block token by token. See `kernels.reference.sequential_head`."""
+    likeliest = temperatures is None and not keep_weights and logits.device.type == "cpu"
+    if likeliest and _native() is not None and _compiled("sequential_head", "takes")(logits, head):
+        return _compiled("sequential_head", "sequential_head")(logits, hidden, anchors, head)
     return _implementation("sequential_head", logits.device.type)(
         logits, hidden, anchors, head, temperatures=temperatures, keys=keys, keep_weights=keep_weights
     )

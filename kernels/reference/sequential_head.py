@@ -116,7 +116,8 @@ def sequential_head(
     confidences: list[torch.Tensor] = []
     kept: list[torch.Tensor] = []
     for k in range(logits.shape[1]):
-        bias, state, confidence = _step(head, previous, state, None if hidden is None else hidden[:, k])
+        embedding, state, confidence = mix(head, previous, state, None if hidden is None else hidden[:, k])
+        bias = None if embedding is None else _bias(head, embedding)
         weights = logits[:, k] if bias is None else bias.add_(logits[:, k]) if bias.dtype == logits.dtype else logits[:, k] + bias
         weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
         greedy = None if temperatures is None else temperatures == 0.0
@@ -167,10 +168,10 @@ def check_block(
         raise ValueError("sampling needs temperatures and keys, greedy drafting neither")
 
 
-def _step(
+def mix(
     head: SequentialHead, previous: torch.Tensor, state: torch.Tensor | None, hidden: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """(bias [S, V_d], next state [S, r], confidence [S]) of one position; None for what the head does not have."""
+    """(what W2 is multiplied with [S, r], next state [S, r], confidence [S]) of one position; None for what the head does not have."""
     embedding = None if head.w1 is None else head.w1[previous]
     confidence = _confidence(head, hidden, embedding)
     if embedding is None:
@@ -189,10 +190,15 @@ def _step(
         gate = torch.sigmoid(gate)
         state = gate * state + (1.0 - gate) * torch.tanh(candidate)
         embedding = torch.tanh(out)
+    return embedding, state, confidence
+
+
+def _bias(head: SequentialHead, embedding: torch.Tensor) -> torch.Tensor:
+    """[S, V_d]."""
     if head.packed_w2 is not None:
-        return linear(embedding, head.packed_w2), state, confidence
+        return linear(embedding, head.packed_w2)
     assert head.w2 is not None
-    return embedding @ head.w2.t(), state, confidence
+    return embedding @ head.w2.t()
 
 
 def _confidence(head: SequentialHead, hidden: torch.Tensor | None, embedding: torch.Tensor | None) -> torch.Tensor | None:

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 import kernels
 from kernels import native
 from kernels.reference.linear import PackedLinear
+from tests.unit.kernels.test_sequential_head import compare_likeliest
 
 if native.available():
     from kernels.native import jit, linear, rows, screen
+    from kernels.native import sequential_head as drafting
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="needs llvmlite, a processor with AVX2, and torch on GNU OpenMP")
 
@@ -181,8 +183,11 @@ def test_what_cannot_be_screened_is_computed_whole() -> None:
 
 def test_processors_with_other_vectors_screen_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     other = 24 - jit.lanes()
-    made = (screen._round_kernel, screen._screen_kernel, screen._decide_kernel, screen._pack_kernel, linear._kernel, rows._peaks_kernel)
-    for module in (jit, linear, screen):
+    made = (
+        screen._round_kernel, screen._screen_kernel, screen._decide_kernel, screen._pack_kernel, linear._kernel, rows._peaks_kernel,
+        drafting._kernel,
+    )  # fmt: skip
+    for module in (jit, linear, screen, drafting):
         monkeypatch.setattr(module, "lanes", lambda: other)
     for cached in made:
         cached.cache_clear()
@@ -190,6 +195,7 @@ def test_processors_with_other_vectors_screen_the_same(monkeypatch: pytest.Monke
         for kind in KINDS:
             test_screened_peaks_are_those_of_the_whole_product(kind, 999 if kind != "below zero" else 50, 96 + 32 * (kind == "even"), 13)
         test_a_row_that_is_no_number_has_no_peak_and_no_neighbour_minds()
+        compare_likeliest("vanilla", True, 7)
     finally:
         for cached in made:
             cached.cache_clear()

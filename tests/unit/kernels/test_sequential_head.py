@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+import kernels
+from kernels import native
 from kernels.reference.linear import pack_linear
 from kernels.reference.noise import exponential
 from kernels.reference.sequential_head import Kind, SequentialHead, sequential_head
@@ -104,3 +106,51 @@ def test_what_is_missing_is_said() -> None:
         sequential_head(logits, None, torch.zeros(1, dtype=torch.int64), make("gated"))
     with pytest.raises(ValueError, match="temperatures and keys"):
         sequential_head(logits, None, torch.zeros(1, dtype=torch.int64), SequentialHead("none"), temperatures=torch.ones(1))
+
+
+@pytest.mark.skipif(not native.available(), reason="needs llvmlite, a processor with AVX2, and torch on GNU OpenMP")
+@pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn"])
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 4, 7, 13, 100])
+def test_likeliest_drafts_in_one_pass_equal_the_reference(kind: Kind, int8: bool, count: int) -> None:
+    compare_likeliest(kind, int8, count)
+
+
+def compare_likeliest(kind: Kind, int8: bool, count: int) -> None:
+    torch.manual_seed(count)
+    vocab, rank, width, slots = 256, 24, 16, 4
+    rows = {"gated": (rank, width + rank), "rnn": (3 * rank, 2 * rank + width)}.get(kind)
+    mixing = (None, None) if rows is None else (torch.randn(*rows), torch.randn(rows[0]))
+    confidence = torch.randn(width + rank), torch.randn(1)
+    packed = pack_linear(torch.randn(vocab, rank), int8=int8)
+    head = SequentialHead(kind, torch.randn(vocab, rank), None, *mixing, *confidence, token_ids=torch.randperm(vocab), packed_w2=packed)
+    logits, hidden, anchors = torch.randn(count, slots, vocab) * 9, torch.randn(count, slots, width), torch.randint(0, vocab, (count,))
+    logits[0, 0] = -1e4  # far below all the others, and level but for the bias
+    logits[0, 1] = 7.0
+    wanted, found = sequential_head(logits, hidden, anchors, head), kernels.sequential_head(logits, hidden, anchors, head)
+    assert torch.equal(found.tokens, wanted.tokens)
+    for one, other in ((found.lse, wanted.lse), (found.peak, wanted.peak), (found.confidence, wanted.confidence)):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
+    assert found.log_weights is None
+
+
+@pytest.mark.skipif(not native.available(), reason="needs llvmlite, a processor with AVX2, and torch on GNU OpenMP")
+def test_of_equal_tokens_the_first_is_drafted_and_of_no_numbers_any() -> None:
+    head = SequentialHead("vanilla", torch.zeros(64, 8), None, packed_w2=pack_linear(torch.randn(64, 8)))
+    logits = torch.zeros(3, 1, 64)
+    logits[0, 0, [9, 40, 63]] = logits[1, 0, [31, 32]] = 1.0
+    logits[2] = float("nan")
+    tokens = kernels.sequential_head(logits, None, torch.zeros(3, dtype=torch.int64), head).tokens[:, 0].tolist()
+    assert tokens[:2] == [9, 31]
+    assert 0 <= tokens[2] < 64
+
+
+def test_what_needs_weights_or_noise_is_left_to_the_reference() -> None:
+    torch.manual_seed(0)
+    head = SequentialHead("vanilla", torch.randn(64, 8), None, packed_w2=pack_linear(torch.randn(64, 8)))
+    logits, anchors = torch.randn(3, 2, 64), torch.zeros(3, dtype=torch.int64)
+    kept = kernels.sequential_head(logits, None, anchors, head, keep_weights=True)
+    assert kept.log_weights is not None
+    temperatures, keys = torch.tensor([0.0, 1.0, 0.5]), torch.randint(0, 1 << 40, (3, 2))
+    block = kernels.sequential_head(logits, None, anchors, head, temperatures=temperatures, keys=keys)
+    assert torch.equal(block.tokens, sequential_head(logits, None, anchors, head, temperatures=temperatures, keys=keys).tokens)
