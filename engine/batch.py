@@ -103,13 +103,14 @@ class FrozenParts:
     """What drafters share with their target. embedding: [vocab, hidden], unscaled.
 
     norm: the final norm, [T, hidden] -> [T, hidden]. head: the output head alone, normalised [T, hidden] -> float32 [T, vocab]. tied: its
-    rows are the embedding's.
+    rows are the embedding's. rough_head: about the same in less time, where there is such a way.
     """
 
     embedding: torch.Tensor
     norm: Callable[[torch.Tensor], torch.Tensor]
     head: Callable[[torch.Tensor], torch.Tensor]
     tied: bool = False
+    rough_head: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def head_weight(self) -> torch.Tensor:
         """The head's rows, [vocab, hidden], not to be written to. Unless it is tied they are read back through it: a packed product keeps

@@ -201,6 +201,13 @@ def linear_peaks(x: torch.Tensor, packed: PackedLinear | Fp8Linear) -> tuple[tor
     return peaks(linear(x, packed).float())
 
 
+def rough_linear(x: torch.Tensor, packed: PackedLinear | Fp8Linear) -> torch.Tensor:
+    """About `linear(x, packed)` in float32: with weights of eight bits, a quarter of the bytes, where `packed` is screened."""
+    if len(x) and (screen := getattr(packed, "screen", None)) is not None:
+        return _compiled("screen", "rough_product")(x, screen, cast("PackedLinear", packed).out_features)
+    return linear(x, packed).float()
+
+
 def gated_linear(x: torch.Tensor, packed: PackedLinear | Fp8Linear, activation: str) -> torch.Tensor:
     """activation(x @ gate.T) * (x @ up.T) -> [T, out], of a weight from `pack_gated_linear` (for the same activation) or `pack_linear`."""
     if getattr(packed, "layout", "") == "gated panels":

@@ -74,6 +74,14 @@ class DSparkDrafter:
         self._device = weights.device
         self.prompt_window = prompt_window
         self._backlog = Backlog()
+        if self._device.type == "cpu":
+            self._compile()
+
+    def _compile(self) -> None:
+        """Drafts one token, so that what is compiled at first use is compiled now, rather than in a request's time."""
+        columns = self._head.columns or self._spec.needs.vocab_size
+        hidden = torch.zeros(1, 1, self._spec.layers.hidden_size, dtype=self._host.target.spec.dtype)
+        kernels.sequential_head(torch.zeros(1, 1, columns), hidden, torch.zeros(1, dtype=torch.int64), self._head)
 
     @classmethod
     def load(cls, folder: DrafterFolder, host: Host) -> DSparkDrafter:

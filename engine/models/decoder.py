@@ -50,7 +50,7 @@ class LeanDecoder:
         self._few_rows = FewRows.of(spec, arch, weights)
         # What is done to logits afterwards could make two of them equal.
         plain = arch.logit_scale == 1.0 and arch.logit_soft_cap is None
-        self._screened = plain and getattr(weights.head, "screen", None) is not None
+        self._screened = plain and _is_screened(weights.head)
         # Rounded to the model's type first, as transformers does: in bfloat16 sqrt(640) is 25.25.
         self._embedding_scale = torch.tensor(arch.embedding_scale, dtype=spec.dtype, device=spec.device)
 
@@ -106,6 +106,7 @@ class LeanDecoder:
             norm=lambda hidden: kernels.rms_norm(hidden, weights.norm, self._arch.norm_eps),
             head=lambda hidden: kernels.linear(hidden, weights.head).float(),
             tied=weights.tied,
+            rough_head=(lambda hidden: kernels.rough_linear(hidden, weights.head)) if _is_screened(weights.head) else None,
         )
 
     def _tables(self, batch: ForwardBatch, kv: KVPool) -> _StepTables:
@@ -199,3 +200,7 @@ class LeanDecoder:
         if arch.logit_soft_cap is not None:
             logits = torch.tanh(logits / arch.logit_soft_cap) * arch.logit_soft_cap
         return logits
+
+
+def _is_screened(head: Packed) -> bool:
+    return getattr(head, "screen", None) is not None

@@ -268,10 +268,6 @@ class Emitter:
     def reduce_max(self, value: ir.Value) -> ir.Value:
         return self._reduce(value, self.maximum)
 
-    def reduce_least_i32(self, value: ir.Value) -> ir.Value:
-        """The least number of an int32 vector, as int64."""
-        return self.b.sext(self._reduce(value, lambda a, b: self.b.select(self.b.icmp_signed("<", a, b), a, b)), I64)
-
     def _reduce(self, value: ir.Value, combine: Callable[[ir.Value, ir.Value], ir.Value]) -> ir.Value:
         width = self.lanes
         while width > 1:

@@ -155,13 +155,13 @@ def call(
 
 @cache
 def _kernel(activation: str, has_bias: bool, has_residual: bool, int8: bool) -> Kernel:
-    return build(f"product_{activation}", lambda e: Product(e, activation, has_bias=has_bias, has_residual=has_residual, int8=int8).emit())
+    return build(f"product_{activation}", lambda e: _Product(e, activation, has_bias, has_residual, int8).emit())
 
 
-class Product:
+class _Product:
     """Writes the kernel. Arguments: see `call`; the one after them counts the panels that were handed out."""
 
-    def __init__(self, e: Emitter, activation: str, *, has_bias: bool, has_residual: bool, int8: bool) -> None:
+    def __init__(self, e: Emitter, activation: str, has_bias: bool, has_residual: bool, int8: bool) -> None:
         self.e = e
         self.activation = activation
         self.x, self.x_stride, self.rows, self.depth = e.pointer(0), e.argument(1), e.argument(2), e.argument(3)
@@ -293,7 +293,7 @@ class Product:
                 for index in range(count):
                     for number in range(panels):
                         pair = sums[index][2 * number : 2 * number + 2]
-                        self._finish(e.add(row, index), e.add(panel, number), pair[0].get(), pair[1].get())
+                        self._write(e.add(row, index), e.add(panel, number), pair[0].get(), pair[1].get())
 
     def _multiply(self, sums: list[list[Variable]], lines: list[ir.Value], weights: list[ir.Value], k: ir.Value) -> None:
         e = self.e
@@ -304,32 +304,25 @@ class Product:
             for column, total in zip(columns, row_sums, strict=True):
                 total.set(e.fma(number, column, total.get()))
 
-    def _finish(self, row: ir.Value, panel: ir.Value, first: ir.Value, second: ir.Value) -> None:
-        """What is done to the sums of a row and a panel."""
+    def _write(self, row: ir.Value, panel: ir.Value, first: ir.Value, second: ir.Value) -> None:
         e = self.e
-        column = e.mul(panel, self.width)
         if self.scales is not None:
+            column = e.mul(panel, self.width)
             first = e.b.fmul(first, e.load_vector(self.scales, column))
             second = e.b.fmul(second, e.load_vector(self.scales, e.add(column, e.lanes)))
         if self.activation:
             gated = e.b.fmul(_activate(e, self.activation, first), second)
             e.store(gated, self.out, e.add(e.mul(row, self.out_stride), e.mul(panel, e.lanes)))
             return
-        values = []
+        column = e.mul(panel, self.width)
         for half, value in enumerate((first, second)):
             at = e.add(column, half * e.lanes)
             if self.bias is not None:
                 value = e.b.fadd(value, e.load_vector(self.bias, at))
+            at = e.add(at, e.mul(row, self.out_stride))
             if self.residual is not None:
-                value = e.b.fadd(value, e.load_vector(self.residual, e.add(at, e.mul(row, self.out_stride))))
-            values.append(value)
-        self.write(row, column, values[0], values[1])
-
-    def write(self, row: ir.Value, column: ir.Value, first: ir.Value, second: ir.Value) -> None:
-        """Leaves two vectors of outputs of a row, from `column` on, where they belong."""
-        e = self.e
-        for half, value in enumerate((first, second)):
-            e.store(value, self.out, e.add(e.add(column, half * e.lanes), e.mul(row, self.out_stride)))
+                value = e.b.fadd(value, e.load_vector(self.residual, at))
+            e.store(value, self.out, at)
 
 
 def _activate(e: Emitter, activation: str, x: ir.Value) -> ir.Value:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kernels.native.emit import Emitter, Variable
 
 _ROWS_AT_ONCE = 4
+_SUMS_AT_ONCE = 4
 _MOST_KEYS_AT_ONCE = 16
 """Rows of one sequence write into the same cache lines, side by side: they are to be one thread's."""
 
@@ -232,3 +233,36 @@ def keep_first(e: Emitter, best: Variable, place: Variable, value: ir.Value, col
     better = e.b.or_(e.b.fcmp_ordered(">", value, best.get()), level)
     best.set(e.b.select(better, value, best.get()))
     place.set(e.b.select(better, column, place.get()))
+
+
+def log_sums(x: torch.Tensor, peaks: torch.Tensor) -> torch.Tensor:
+    """log sum exp of each row of x, float32 [T, N] with rows contiguous, N whole vectors, given its highest number: float32 [T]."""
+    sums = x.new_empty(len(x))
+    rows, columns = x.shape
+    _sums_kernel()(threads_for(x.numel()), x.data_ptr(), x.stride(0), rows, columns, peaks.data_ptr(), sums.data_ptr())
+    return sums.log_().add_(peaks)
+
+
+@cache
+def _sums_kernel() -> Kernel:
+    return build("exponentials", _emit_sums)
+
+
+def _emit_sums(e: Emitter) -> None:
+    """Several sums at once, so that one does not wait for the other."""
+    x, stride, rows, columns, peaks, sums = e.pointer(0), e.argument(1), e.argument(2), e.argument(3), e.pointer(4), e.pointer(5)
+    step = _SUMS_AT_ONCE * e.lanes
+    whole = e.mul(e.div(columns, step), step)
+    with e.shares(e.at(e.function.args[0], 6, I64), rows, 1) as (row, _):
+        line, level = e.at(x, e.mul(row, stride)), e.splat(e.load(peaks, row))
+        totals = [e.variable(e.splat(0.0)) for _ in range(_SUMS_AT_ONCE)]
+        with e.range(0, whole, step) as column:
+            for index, total in enumerate(totals):
+                value = e.load_vector(line, e.add(column, index * e.lanes))
+                total.set(e.b.fadd(total.get(), e.exp(e.b.fsub(value, level))))
+        with e.range(whole, columns, e.lanes) as column:
+            totals[0].set(e.b.fadd(totals[0].get(), e.exp(e.b.fsub(e.load_vector(line, column), level))))
+        total = totals[0].get()
+        for other in totals[1:]:
+            total = e.b.fadd(total, other.get())
+        e.store(e.reduce_add(total), sums, row)

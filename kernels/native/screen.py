@@ -132,25 +132,40 @@ def _input_steps(depth: int) -> int:
 def peaks(x: torch.Tensor, panels: torch.Tensor, columns: int, screen: Screen) -> tuple[torch.Tensor, torch.Tensor]:
     """`kernels.native.rows.peaks` of x [T, K] @ weight.T: float32 [T], NaN for a row that is not finite, and int64 [T]."""
     rows, depth = x.shape
-    count, threads = len(panels), threads_for(x.numel() * len(panels) * 4)
-    rounded, steps = torch.empty(rows, depth, dtype=torch.int16), x.new_empty(rows)
-    lengths, values, places = x.new_empty(rows), x.new_empty(rows), torch.empty(rows, dtype=torch.int64)
+    count = len(panels)
+    values, places = x.new_empty(rows), torch.empty(rows, dtype=torch.int64)
     highest = x.new_empty(rows, -(-count // lanes()) * lanes())
     highest[:, count:] = -torch.inf
-    _round_kernel()(
-        threads_for(x.numel()), x.data_ptr(), x.stride(0), rows, depth, rounded.data_ptr(), steps.data_ptr(), lengths.data_ptr(),
-        _input_steps(depth),
-    )  # fmt: skip
-    group = max(min(_GROUP, count // (8 * threads)), 1)
-    _screen_kernel()(
-        threads, rounded.data_ptr(), rows, depth, screen.numbers.data_ptr(), count, screen.scales.data_ptr(), screen.bounds.data_ptr(),
-        steps.data_ptr(), lengths.data_ptr(), highest.data_ptr(), highest.stride(0), group,
-    )  # fmt: skip
+    lengths = _multiply(x, screen, highest, whole=False)
     _decide_kernel()(
         threads_for(rows * depth * panels.shape[2]), x.data_ptr(), x.stride(0), rows, depth, panels.data_ptr(), columns,
         highest.data_ptr(), highest.stride(0), lengths.data_ptr(), values.data_ptr(), places.data_ptr(),
     )  # fmt: skip
     return values, places
+
+
+def rough_product(x: torch.Tensor, screen: Screen, columns: int) -> torch.Tensor:
+    """s t (q y): about x [T, K] @ weight.T, float32 [T, columns]."""
+    out = x.new_empty(len(x), len(screen.scales))
+    _multiply(x, screen, out, whole=True)
+    return out[:, :columns]
+
+
+def _multiply(x: torch.Tensor, screen: Screen, out: torch.Tensor, *, whole: bool) -> torch.Tensor:
+    """Into `out` the outputs, or what those of each panel are below. Returns the lengths of the rows of x."""
+    rows, depth = x.shape
+    count, threads = len(screen.numbers), threads_for(x.numel() * len(screen.scales) // 8)
+    rounded, steps, lengths = torch.empty(rows, depth, dtype=torch.int16), x.new_empty(rows), x.new_empty(rows)
+    _round_kernel()(
+        threads_for(x.numel()), x.data_ptr(), x.stride(0), rows, depth, rounded.data_ptr(), steps.data_ptr(), lengths.data_ptr(),
+        _input_steps(depth),
+    )  # fmt: skip
+    group = max(min(_GROUP, count // (8 * threads)), 1)
+    _screen_kernel(whole)(
+        threads, rounded.data_ptr(), rows, depth, screen.numbers.data_ptr(), count, screen.scales.data_ptr(), screen.bounds.data_ptr(),
+        steps.data_ptr(), lengths.data_ptr(), out.data_ptr(), out.stride(0), group,
+    )  # fmt: skip
+    return lengths
 
 
 @cache
@@ -181,15 +196,19 @@ def _emit_round(e: Emitter) -> None:
 
 
 @cache
-def _screen_kernel() -> Kernel:
-    return build("screen", lambda e: _Screening(e).emit())
+def _screen_kernel(whole: bool) -> Kernel:
+    return build("screen", lambda e: _Screening(e, whole=whole).emit())
 
 
 class _Screening:
-    """Writes the kernel that says of each row and panel how high its outputs can be at most. Arguments: see `peaks`."""
+    """Writes the kernel that says of each row and panel how high its outputs can be at most, or as a `whole` about what they are.
 
-    def __init__(self, e: Emitter) -> None:
+    Arguments: see `_multiply`.
+    """
+
+    def __init__(self, e: Emitter, *, whole: bool) -> None:
         self.e = e
+        self.whole = whole
         self.x, self.rows, self.depth = e.pointer(0), e.argument(1), e.argument(2)
         self.numbers, self.panels, self.scales, self.bounds = e.pointer(3), e.argument(4), e.pointer(5), e.pointer(6)
         self.steps, self.lengths, self.out, self.out_stride = e.pointer(7), e.pointer(8), e.pointer(9), e.argument(10)
@@ -237,15 +256,20 @@ class _Screening:
             self._multiply(sums, lines, weights, pair)
         columns = [e.add(e.mul(panel, self.width), half * e.lanes) for half in (0, 1)]
         scales = [e.load_vector(self.scales, column) for column in columns]
-        bounds = [e.load_vector(self.bounds, column) for column in columns]
         for index, pair_of_sums in enumerate(sums):
-            line = e.add(row, index)
-            step, length = e.splat(e.load(self.steps, line)), e.splat(e.load(self.lengths, line))
-            above = [
-                e.fma(length, bound, e.b.fmul(e.b.fmul(e.b.sitofp(total.get(), e.vector), step), scale))
-                for total, scale, bound in zip(pair_of_sums, scales, bounds, strict=True)
-            ]
-            e.store(e.reduce_max(e.maximum(*above)), self.out, e.add(e.mul(line, self.out_stride), panel))
+            step = e.splat(e.load(self.steps, e.add(row, index)))
+            totals = [e.b.fmul(e.b.sitofp(total.get(), e.vector), step) for total in pair_of_sums]
+            self._write(e.add(row, index), panel, columns, [e.b.fmul(*pair) for pair in zip(totals, scales, strict=True)])
+
+    def _write(self, row: ir.Value, panel: ir.Value, columns: list[ir.Value], outputs: list[ir.Value]) -> None:
+        e = self.e
+        if self.whole:
+            for column, output in zip(columns, outputs, strict=True):
+                e.store(output, self.out, e.add(e.mul(row, self.out_stride), column))
+            return
+        length = e.splat(e.load(self.lengths, row))
+        above = [e.fma(length, e.load_vector(self.bounds, column), output) for column, output in zip(columns, outputs, strict=True)]
+        e.store(e.reduce_max(e.maximum(*above)), self.out, e.add(e.mul(row, self.out_stride), panel))
 
     def _multiply(self, sums: list[list[Variable]], lines: list[ir.Value], weights: ir.Value, pair: ir.Value) -> None:
         e = self.e

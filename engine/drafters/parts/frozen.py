@@ -44,16 +44,18 @@ def vocabulary(weights: Weights, frozen: FrozenParts, *, scale: float = 1.0, sof
     elif embedding.shape[1] != (width := weights.take("norm.weight").shape[0]):
         raise DrafterError(f"it has no embed_tokens.weight, and the target's embedding is {embedding.shape[1]} wide where it needs {width}")
     own = weights.take("lm_head.weight") if "lm_head.weight" in weights else None
-    if own is None and large(frozen.embedding):
-        own = frozen.head_weight()
     # What drafts are drawn from need not be the head to the last bit: verification is told what it was. A quarter of the bytes is read.
+    rough = frozen.rough_head if own is None and large(frozen.embedding) else None
+    if own is None and rough is None and large(frozen.embedding):
+        own = frozen.head_weight()
     packed = None if own is None else kernels.pack_linear(own, int8=large(own))
 
     def head(hidden: torch.Tensor) -> torch.Tensor:
-        return frozen.head(hidden) if packed is None else kernels.linear(hidden, packed).float()
+        return (rough or frozen.head)(hidden) if packed is None else kernels.linear(hidden, packed).float()
 
-    if own is not None:
-        head(own.new_zeros(1, own.shape[1]))  # compiles now what is compiled at first use, rather than in a request's time
+    if packed is not None or rough is not None:
+        width = (frozen.embedding if own is None else own).shape[1]
+        head(frozen.embedding.new_zeros(1, width))  # compiles now what is compiled at first use, rather than in a request's time
 
     def capped(hidden: torch.Tensor) -> torch.Tensor:
         logits = head(hidden)

@@ -162,6 +162,21 @@ def test_most_panels_of_a_spread_out_product_are_ruled_out(monkeypatch: pytest.M
     assert torch.equal(places, wanted[1])
 
 
+@pytest.mark.parametrize("count", [1, 7, 101])
+def test_a_rough_product_is_off_by_no_more_than_its_bounds(count: int) -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(50, 576), torch.randn(count, 576)
+    packed = kernels.pack_linear(weight, screened=True)
+    made = packed.screen
+    assert made is not None
+    off = (kernels.rough_linear(x, packed).double() - x.double() @ weight.double().T).abs()
+    assert (off <= made.bounds[:50] * x.norm(dim=1, keepdim=True)).all()
+    assert off.max() > 1e-3, "eight bits are seen"
+    plain = kernels.pack_linear(weight)
+    assert torch.equal(kernels.rough_linear(x, plain), kernels.linear(x, plain))
+    assert kernels.rough_linear(x[:0], packed).shape == (0, 50)
+
+
 def test_what_cannot_be_screened_is_computed_whole() -> None:
     torch.manual_seed(0)
     bad = torch.randn(48, 64)
@@ -185,7 +200,7 @@ def test_processors_with_other_vectors_screen_the_same(monkeypatch: pytest.Monke
     other = 24 - jit.lanes()
     made = (
         screen._round_kernel, screen._screen_kernel, screen._decide_kernel, screen._pack_kernel, linear._kernel, rows._peaks_kernel,
-        drafting._kernel,
+        rows._sums_kernel,
     )  # fmt: skip
     for module in (jit, linear, screen, drafting):
         monkeypatch.setattr(module, "lanes", lambda: other)

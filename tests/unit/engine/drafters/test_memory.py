@@ -17,12 +17,13 @@ import numpy as np
 import pytest
 import torch
 
-from engine.batch import TargetModel
+from engine.batch import FrozenParts, TargetModel
 from engine.checkpoints.drafters import read_folder
 from engine.drafters import dspark
 from engine.drafters.base import DraftBatch
 from engine.drafters.dspark import DSparkDrafter
 from engine.drafters.parts.block import BlockBackbone
+from engine.drafters.parts.frozen import vocabulary
 from engine.drafters.parts.layers import Weights
 from engine.types import SamplingParams
 from tests.unit.engine.drafters.layouts import HIDDEN, Scene, deepspec, without_anchors, write
@@ -66,6 +67,17 @@ def test_context_takes_memory_as_it_is_written(tmp_path: Path, target: TargetMod
         assert cache[slots].abs().sum() > 0
 
 
+@pytest.mark.parametrize("rows", [8000, 9000])
+def test_a_large_head_that_the_target_has_in_eight_bits_is_not_kept_again(rows: int) -> None:
+    """8 MiB is large; a smaller head is read as it is."""
+    embedding = torch.zeros(rows, 256)
+    frozen = FrozenParts(embedding, lambda x: x, lambda x: x @ embedding.T, rough_head=lambda x: x @ embedding.T + 1.0)
+    made = vocabulary(Weights({"norm.weight": torch.ones(256)}, torch.float32, torch.device("cpu")), frozen)
+    found = made.head(torch.ones(2, 256))
+    assert found.shape == (2, rows)
+    assert (found == (1.0 if rows == 9000 else 0.0)).all()
+
+
 MADE = """
 import resource
 from pathlib import Path
@@ -73,6 +85,7 @@ import torch
 torch.set_num_threads(1)
 import kernels
 from engine.batch import FrozenParts
+from engine.drafters.parts.frozen import vocabulary
 from engine.drafters.parts.frozen import vocabulary
 from engine.drafters.parts.layers import Weights
 
