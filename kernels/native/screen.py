@@ -7,11 +7,12 @@ inputs x are rounded to t y, y in sixteen. Then by Cauchy and Schwarz, however t
 
 with one b a row of the weight, worked out when it is packed, the rounding of either product included. So no output of a panel can be above
 the highest of s t (q y) + b |x| in it. The panel where that is highest is computed in full, and after it those that could hold as much as
-the highest output found; two or three of a thousand, in a trained head. What comes out is that of the full product to the last bit,
+the highest output found: three of 3,072 on average, in a trained head. What comes out is that of the full product to the last bit,
 whichever of equal outputs comes first included.
 
 A quarter of the bytes is read, and integers of sixteen bits are multiplied twice as fast as floats. 2 cores, AVX2, the head of a model of
-135M parameters (49,152 x 576), milliseconds of the product and its peaks / screened: FIGURES.
+135M parameters (49,152 x 576), milliseconds of the product and its peaks / screened: 1 row 5.9 / 2.2, 4: 8.4 / 2.2, 8: 9.1 / 3.2, 16: 10.0 /
+4.3, 32: 15.1 / 9.4, 64: 27.2 / 15.7, 128: 52.7 / 31.5.
 """
 
 from __future__ import annotations
