@@ -11,8 +11,8 @@ the highest output found: three of 3,072 on average, in a trained head. What com
 whichever of equal outputs comes first included.
 
 A quarter of the bytes is read, and integers of sixteen bits are multiplied twice as fast as floats. 2 cores, AVX2, the head of a model of
-135M parameters (49,152 x 576), milliseconds of the product and its peaks / screened: 1 row 5.9 / 2.2, 4: 8.4 / 2.2, 8: 9.1 / 3.2, 16: 10.0 /
-4.3, 32: 15.1 / 9.4, 64: 27.2 / 15.7, 128: 52.7 / 31.5.
+135M parameters (49,152 x 576), milliseconds of the product and its peaks / screened: 1 row 5.9 / 2.2, 4: 8.4 / 2.2, 8: 9.1 / 3.2,
+16: 10.0 / 4.3, 32: 15.1 / 9.4, 64: 27.2 / 15.7, 128: 52.7 / 31.5.
 """
 
 from __future__ import annotations
