@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from llvmlite import ir
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 I8 = ir.IntType(8)
 I16 = ir.IntType(16)
@@ -312,6 +312,26 @@ class Emitter:
         counter.set(self.b.add(index, step))
         self.b.branch(head)
         self.b.position_at_end(end)
+
+    def in_tiles(
+        self, top: ir.Value, rows: ir.Value, sizes: Sequence[int], body: Callable[[int, ir.Value, ir.Value, ir.Value], None]
+    ) -> None:
+        """`rows` rows from `top` on, in tiles of one of `sizes` each; body(size, first row, which tile, of how many) writes a size.
+
+        Tiles have two sizes that differ by one: a small last one would read all that it is multiplied with for next to nothing.
+        """
+        tiles = self.div(self.add(rows, sizes[-1] - 1), sizes[-1])
+        smaller = self.div(rows, tiles)
+        larger = self.sub(rows, self.mul(smaller, tiles))
+        border = self.add(top, self.mul(larger, self.add(smaller, 1)))
+        with self.range(0, 2) as run:
+            small = self.b.icmp_signed(">", run, self.const(0))
+            size = self.b.select(small, smaller, self.add(smaller, 1))
+            start, stop = self.b.select(small, border, top), self.b.select(small, self.add(top, rows), border)
+            done = self.b.select(small, larger, self.const(0))
+            for count in sizes:
+                with self.when(self.equal(size, count)), self.range(start, stop, count) as row:
+                    body(count, row, self.add(done, self.div(self.sub(row, start), count)), tiles)
 
     @contextmanager
     def when(self, condition: ir.Value) -> Iterator[None]:

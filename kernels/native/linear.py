@@ -200,26 +200,17 @@ class _Product:
             self._tile(count, 1, row, e.const(0), panel, stretch)
 
     def _many(self, top: ir.Value, rows: ir.Value, first: ir.Value, last: ir.Value, following: ir.Value) -> None:
-        """Tiles of two sizes that differ by one: a small last one would read a panel for next to nothing."""
         e = self.e
-        tiles = e.div(e.add(rows, self.most - 1), self.most)
-        smaller = e.div(rows, tiles)
-        larger = e.sub(rows, e.mul(smaller, tiles))
-        border = e.add(top, e.mul(larger, e.add(smaller, 1)))
         with e.range(first, last) as panel:
             after = e.add(panel, 1)
             after = e.b.select(e.less(after, last), after, following)
             with self._stretches() as stretch:
                 ahead = self._ahead(panel, after, stretch)
-                with e.range(0, 2) as run:
-                    small = e.b.icmp_signed(">", run, e.const(0))
-                    size = e.b.select(small, smaller, e.add(smaller, 1))
-                    start, stop = e.b.select(small, border, top), e.b.select(small, e.add(top, rows), border)
-                    done = e.b.select(small, larger, e.const(0))
-                    for count in range(min(max(self.few) + 1, (self.most + 1) // 2), self.most + 1):
-                        with e.when(e.equal(size, count)), e.range(start, stop, count) as row:
-                            tile = e.add(done, e.div(e.sub(row, start), count))
-                            self._tile(count, 1, row, e.sub(row, top), panel, stretch, (ahead, tile, tiles))
+
+                def multiply(count: int, row: ir.Value, tile: ir.Value, tiles: ir.Value) -> None:
+                    self._tile(count, 1, row, e.sub(row, top), panel, stretch, (ahead, tile, tiles))
+
+                e.in_tiles(top, rows, range(min(max(self.few) + 1, (self.most + 1) // 2), self.most + 1), multiply)
 
     def _ahead(self, panel: ir.Value, after: ir.Value, stretch: tuple[ir.Value, ir.Value]) -> ir.Value:
         """Where the weights lie that are wanted next: the tiles of a stretch ask for them, each for its part.

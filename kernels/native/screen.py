@@ -226,19 +226,10 @@ class _Screening:
             e.range(0, self.rows, _CACHED_ROWS) as top,
         ):
             rows = e.least(e.sub(self.rows, top), _CACHED_ROWS)
-            tiles = e.div(e.add(rows, self.most - 1), self.most)
-            smaller = e.div(rows, tiles)
-            border = e.add(top, e.mul(e.sub(rows, e.mul(smaller, tiles)), e.add(smaller, 1)))
             with e.range(first, last) as panel:
                 after = e.add(panel, 1)
                 after = e.b.select(e.less(after, last), after, following)
-                with e.range(0, 2) as run:  # tiles of two sizes that differ by one
-                    small = e.b.icmp_signed(">", run, e.const(0))
-                    size = e.b.select(small, smaller, e.add(smaller, 1))
-                    start, stop = e.b.select(small, border, top), e.b.select(small, e.add(top, rows), border)
-                    for count in range(1, self.most + 1):
-                        with e.when(e.equal(size, count)), e.range(start, stop, count) as row:
-                            self._tile(count, row, panel, after)
+                e.in_tiles(top, rows, range(1, self.most + 1), lambda count, row, *_: self._tile(count, row, panel, after))
 
     def _tile(self, count: int, row: ir.Value, panel: ir.Value, after: ir.Value) -> None:
         """`count` rows from `row` on times a panel, while the panel `after` is asked for."""
