@@ -18,7 +18,7 @@ from engine.config import EngineConfig, derive_limits
 from engine.device_decoding import DeviceDecoding
 from engine.device_rules import DeviceRules
 from engine.drafter_changes import DrafterChanges
-from engine.drafters.base import Host, Progress
+from engine.drafters.base import Host
 from engine.drafters.builtin import OFF
 from engine.drafters.registry import Catalogue, UnknownDrafterError
 from engine.flight import DeviceClock, Flight, HostClock
@@ -28,6 +28,7 @@ from engine.graphs import GraphRunner
 from engine.kv_blocks import BlockPool
 from engine.kv_scales import make_pool
 from engine.lab.recorder import Recorder
+from engine.launcher import Launcher, make_judge
 from engine.live_requests import LiveRequests
 from engine.logit_rules import LogitRules
 from engine.logprobs import Logprobs
@@ -37,7 +38,7 @@ from engine.row_table import RowTable
 from engine.runner import make_runner
 from engine.scheduler import Scheduler, StepPlan, UnfitRequestError
 from engine.speculation.cost_model import CostModel, Load, best_batch, best_chunk
-from engine.speculation.judge import DeviceJudge, HostJudge, judge_peaks
+from engine.speculation.judge import DeviceJudge
 from engine.speculation.proposal import Proposal
 from engine.speculation.speculator import Speculator
 from engine.stats import EngineStats, Meter
@@ -51,15 +52,10 @@ from kernels import pages
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from engine.batch import ForwardOutput
     from engine.checkpoints import LoadedModel
     from engine.device_decoding import DeviceFlight
-    from engine.logprobs import Kept
     from engine.profile import Profiles
-    from engine.runner import Runner
     from engine.sequence import Sequence
-    from engine.speculation.judge import Judge, Pending
-    from engine.speculation.verify import Rows
 
 _log = logging.getLogger(__name__)
 
@@ -92,7 +88,7 @@ class Engine:
         memory = threading.Thread(target=kv.take_pages, args=(first_blocks,), daemon=True)
         memory.start()  # while kernels are compiled
         self._runner = make_runner(loaded.model, kv, self.limits.max_sequences)
-        self._judge = make_judge(self._runner)
+        judge = make_judge(self._runner)
         self._clock = DeviceClock(spec.device) if spec.device.type == "cuda" else HostClock()
         self._flight: Flight | DeviceFlight | None = None
         self._pool = BlockPool(self.limits.num_blocks, config.block_size, share_prefixes=config.share_prefixes)
@@ -105,8 +101,8 @@ class Engine:
         )
         with nullcontext() if profiles is None else profiles.tuned(spec.device):
             warm_up(self._runner, self.limits.max_step_tokens)
-        if isinstance(self._judge, DeviceJudge):
-            self._judge.warm_up(spec.vocab_size)
+        if isinstance(judge, DeviceJudge):
+            judge.warm_up(spec.vocab_size)
         cost = CostModel(self.limits.max_step_tokens)
         self.profile_reused = False
         points: list[tuple[Load, float]] = []
@@ -164,6 +160,9 @@ class Engine:
         """Compiles what requests want their answers to look like; who submits a grammar early finds it ready."""
         self._meter = Meter(self._pool.capacity)
         self._requests = LiveRequests(self._scheduler, self._speculator, self._rules, self._logprobs, self._recorder, self._device)
+        self._launcher = Launcher(
+            self._runner, judge, self._clock, self._table, self._speculator, self._rules, self._logprobs, self._requests
+        )
         self._booking = Booking(
             self._requests,
             self._scheduler,
@@ -297,7 +296,8 @@ class Engine:
         try:
             if self._flight is None:
                 proposal = self._draft(plan)
-            flight = self._launch(Work.of(plan, proposal, self._scheduler.tables.rows, self._pool.block_size))
+            work = Work.of(plan, proposal, self._scheduler.tables.rows, self._pool.block_size)
+            flight = self._launcher.launch(work, self._steps)
         except (RuntimeError, MemoryError) as error:
             if not is_exhausted(error):
                 raise
@@ -397,34 +397,6 @@ class Engine:
             proposal.chosen[row] = self._scheduler.grant_drafts(sequences[row], int(proposal.chosen[row]))
         return proposal
 
-    def _launch(self, work: Work) -> Flight:
-        """The forward and the verdict on its rows: what a device does in a step. Where it works by itself, nobody waits for it here."""
-        step, rows = work.step, work.rows(self._table)
-        timing = self._clock.start()
-        # Nobody needs other logits than the highest; a judge on the device is captured with all of them.
-        greedy = self._runner.latest is None and not rows.modes.any() and self._rules.idle and self._logprobs.idle
-        output = self._runner.run(step, self._speculator.taps, peaks=greedy)
-        pending, kept = self._verdict(output, work, rows)
-        timing.stop()
-        promised = self._runner.latest is not None and not (work.proposal.groups or work.proposal.drafted.any())
-        if promised:
-            # Every row is of confirmed text, and the next step overwrites what is tapped.
-            self._speculator.observe(Progress(work.chunks, step.query_start, work.counts, step.positions, step.slots, output.taps))
-        lives = [self._requests[chunk.sequence] for chunk in work.chunks]
-        for live in lives:
-            live.in_flight += 1
-        return Flight(work, lives, pending, timing, {} if promised else output.taps, kept, promised)
-
-    def _verdict(self, output: ForwardOutput, work: Work, rows: Rows) -> tuple[Pending, Kept | None]:
-        """On all rows of a step, and what is kept of its log-probabilities."""
-        counts = work.step.row_counts
-        if output.peaks is not None:
-            return judge_peaks(output.peaks, rows, counts), None
-        logits, kept = self._logprobs.keep(output.logits, work)
-        rules = self._rules.apply(logits, work)
-        wanted = None if kept is None else kept.wanted
-        return self._judge(logits, rows, counts, work.slots, self._steps, work.row_probabilities(logits), rules, wanted), kept
-
     def _land(self) -> list[Result]:
         """Reads the step that is in flight, if any."""
         flight, self._flight = self._flight, None
@@ -435,8 +407,3 @@ class Engine:
             f"prompt and answer have reached {sequence.num_tokens} tokens, and this worker's whole KV cache holds "
             f"{self._pool.capacity * self._pool.block_size}; lower max_tokens or give the worker more memory for KV"
         )
-
-
-def make_judge(runner: Runner) -> Judge:
-    """Where the host does not wait for steps, their verdicts stay on the device as well."""
-    return HostJudge() if runner.latest is None else DeviceJudge(runner.latest)
