@@ -144,8 +144,8 @@ def test_penalties_and_log_probabilities_need_no_token_on_the_host(
     plain = collect(engine(5, drafter=drafter), requests)
     monkeypatch.setattr(engine_module, "make_runner", GraphsOnCpu)
     made, events = engine(5, drafter=drafter), []
-    launch, book = made._launch, made._booking.book
-    monkeypatch.setattr(made, "_launch", lambda work: events.append("launch") or launch(work))
+    launch, book = made._launcher.launch, made._booking.book
+    monkeypatch.setattr(made._launcher, "launch", lambda work, attempt: events.append("launch") or launch(work, attempt))
     monkeypatch.setattr(made._booking, "book", lambda flight: events.append("read") or book(flight))
     ahead = collect(made, requests)
     for name, result in plain.items():
