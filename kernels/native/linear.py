@@ -53,6 +53,11 @@ def panel_width() -> int:
     return 2 * lanes()
 
 
+def most_rows() -> int:
+    """Of a tile."""
+    return _ROWS_AVX512 if lanes() == 16 else _ROWS
+
+
 def _panels_at_once() -> dict[int, int]:
     return _PANELS_AVX512 if lanes() == 16 else _PANELS
 
@@ -176,7 +181,7 @@ class _Product:
         self.width = 2 * e.lanes
         self.few = _panels_at_once()
         self.sums = e.scratch(max(_CACHED_ROWS * self.width, max(self.few) * self.width * _GROUP))
-        self.most = _ROWS_AVX512 if e.lanes == 16 else _ROWS
+        self.most = most_rows()
 
     def emit(self) -> None:
         e = self.e

@@ -26,6 +26,7 @@ import torch
 
 from kernels.native.emit import F32, I8, I16, I32, I64
 from kernels.native.jit import Kernel, build, lanes, threads_for
+from kernels.native.linear import most_rows
 from kernels.native.rows import float_bits, keep_first
 from kernels.pages import lasting_zeros
 
@@ -43,8 +44,6 @@ _SPARE = 32
 """Operations on top of a product's own whose rounding, 2**-24 each, is allowed for."""
 _MARGIN = 1.01
 """For what the bounds themselves are off by."""
-_ROWS, _ROWS_AVX512 = 6, 12
-"""Rows of a tile at most, as in `kernels.native.linear`."""
 _CACHED_ROWS = 192
 """Rows that are worked off for one panel before the next: in sixteen bits, they are to stay in the second-level cache."""
 _UNROLL = 2
@@ -217,7 +216,6 @@ class _Screening:
         self.counter = e.at(e.function.args[0], 12, I64)
         self.width = 2 * e.lanes
         self.pairs = e.div(self.depth, 2)
-        self.most = _ROWS_AVX512 if e.lanes == 16 else _ROWS
 
     def emit(self) -> None:
         e = self.e
@@ -229,7 +227,7 @@ class _Screening:
             with e.range(first, last) as panel:
                 after = e.add(panel, 1)
                 after = e.b.select(e.less(after, last), after, following)
-                e.in_tiles(top, rows, range(1, self.most + 1), lambda count, row, *_: self._tile(count, row, panel, after))
+                e.in_tiles(top, rows, range(1, most_rows() + 1), lambda count, row, *_: self._tile(count, row, panel, after))
 
     def _tile(self, count: int, row: ir.Value, panel: ir.Value, after: ir.Value) -> None:
         """`count` rows from `row` on times a panel, while the panel `after` is asked for."""

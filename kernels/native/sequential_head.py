@@ -10,10 +10,10 @@ from kernels import native
 from kernels.native.jit import lanes
 from kernels.native.rows import log_sums, peaks
 from kernels.reference.linear import linear
-from kernels.reference.sequential_head import DraftBlock, check_block, mix
+from kernels.reference.sequential_head import check_block, draft
 
 if TYPE_CHECKING:
-    from kernels.reference.sequential_head import SequentialHead
+    from kernels.reference.sequential_head import DraftBlock, SequentialHead
 
 
 def takes(logits: torch.Tensor, head: SequentialHead) -> bool:
@@ -25,24 +25,13 @@ def takes(logits: torch.Tensor, head: SequentialHead) -> bool:
 def sequential_head(logits: torch.Tensor, hidden: torch.Tensor | None, anchors: torch.Tensor, head: SequentialHead) -> DraftBlock:
     """`kernels.reference.sequential_head` of greedy rows, without the weights."""
     check_block(logits, hidden, head, None, None)
-    packed, w1 = head.packed_w2, head.w1
+    packed = head.packed_w2
     assert packed is not None
-    assert w1 is not None
-    state: torch.Tensor | None = torch.zeros(len(anchors), head.rank, dtype=w1.dtype)
-    previous = anchors
-    tokens, lses, levels = list[torch.Tensor](), list[torch.Tensor](), list[torch.Tensor]()
-    confidences: list[torch.Tensor] = []
-    for k in range(logits.shape[1]):
-        embedding, state, confidence = mix(head, previous, state, None if hidden is None else hidden[:, k])
+
+    def choose(k: int, embedding: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         assert embedding is not None
         weights = linear(embedding, packed, logits[:, k])
         highest, columns = peaks(weights)
-        lse = log_sums(weights, highest)
-        previous = columns if head.token_ids is None else head.token_ids[columns]
-        tokens.append(previous)
-        lses.append(lse)
-        levels.append(highest - lse)
-        if confidence is not None:
-            confidences.append(confidence)
-    sure = torch.stack(confidences, 1) if confidences else None
-    return DraftBlock(torch.stack(tokens, 1), torch.stack(lses, 1), torch.stack(levels, 1), sure, None)
+        return columns, highest, log_sums(weights, highest)
+
+    return draft(logits.shape[1], hidden, anchors, head, choose)

@@ -34,8 +34,8 @@ class PackedLinear:
     """A weight [out_features, in_features] in the layout its device multiplies fastest, and its bias [out_features].
 
     `gated panels`: gate and up interleaved, for `gated_linear` alone. A weight of int8 is to be multiplied with its `scales` (one an
-    output, in the order of the layout); inputs, sums and results stay in their own type. screen: what
-    `kernels.linear_peaks` rules outputs out by.
+    output, in the order of the layout); inputs, sums and results stay in their own type. screen: what `kernels.linear_peaks`
+    rules outputs out by.
     """
 
     weight: torch.Tensor
@@ -61,9 +61,8 @@ def pack_linear(
 ) -> PackedLinear:
     """Packs `weight` [out, in], or several that are stacked along their outputs, in `dtype` (None: its own).
 
-    Several are taken up piece by piece, and the result owns its memory: at no time there is more than a piece besides it. screened:
-    where there is a way, it is kept a second time in eight bits, for
-    `kernels.linear_peaks`.
+    Several are taken up piece by piece, and the result owns its memory: at no time there is more than a piece besides it.
+    screened: where there is a way, it is kept a second time in eight bits, for `kernels.linear_peaks`.
     """
     pieces = [weight] if isinstance(weight, torch.Tensor) else weight
     kind, device = dtype or pieces[0].dtype, pieces[0].device

@@ -12,13 +12,16 @@ With W1 = W2 = None the block is drafted from U alone (DFlash).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from kernels.reference.linear import PackedLinear, linear
 from kernels.reference.noise import exponential
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 Kind = Literal["none", "vanilla", "gated", "rnn"]
 
@@ -108,42 +111,57 @@ def sequential_head(
     (`kernels.reference.noise`), needed with temperatures. Raises ValueError naming what is missing.
     """
     check_block(logits, hidden, head, temperatures, keys)
-    state = None if head.w1 is None else torch.zeros(len(anchors), head.rank, dtype=head.w1.dtype, device=logits.device)
+    greedy = None if temperatures is None else temperatures == 0.0
+    ids = torch.arange(logits.shape[2], device=logits.device) if head.token_ids is None else head.token_ids
+    kept: list[torch.Tensor] = []
+
+    def choose(k: int, embedding: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        bias = None if embedding is None else _bias(head, embedding)
+        weights = logits[:, k] if bias is None else bias.add_(logits[:, k]) if bias.dtype == logits.dtype else logits[:, k] + bias
+        weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
+        if greedy is not None and temperatures is not None:
+            weights = weights / torch.where(greedy, 1.0, temperatures)[:, None]
+        highest, columns = weights.max(1)
+        if greedy is not None and keys is not None:
+            # argmin of E / p without forming p: the largest of log p - log E.
+            columns = torch.where(greedy, columns, (weights - exponential(keys[:, k], ids).log()).argmax(1))
+        if keep_weights:
+            kept.append(weights)
+        return columns, highest, weights.logsumexp(1)
+
+    block = draft(logits.shape[1], hidden, anchors, head, choose)
+    return replace(block, log_weights=torch.stack(kept, 1)) if keep_weights else block
+
+
+def draft(
+    count: int,
+    hidden: torch.Tensor | None,
+    anchors: torch.Tensor,
+    head: SequentialHead,
+    choose: Callable[[int, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+) -> DraftBlock:
+    """`count` drafts one after the other, each taken into the head for the next; without weights.
+
+    choose: draft k and what W2 is multiplied with [S, r] (None for a head without) -> its column int64 [S], the highest of the tempered
+    logits and their log-sum-exp [S].
+    """
+    state = None if head.w1 is None else torch.zeros(len(anchors), head.rank, dtype=head.w1.dtype, device=anchors.device)
     previous = anchors
     tokens: list[torch.Tensor] = []
     lses: list[torch.Tensor] = []
     peaks: list[torch.Tensor] = []
     confidences: list[torch.Tensor] = []
-    kept: list[torch.Tensor] = []
-    for k in range(logits.shape[1]):
-        embedding, state, confidence = mix(head, previous, state, None if hidden is None else hidden[:, k])
-        bias = None if embedding is None else _bias(head, embedding)
-        weights = logits[:, k] if bias is None else bias.add_(logits[:, k]) if bias.dtype == logits.dtype else logits[:, k] + bias
-        weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
-        greedy = None if temperatures is None else temperatures == 0.0
-        if greedy is not None and temperatures is not None:
-            weights = weights / torch.where(greedy, 1.0, temperatures)[:, None]
-        highest, columns = weights.max(1)
-        if greedy is not None and keys is not None:
-            ids = torch.arange(weights.shape[1], device=weights.device) if head.token_ids is None else head.token_ids
-            # argmin of E / p without forming p: the largest of log p - log E.
-            columns = torch.where(greedy, columns, (weights - exponential(keys[:, k], ids).log()).argmax(1))
+    for k in range(count):
+        embedding, state, confidence = _mix(head, previous, state, None if hidden is None else hidden[:, k])
+        columns, highest, lse = choose(k, embedding)
         previous = columns if head.token_ids is None else head.token_ids[columns]
-        lse = weights.logsumexp(1)
         tokens.append(previous)
         lses.append(lse)
         peaks.append(highest - lse)
         if confidence is not None:
             confidences.append(confidence)
-        if keep_weights:
-            kept.append(weights)
-    return DraftBlock(
-        torch.stack(tokens, 1),
-        torch.stack(lses, 1),
-        torch.stack(peaks, 1),
-        torch.stack(confidences, 1) if confidences else None,
-        torch.stack(kept, 1) if keep_weights else None,
-    )
+    sure = torch.stack(confidences, 1) if confidences else None
+    return DraftBlock(torch.stack(tokens, 1), torch.stack(lses, 1), torch.stack(peaks, 1), sure, None)
 
 
 def check_block(
@@ -168,7 +186,7 @@ def check_block(
         raise ValueError("sampling needs temperatures and keys, greedy drafting neither")
 
 
-def mix(
+def _mix(
     head: SequentialHead, previous: torch.Tensor, state: torch.Tensor | None, hidden: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """(what W2 is multiplied with [S, r], next state [S, r], confidence [S]) of one position; None for what the head does not have."""

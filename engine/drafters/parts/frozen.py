@@ -45,9 +45,10 @@ def vocabulary(weights: Weights, frozen: FrozenParts, *, scale: float = 1.0, sof
         raise DrafterError(f"it has no embed_tokens.weight, and the target's embedding is {embedding.shape[1]} wide where it needs {width}")
     own = weights.take("lm_head.weight") if "lm_head.weight" in weights else None
     # What drafts are drawn from need not be the head to the last bit: verification is told what it was. A quarter of the bytes is read.
-    rough = frozen.rough_head if own is None and large(frozen.embedding) else None
-    if own is None and rough is None and large(frozen.embedding):
-        own = frozen.head_weight()
+    rough = None
+    if own is None and large(frozen.embedding):
+        rough = frozen.rough_head
+        own = frozen.head_weight() if rough is None else None
     packed = None if own is None else kernels.pack_linear(own, int8=large(own))
 
     def head(hidden: torch.Tensor) -> torch.Tensor:
