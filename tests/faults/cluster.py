@@ -123,7 +123,8 @@ class Cluster:
         self.wait(lambda: self.jobs.load(batch).status.terminal, "the end of the batch")
         batch = self.wait(lambda: self.jobs.load(batch), "a look at it")
         assert batch.status is status
-        assert check(self.services.database, self.services.blobs, batch.id) == []
+        (violations,) = self.wait(lambda: [check(self.services.database, self.services.blobs, batch.id)], "a look at the oracles")
+        assert violations == []
         return batch
 
     def started(self) -> Counter[str]:

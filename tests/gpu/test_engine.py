@@ -104,17 +104,17 @@ def test_nothing_waits_for_the_device_while_a_step_is_launched(monkeypatch: pyte
     requests = [*jobs(20, ignore_eos=True, temperature=0.9, top_p=0.9, seed=3), *jobs(20, ignore_eos=True, **rules)]
     requests = [replace(request, id=str(number)) for number, request in enumerate(requests)]
     answers(engine, requests)  # graphs are captured, kernels compiled
-    launch, read, events = engine._launch, engine._booking.book, []
+    launch, read, events = engine._launcher.launch, engine._booking.book, []
 
-    def watched(work):
+    def watched(work, attempt):
         torch.cuda.set_sync_debug_mode("error")
         try:
             events.append("launch")
-            return launch(work)
+            return launch(work, attempt)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(engine, "_launch", watched)
+    monkeypatch.setattr(engine._launcher, "launch", watched)
     monkeypatch.setattr(engine._booking, "book", lambda flight: events.append("read") or read(flight))
     answers(engine, requests)
     ahead = sum(one == other == "launch" for one, other in pairwise(events))
