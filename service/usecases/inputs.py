@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections import OrderedDict
-from pathlib import Path
+from contextlib import ExitStack
 from types import TracebackType
 from typing import BinaryIO
 
@@ -23,7 +23,6 @@ class InputFiles:
     def __init__(self, blobs: BlobStore, *, keep_bytes: int = KEEP_BYTES) -> None:
         self._blobs = blobs
         self._keep_bytes = keep_bytes
-        self._folder = tempfile.TemporaryDirectory(prefix="longdraft-inputs-", ignore_cleanup_errors=True)
         self._open: OrderedDict[str, tuple[BinaryIO, int]] = OrderedDict()
 
     def __enter__(self) -> InputFiles:
@@ -36,7 +35,6 @@ class InputFiles:
         for file, _ in self._open.values():
             file.close()
         self._open.clear()
-        self._folder.cleanup()
 
     def read(self, key: str, sha256: str | None, offset: int, length: int) -> bytes:
         """`length` bytes of the object from `offset`.
@@ -59,24 +57,21 @@ class InputFiles:
 
     def _fetch(self, key: str, sha256: str | None) -> tuple[BinaryIO, int]:
         digest, size = hashlib.sha256(), 0
-        # Unlinked at once: whatever ends this process, the disk gets the space back.
-        file = tempfile.TemporaryFile(dir=Path(self._folder.name))  # noqa: SIM115 - lives as long as the cache
-        try:
-            with self._blobs.open(key) as stream:
-                while portion := stream.read(READ_BYTES):
-                    digest.update(portion)
-                    size += len(portion)
-                    file.write(portion)
-            file.flush()
-        except OSError as error:
-            file.close()
-            raise Unavailable(f"Object {key!r} does not fit the scratch disk: {error.strerror or error}.") from error
-        except BaseException:
-            file.close()
-            raise
-        if sha256 is not None and digest.hexdigest() != sha256:
-            file.close()
-            raise BlobCorrupt(f"Object {key!r} has SHA-256 {digest.hexdigest()}; {sha256} was recorded.")
+        with ExitStack() as undo:
+            try:
+                # Has no name: whatever ends this process, the disk gets the space back.
+                file = undo.enter_context(tempfile.TemporaryFile())
+                with self._blobs.open(key) as stream:
+                    while portion := stream.read(READ_BYTES):
+                        digest.update(portion)
+                        size += len(portion)
+                        file.write(portion)
+                file.flush()
+            except OSError as error:
+                raise Unavailable(f"Object {key!r} does not fit the scratch disk: {error.strerror or error}.") from error
+            if sha256 is not None and digest.hexdigest() != sha256:
+                raise BlobCorrupt(f"Object {key!r} has SHA-256 {digest.hexdigest()}; {sha256} was recorded.")
+            undo.pop_all()
         return file, size
 
     def _make_room(self, newest: str) -> None:

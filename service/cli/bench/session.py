@@ -103,7 +103,7 @@ class Configuration:
 
 
 def run_bench(request: BenchRequest, *, cache_dir: Path, quiet: bool) -> dict[str, Any]:
-    """The whole benchmark: reference (cached), sweep of the comparison (cached), the bound, then the interleaved repeats.
+    """The whole benchmark: reference (cached), sweep of the comparison (cached), then the interleaved repeats, the bound among them.
 
     Raises Failure where a run fails, with its reason.
     """
@@ -113,18 +113,21 @@ def run_bench(request: BenchRequest, *, cache_dir: Path, quiet: bool) -> dict[st
         reference = session.reference() if request.check else None
         configurations = session.configurations(reference)
         repeated = session.contenders(configurations)
-        rates = session.run(request.task("bound"), "the fastest matrix product")["bound"] if request.bound else None
+        turns: list[dict[str, Any]] = []
         device = "cpu"
         for repeat in range(request.repeats):
+            if request.bound:
+                label = f"the fastest matrix product ({repeat + 1}/{request.repeats})"
+                turns.append(session.run(request.task("bound", turns[0] if turns else None), label)["bound"])
             for configuration in repeated:
                 outcome = session.run(configuration.task, f"{configuration.name} ({repeat + 1}/{request.repeats})")
                 configuration.add(outcome, reference)
                 device = outcome["device"]
-    return _report(request, device, configurations, reference, rates)
+    return _report(request, device, configurations, reference, turns)
 
 
 def _report(
-    request: BenchRequest, device: str, configurations: list[Configuration], reference: Answers | None, rates: dict[str, Any] | None
+    request: BenchRequest, device: str, configurations: list[Configuration], reference: Answers | None, turns: list[dict[str, Any]]
 ) -> dict[str, Any]:
     report: dict[str, Any] = {
         "job": request.job,
@@ -140,8 +143,8 @@ def _report(
         for other in others
         if other.speeds[0]
     ]
-    if rates is not None:
-        report["bound"] = bound.of_job(rates, first.output_tokens)
+    if turns:
+        report["bound"] = bound.of_job(turns, first.output_tokens)
         for run in report["runs"]:
             run["of_bound"] = round(run["tokens_per_second"]["median"] / report["bound"]["tokens_per_second"], 3)
     return report
