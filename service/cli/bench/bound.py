@@ -8,8 +8,8 @@ count and in the layout where it is cheapest. No attention, norms, sampling or p
 positions count too.
 
 A shared machine's speed changes within seconds, so the rate at its best moment is nothing that a job could keep: the fastest product is
-found once by its shortest time, then run for some seconds in every turn of the benchmark, between the runs that are held to it. The
-median of those stretches is the bound; what the best moment would allow is reported beside it.
+found once by its shortest time, then run for some seconds before each of the runs that are held to it. The median of those stretches is
+the bound; what the best moment would allow is reported beside it.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 _ROWS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 1024)
 _REPEATS = 3
 _STRETCH = 2.0
-"""Seconds that body and head are run for in a turn, each."""
+"""Seconds that body and head are run for, each."""
 _JOINED = {"qkv": ("q_proj", "k_proj", "v_proj"), "gate_up": ("gate_proj", "up_proj")}
 
 
 def measure(task: Task) -> dict[str, Any]:
-    """One turn as plain data: the positions of the job, and `body` and `head`, each {"rows", "layout", "seconds" a position over a
-    stretch, "least" in a moment}. Options of the task: what an earlier turn gave, where the fastest product was found.
+    """One stretch as plain data: the positions of the job, and `body` and `head`, each {"rows", "layout", "seconds" a position over a
+    stretch, "least" in a moment}. Options of the task: what an earlier one gave, where the fastest product was found.
     """
     import torch
 
@@ -54,11 +54,11 @@ def measure(task: Task) -> dict[str, Any]:
     }
 
 
-def of_job(turns: list[dict[str, Any]], generated: int) -> dict[str, Any]:
+def of_job(stretches: list[dict[str, Any]], generated: int) -> dict[str, Any]:
     """Tokens a second that no engine keeps up on this job without better products; also without shared prefixes, and at the best moment."""
-    distinct, prompt, lines = (turns[0][name] for name in ("distinct_prompt_positions", "prompt_positions", "lines"))
-    body, head = (median(turn[name]["seconds"] for turn in turns) for name in ("body", "head"))
-    best_body, best_head = (min(turn[name]["least"] for turn in turns) for name in ("body", "head"))
+    distinct, prompt, lines = (stretches[0][name] for name in ("distinct_prompt_positions", "prompt_positions", "lines"))
+    body, head = (median(one[name]["seconds"] for one in stretches) for name in ("body", "head"))
+    best_body, best_head = (min(one[name]["least"] for one in stretches) for name in ("body", "head"))
 
     def rate(positions: int, body: float, head: float) -> float:
         return round(generated / (body * (positions + generated - lines) + head * generated), 2)
@@ -74,8 +74,8 @@ def of_job(turns: list[dict[str, Any]], generated: int) -> dict[str, Any]:
         "lines": lines,
         "body_seconds": body,
         "head_seconds": head,
-        "gflops": median(turn["gflops"] for turn in turns),
-        "turns": turns,
+        "gflops": median(one["gflops"] for one in stretches),
+        "stretches": stretches,
     }
 
 

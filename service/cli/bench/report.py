@@ -24,7 +24,7 @@ def print_bench(report: dict[str, Any]) -> None:
             f"Bound {bound['tokens_per_second']} tok/s (without shared prefixes {bound['tokens_per_second_without_sharing']}): "
             f"{bound['distinct_prompt_positions']} of {bound['prompt_positions']} prompt positions and {bound['output_tokens']} "
             f"generated ones, {bound['body_seconds'] * 1e3:.3f} ms each ({bound['gflops']:.0f} GFLOP/s), and "
-            f"{bound['head_seconds'] * 1e3:.3f} ms for the head, medians of {len(bound['turns'])} stretches between the runs "
+            f"{bound['head_seconds'] * 1e3:.3f} ms for the head, medians of {len(bound['stretches'])} stretches between the runs "
             f"(at the best moment: {bound['tokens_per_second_at_best']} tok/s)."
         )
 

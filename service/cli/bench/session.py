@@ -113,21 +113,22 @@ def run_bench(request: BenchRequest, *, cache_dir: Path, quiet: bool) -> dict[st
         reference = session.reference() if request.check else None
         configurations = session.configurations(reference)
         repeated = session.contenders(configurations)
-        turns: list[dict[str, Any]] = []
+        stretches: list[dict[str, Any]] = []
         device = "cpu"
         for repeat in range(request.repeats):
-            if request.bound:
-                label = f"the fastest matrix product ({repeat + 1}/{request.repeats})"
-                turns.append(session.run(request.task("bound", turns[0] if turns else None), label)["bound"])
+            turn = f"({repeat + 1}/{request.repeats})"
             for configuration in repeated:
-                outcome = session.run(configuration.task, f"{configuration.name} ({repeat + 1}/{request.repeats})")
+                if request.bound:
+                    known = stretches[0] if stretches else None
+                    stretches.append(session.run(request.task("bound", known), f"the fastest matrix product {turn}")["bound"])
+                outcome = session.run(configuration.task, f"{configuration.name} {turn}")
                 configuration.add(outcome, reference)
                 device = outcome["device"]
-    return _report(request, device, configurations, reference, turns)
+    return _report(request, device, configurations, reference, stretches)
 
 
 def _report(
-    request: BenchRequest, device: str, configurations: list[Configuration], reference: Answers | None, turns: list[dict[str, Any]]
+    request: BenchRequest, device: str, configurations: list[Configuration], reference: Answers | None, stretches: list[dict[str, Any]]
 ) -> dict[str, Any]:
     report: dict[str, Any] = {
         "job": request.job,
@@ -143,8 +144,8 @@ def _report(
         for other in others
         if other.speeds[0]
     ]
-    if turns:
-        report["bound"] = bound.of_job(turns, first.output_tokens)
+    if stretches:
+        report["bound"] = bound.of_job(stretches, first.output_tokens)
         for run in report["runs"]:
             run["of_bound"] = round(run["tokens_per_second"]["median"] / report["bound"]["tokens_per_second"], 3)
     return report

@@ -223,17 +223,17 @@ def test_for_real_on_a_tiny_model(tmp_path, capsys):
     bound = report["bound"]
     assert bound["prompt_positions"] > bound["distinct_prompt_positions"] > 6, "all lines start alike"
     assert bound["tokens_per_second_at_best"] >= bound["tokens_per_second"] > bound["tokens_per_second_without_sharing"] > 0
-    again = measure(replace(plan.task("bound"), options=bound["turns"][0]))
+    again = measure(replace(plan.task("bound"), options=bound["stretches"][0]))
     for name in ("body", "head"):
         chosen = {key: again[name][key] for key in ("rows", "layout")}
-        assert chosen.items() <= bound["turns"][0][name].items(), "the product found before"
+        assert chosen.items() <= bound["stretches"][0][name].items(), "the product found before"
     print_bench(report)
     assert "6 of 6" in capsys.readouterr().out
     plot_bench(report, tmp_path / "chart.png")
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_bound_is_measured_among_the_runs_and_is_their_median(tmp_path, monkeypatch):
+def test_the_bound_is_measured_before_every_run_and_is_the_median(tmp_path, monkeypatch):
     runs = []
     # Of 6 lines with 10 tokens each: 100 + 60 - 6 positions of the layers, 60 of the head.
     seconds = iter((0.01, 0.03, 0.02))
@@ -244,17 +244,17 @@ def test_the_bound_is_measured_among_the_runs_and_is_their_median(tmp_path, monk
             answers = {line.custom_id: ["text", 10] for line in task.lines}
             return {"seconds": 8.0, "answers": answers, "device": "cpu", "peak_rss_bytes": 1}
         now = next(seconds)
-        turn = {"rows": 64, "layout": "ours", "seconds": now, "least": 0.01}
+        rate = {"rows": 64, "layout": "ours", "seconds": now, "least": 0.01}
         places = {"prompt_positions": 100, "distinct_prompt_positions": 100, "lines": 6}
-        return {"seconds": 0.0, "bound": {"body": turn, "head": turn, "gflops": 1 / now, **places}}
+        return {"seconds": 0.0, "bound": {"body": rate, "head": rate, "gflops": 1 / now, **places}}
 
     monkeypatch.setattr(session._Session, "run", run)
     report = run_bench(request(tmp_path, check=False, bound=True, repeats=3), cache_dir=tmp_path, quiet=True)
     assert [kind for kind, _ in runs] == ["bound", "longdraft"] * 3
     assert runs[0][1] == {}
-    assert runs[2][1]["body"]["layout"] == "ours", "what the first turn found"
+    assert runs[2][1]["body"]["layout"] == "ours", "what was found at first"
     bound = report["bound"]
-    assert (bound["body_seconds"], bound["gflops"], len(bound["turns"])) == (0.02, 50.0, 3)
+    assert (bound["body_seconds"], bound["gflops"], len(bound["stretches"])) == (0.02, 50.0, 3)
     assert bound["tokens_per_second"] == round(60 / (0.02 * (154 + 60)), 2)
     assert bound["tokens_per_second_at_best"] == round(60 / (0.01 * (154 + 60)), 2)
     assert report["runs"][0]["of_bound"] == pytest.approx((60 / 8) / (60 / 4.28), abs=1e-3)
