@@ -61,7 +61,7 @@ def of_job(stretches: list[dict[str, Any]], generated: int) -> dict[str, Any]:
     best_body, best_head = (min(one[name]["least"] for one in stretches) for name in ("body", "head"))
 
     def rate(positions: int, body: float, head: float) -> float:
-        return round(generated / (body * (positions + generated - lines) + head * generated), 2)
+        return float(round(generated / (body * (positions + generated - lines) + head * generated), 2))
 
     return {
         "tokens_per_second": rate(distinct, body, head),
