@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     """From rows to all products of so many."""
 
 _ROWS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 1024)
-_REPEATS = 3
+_REPEATS = 2
 _STRETCH = 2.0
 """Seconds that body and head are run for, each."""
 _JOINED = {"qkv": ("q_proj", "k_proj", "v_proj"), "gate_up": ("gate_proj", "up_proj")}
