@@ -8,8 +8,8 @@ count and in the layout where it is cheapest. No attention, norms, sampling or p
 positions count too.
 
 A shared machine's speed changes within seconds, so the rate at its best moment is nothing that a job could keep: the fastest product is
-found once by its shortest time, then run for some seconds before each of the runs that are held to it. The median of those stretches is
-the bound; what the best moment would allow is reported beside it.
+looked for once, by shortest times, and the few that come first run in turns for some seconds before each of the runs that are held to
+them. The fastest by the median of those stretches is the bound; what the best moment would allow is reported beside it.
 """
 
 from __future__ import annotations
@@ -31,34 +31,35 @@ if TYPE_CHECKING:
 
 _ROWS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 1024)
 _REPEATS = 2
-_STRETCH = 2.0
-"""Seconds that body and head are run for, each."""
+_FINALISTS = 3
+_STRETCH = 1.5
+"""Seconds that the finalists of body and of head are run for together, if `_REPEATS` times each do not take longer."""
 _JOINED = {"qkv": ("q_proj", "k_proj", "v_proj"), "gate_up": ("gate_proj", "up_proj")}
 
 
 def measure(task: Task) -> dict[str, Any]:
-    """One stretch as plain data: the positions of the job, and `body` and `head`, each {"rows", "layout", "seconds" a position over a
-    stretch, "least" in a moment}. Options of the task: what an earlier one gave, where the fastest product was found.
+    """One stretch as plain data: the positions of the job, and `body` and `head`, of each finalist {"rows", "layout", "seconds" a position
+    over the stretch, "least" in a moment}. Options of the task: what an earlier one gave, where the finalists were found.
     """
     import torch
 
     prompts = Prompts(task)
     layers, head = _weights(prompts)
     with torch.inference_mode():
-        rates = {name: _rate(_layouts(weights), task.options.get(name)) for name, weights in (("body", layers), ("head", [head]))}
+        rates = {name: _rates(_layouts(weights), task.options.get(name)) for name, weights in (("body", layers), ("head", [head]))}
     return rates | {
         "prompt_positions": prompts.distinct_positions(shared=False),
         "distinct_prompt_positions": prompts.distinct_positions(shared=True),
         "lines": len(prompts.all),
-        "gflops": 2e-9 * sum(weight.numel() for weight in layers) / rates["body"]["seconds"],
+        "body_parameters": sum(weight.numel() for weight in layers),
     }
 
 
 def of_job(stretches: list[dict[str, Any]], generated: int) -> dict[str, Any]:
     """Tokens a second that no engine keeps up on this job without better products; also without shared prefixes, and at the best moment."""
     distinct, prompt, lines = (stretches[0][name] for name in ("distinct_prompt_positions", "prompt_positions", "lines"))
-    body, head = (median(one[name]["seconds"] for one in stretches) for name in ("body", "head"))
-    best_body, best_head = (min(one[name]["least"] for one in stretches) for name in ("body", "head"))
+    body, head = (min(map(median, _by_finalist(stretches, name, "seconds"))) for name in ("body", "head"))
+    best_body, best_head = (min(map(min, _by_finalist(stretches, name, "least"))) for name in ("body", "head"))
 
     def rate(positions: int, body: float, head: float) -> float:
         return float(round(generated / (body * (positions + generated - lines) + head * generated), 2))
@@ -74,9 +75,13 @@ def of_job(stretches: list[dict[str, Any]], generated: int) -> dict[str, Any]:
         "lines": lines,
         "body_seconds": body,
         "head_seconds": head,
-        "gflops": median(one["gflops"] for one in stretches),
+        "gflops": 2e-9 * stretches[0]["body_parameters"] / body,
         "stretches": stretches,
     }
+
+
+def _by_finalist(stretches: list[dict[str, Any]], name: str, figure: str) -> list[list[float]]:
+    return [[rate[figure] for rate in rates] for rates in zip(*(one[name] for one in stretches), strict=True)]
 
 
 def _weights(prompts: Prompts) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -122,21 +127,27 @@ def _layouts(weights: list[torch.Tensor]) -> dict[str, Layout]:
     return layouts
 
 
-def _rate(layouts: dict[str, Layout], known: dict[str, Any] | None) -> dict[str, Any]:
+def _rates(layouts: dict[str, Layout], known: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
     if known is None:
-        _, rows, layout = min((min(_times(layout(rows))) / rows, rows, name) for name, layout in layouts.items() for rows in _ROWS)
+        tried = ((min(_times([layout(rows)])[0]) / rows, rows, name) for name, layout in layouts.items() for rows in _ROWS)
+        finalists = [(rows, name) for _, rows, name in sorted(tried)[:_FINALISTS]]
     else:
-        rows, layout = known["rows"], known["layout"]
-    times = _times(layouts[layout](rows), _STRETCH)
-    return {"rows": rows, "layout": layout, "seconds": sum(times) / len(times) / rows, "least": min(times) / rows}
+        finalists = [(one["rows"], one["layout"]) for one in known]
+    times = _times([layouts[layout](rows) for rows, layout in finalists], _STRETCH)
+    return [
+        {"rows": rows, "layout": layout, "seconds": sum(own) / len(own) / rows, "least": min(own) / rows}
+        for (rows, layout), own in zip(finalists, times, strict=True)
+    ]
 
 
-def _times(run: Product, stretch: float = 0.0) -> list[float]:
-    """Seconds of a few runs, and of as many more as fit into a stretch of so many seconds."""
-    run()
-    times: list[float] = []
-    while len(times) < _REPEATS or sum(times) < stretch:
-        started = time.perf_counter()
+def _times(runs: list[Product], stretch: float = 0.0) -> list[list[float]]:
+    """Seconds of each, a few times in turns, and as often as a stretch of so many seconds goes on."""
+    times: list[list[float]] = [[] for _ in runs]
+    for run in runs:
         run()
-        times.append(time.perf_counter() - started)
+    while len(times[0]) < _REPEATS or sum(map(sum, times)) < stretch:
+        for run, own in zip(runs, times, strict=True):
+            started = time.perf_counter()
+            run()
+            own.append(time.perf_counter() - started)
     return times
