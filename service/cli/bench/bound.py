@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import cache
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -101,17 +102,17 @@ def _weights(prompts: Prompts) -> tuple[list[torch.Tensor], torch.Tensor]:
 
 
 def _layouts(weights: list[torch.Tensor]) -> dict[str, Layout]:
-    """All products of `weights` one after the other, in every layout that there is."""
+    """All products of `weights` one after the other, in every layout that there is, packed at first use."""
     import torch
 
     from kernels.reference import linear as ours
 
     def laid_out(pack: Callable[[torch.Tensor], Any], product: Callable[[torch.Tensor, Any], object]) -> Layout:
-        packed = [pack(weight) for weight in weights]
+        packed = cache(lambda: [pack(weight) for weight in weights])
 
         def of(rows: int) -> Product:
             inputs = {width: torch.randn(rows, width) for width in {weight.shape[1] for weight in weights}}
-            pairs = [(inputs[weight.shape[1]], one) for weight, one in zip(weights, packed, strict=True)]
+            pairs = [(inputs[weight.shape[1]], one) for weight, one in zip(weights, packed(), strict=True)]
             return lambda: [product(x, one) for x, one in pairs]
 
         return of
