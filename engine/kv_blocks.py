@@ -10,13 +10,15 @@ blocks a child is therefore always older than its parent, and evicting the oldes
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections import OrderedDict
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    import numpy as np
     from numpy.typing import NDArray
 
 ROOT = 0
@@ -46,6 +48,10 @@ class BlockPool:
         self._tree: dict[tuple[int, bytes], int] = {}
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._owners: dict[int, int] = {}
+        self._computed: list[int] = []
+        """Blocks whose content is there by the end of the step that is being put together."""
+        self._alike: dict[int, list[tuple[bytes, int]]] = {}
+        """By parent, content and number of the blocks that may be copied from, sorted: those that begin alike are neighbours."""
 
     @property
     def capacity(self) -> int:
@@ -149,6 +155,7 @@ class BlockPool:
         known = self._tree.setdefault(key, block)
         if known == block:
             self._keys[block] = key
+            self._computed.append(block)
             return True
         if known in self._owners:
             return False
@@ -170,6 +177,29 @@ class BlockPool:
         """Pending content is there (or will be by the end of the step that is being put together)."""
         for block in blocks:
             self._owners.pop(block, None)
+            self._computed.append(block)
+
+    def begin_step(self) -> None:
+        """What was to be computed until now is there, and may be copied from."""
+        for block in self._computed:
+            key = self._keys[block]
+            if key is not None and block not in self._owners:
+                self._list(block, *key)
+        self._computed.clear()
+
+    def nearest(self, parent: int, tokens: NDArray[np.int64]) -> tuple[int, int]:
+        """The block behind `parent` that begins most like `tokens` (a block's worth at most), and how many of them it begins with."""
+        wanted = tokens.tobytes()
+        alike = self._alike.get(parent, [])
+        place = bisect_left(alike, (wanted, ROOT))
+        # In sorted order nothing has more in common with a content than its neighbours.
+        best, most = ROOT, 0
+        for content, block in alike[max(place - 1, 0) : place + 1]:
+            same = np.frombuffer(content, np.int64)[: len(tokens)] == tokens
+            count = len(same) if same.all() else int(same.argmin())
+            if count > most:
+                best, most = block, count
+        return best, most
 
     def forget(self, blocks: Iterable[int]) -> None:
         """What was to be computed was not: held blocks leave the tree, and nobody finds them any more."""
@@ -184,7 +214,21 @@ class BlockPool:
         if key is not None:
             del self._tree[key]
             self._keys[block] = None
+            self._unlist(block, *key)
         self._owners.pop(block, None)
+
+    def _list(self, block: int, parent: int, content: bytes) -> None:
+        alike = self._alike.setdefault(parent, [])
+        if (content, block) not in alike[(place := bisect_left(alike, (content, block))) : place + 1]:
+            insort(alike, (content, block))
+
+    def _unlist(self, block: int, parent: int, content: bytes) -> None:
+        alike = self._alike.get(parent, [])
+        place = bisect_left(alike, (content, block))
+        if alike[place : place + 1] == [(content, block)]:
+            del alike[place]
+            if not alike:
+                del self._alike[parent]
 
     def check(self) -> None:
         """Raises AssertionError if the books do not balance. For tests and fault reports; linear in the pool."""
@@ -198,3 +242,6 @@ class BlockPool:
         for (parent, _), block in self._tree.items():
             assert parent == ROOT or self._keys[parent] is not None, f"block {block} lost its parent {parent}"
             assert parent == ROOT or self._references[parent] >= self._references[block]
+        for parent, alike in self._alike.items():
+            assert alike == sorted(alike)
+            assert all(self._tree.get((parent, content)) == block for content, block in alike), "a copy of what is not there"

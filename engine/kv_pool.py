@@ -29,6 +29,7 @@ class KVPool:
         keys = self._storage[0]
         if kernels.stores_keys_transposed(dtype, device, head_dim, block_size):
             keys = keys.view(num_layers, num_blocks, kv_heads, head_dim, block_size).transpose(3, 4)
+        self._parts = keys, self._storage[1]
         self.keys: list[torch.Tensor] = list(keys)
         self.values: list[torch.Tensor] = list(self._storage[1])
         scales = torch.ones(2, num_layers, kv_heads, device=device) if dtype == torch.float8_e4m3fn else None
@@ -40,6 +41,13 @@ class KVPool:
         if self._storage.device.type == "cpu":
             for part in self._storage.flatten(0, 1):
                 pages.take(part[:num_blocks])
+
+    def copy(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        """Copies what lies in slots `sources` to slots `targets`, both int64 [N], in all layers. All is read before any is written."""
+        blocks, places = sources // self.block_size, sources % self.block_size
+        to_blocks, to_places = targets // self.block_size, targets % self.block_size
+        for part in self._parts:
+            part[:, to_blocks, :, to_places] = part[:, blocks, :, places]
 
     @property
     def nbytes(self) -> int:

@@ -44,6 +44,9 @@ class Launcher:
         """Where a device works by itself, nobody waits for it here. attempt: the step's number."""
         step, rows = work.step, work.rows(self._table)
         timing = self._clock.start()
+        if work.copies.size:
+            self._runner.copy(work.copies)
+            self._speculator.copy(*work.copies)
         # Nobody needs other logits than the highest; a judge on the device is captured with all of them.
         greedy = self._runner.latest is None and not rows.modes.any() and self._rules.idle and self._logprobs.idle
         output = self._runner.run(step, self._speculator.taps, peaks=greedy)

@@ -164,6 +164,12 @@ class Runner:
         )
         return self.model.forward(batch, self.kv)
 
+    @torch.inference_mode()
+    def copy(self, slots: NDArray[np.int64]) -> None:
+        """Copies the KV of slots [0] to slots [1], int64 [2, N], before what is run next."""
+        sources, targets = to_device(slots, self.model.spec.device)
+        self.kv.copy(sources, targets)
+
     def resolve(self, token_ids: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
         """int64 [T] with the tokens that only the device knows; see `PackedStep`."""
         assert self.latest is not None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from engine.kv_blocks import ROOT
 from engine.sequence import Sequence
 from engine.waiting import LengthEstimator, WaitingQueue
 
@@ -57,12 +58,22 @@ class Chunk:
         return max(0, min(self.start + self.count, sequence.prompt_length - 1) - self.start)
 
 
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """To be made before a step: block `target` begins with the same `count` tokens as block `source`, which an earlier step computed."""
+
+    source: int
+    target: int
+    count: int
+
+
 @dataclass(slots=True)
 class StepPlan:
     """`decoding` chunks have one token each. `admitted` got a slot just now. `unfit` cannot go on even alone, and were let go."""
 
     decoding: list[Chunk] = field(default_factory=list)
     prefill: list[Chunk] = field(default_factory=list)
+    copies: list[Copy] = field(default_factory=list)
     admitted: list[Sequence] = field(default_factory=list)
     unfit: list[Sequence] = field(default_factory=list)
     preempted: int = 0
@@ -139,6 +150,7 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Plans one step: grows, preempts and admits as needed. Chunks must then really be run, and `complete`d."""
         plan = StepPlan()
+        self.pool.begin_step()
         self._recover()
         self._plan_decoding(plan)
         self._admit(plan)
@@ -309,7 +321,7 @@ class Scheduler:
         for sequence in self.running:
             if budget <= 0:
                 break
-            count = 0 if sequence.decoding else min(self._computable(sequence), budget)
+            count = 0 if sequence.decoding else min(self._computable(sequence, plan), budget)
             if sequence.request.sampling.prompt_logprobs:
                 count = min(count, scored)
                 scored -= count
@@ -317,7 +329,7 @@ class Scheduler:
                 plan.prefill.append(self._chunk(sequence, count))
                 budget -= count
 
-    def _computable(self, sequence: Sequence) -> int:
+    def _computable(self, sequence: Sequence, plan: StepPlan) -> int:
         """Tokens that may be computed now: past what is already there, up to what somebody else is computing."""
         size, pool = self.pool.block_size, self.pool
         index = sequence.num_computed // size
@@ -325,11 +337,23 @@ class Scheduler:
             index += 1
             sequence.num_computed += size
             sequence.ledger.cached += sequence.reach(sequence.num_computed)
+        if index == sequence.num_matched and sequence.num_computed == index * size and not sequence.private:
+            self._copy_beginning(sequence, plan)
         stop = index
         while stop < sequence.num_matched and pool.is_pending(sequence.blocks[stop]) and pool.claim(sequence.blocks[stop], sequence.serial):
             stop += 1
         end = sequence.num_tokens if stop == sequence.num_matched or index >= sequence.num_matched else stop * size
         return end - sequence.num_computed
+
+    def _copy_beginning(self, sequence: Sequence, plan: StepPlan) -> None:
+        """Texts part inside a block: what its first own block has in common with another that is computed need not be computed again."""
+        index, first = sequence.num_matched, sequence.num_computed
+        last = min(first + self.pool.block_size, sequence.num_tokens - 1)  # something must be left to sample from
+        source, count = self.pool.nearest(sequence.blocks[index - 1] if index else ROOT, sequence.tokens[first:last])
+        if count:
+            plan.copies.append(Copy(source, sequence.blocks[index], count))
+            sequence.num_computed += count
+            sequence.ledger.cached += sequence.reach(sequence.num_computed)
 
     def _chunk(self, sequence: Sequence, count: int) -> Chunk:
         start = sequence.num_computed

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from engine.logprobs import Kept
     from engine.row_table import RowTable
-    from engine.scheduler import Chunk, StepPlan
+    from engine.scheduler import Chunk, Copy, StepPlan
     from engine.speculation.proposal import Proposal
     from engine.speculation.verify import Rows
 
@@ -28,7 +28,10 @@ _NOTHING = np.empty(0, np.int64)
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """S chunks, the first `num_decoding` of them decoding; chunk s verifies `drafts[s]`. `counts`: int64 [S], confirmed tokens fed."""
+    """S chunks, the first `num_decoding` of them decoding; chunk s verifies `drafts[s]`. `counts`: int64 [S], confirmed tokens fed.
+
+    copies: int64 [2, N], slots of KV that is copied before the step, and those it is copied to.
+    """
 
     chunks: list[Chunk]
     num_decoding: int
@@ -37,13 +40,15 @@ class Work:
     step: PackedStep
     proposal: Proposal
     preempted: int
+    copies: Ints
 
     @staticmethod
     def of(plan: StepPlan, proposal: Proposal, table_rows: NDArray[np.int32], block_size: int) -> Work:
         chunks = plan.decoding + plan.prefill
         drafts = [proposal.tokens(row) for row in range(len(plan.decoding))] + [_NOTHING] * len(plan.prefill)
         counts = np.array([chunk.count for chunk in chunks], np.int64)
-        return Work(chunks, len(plan.decoding), counts, drafts, pack(chunks, drafts, table_rows, block_size), proposal, plan.preempted)
+        step = pack(chunks, drafts, table_rows, block_size)
+        return Work(chunks, len(plan.decoding), counts, drafts, step, proposal, plan.preempted, _slots(plan.copies, block_size))
 
     @property
     def load(self) -> Load:
@@ -75,6 +80,14 @@ class Work:
                 start, count = int(self.step.row_starts[row]), len(self.drafts[row])
                 full[start : start + count] = probabilities[place, :count]
         return full
+
+
+def _slots(copies: list[Copy], block_size: int) -> Ints:
+    """See `Work.copies`."""
+    counts = np.array([copy.count for copy in copies], np.int64)
+    blocks = np.array([(copy.source, copy.target) for copy in copies], np.int64).reshape(-1, 2).T
+    places = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.repeat(blocks * block_size, counts, axis=1) + places
 
 
 @dataclass(frozen=True, slots=True)

@@ -134,6 +134,10 @@ class Rests(Protocol):
         """These positions are computed now, and it does not get to see them. `progress` has no taps that it could rely on."""
         ...
 
+    def copy(self, sources: NDArray[np.int64], targets: NDArray[np.int64]) -> None:
+        """The KV of slots `sources` was copied to `targets`, int64 [N]: it saw of these what it saw of those."""
+        ...
+
     def follows(self, sequences: list[Sequence]) -> NDArray[np.bool_]:
         """bool [S]: whether it saw as much of each sequence's end as it needs to be worth asking."""
         ...

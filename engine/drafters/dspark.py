@@ -176,6 +176,12 @@ class DSparkDrafter:
         """See `Rests`. Their slots may have held what was seen of another text."""
         self._backbone.overwrite(progress.slots[progress.rows()])
 
+    @torch.inference_mode()
+    def copy(self, sources: Ints, targets: Ints) -> None:
+        """See `Rests`."""
+        self._backlog.copy(sources, targets)
+        self._backbone.copy(sources, targets)
+
     def on_device(self, slots: int) -> DeviceBlocks:
         """See `DraftsOnDevice`."""
         self.catch_up()

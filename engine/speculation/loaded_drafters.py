@@ -115,6 +115,13 @@ class LoadedDrafters:
         if self.listener is not None:
             self.listener.observe(progress)
 
+    def copy(self, sources: NDArray[np.int64], targets: NDArray[np.int64]) -> None:
+        """See `Rests.copy`."""
+        for drafter in self._drafters.values():
+            kept: object = drafter
+            if isinstance(kept, Rests):
+                kept.copy(sources, targets)
+
     def catch_up(self, name: str) -> None:
         """What a drafter was shown and has put off is taken in now: it is to draft."""
         drafter: object = self._drafters[name]

@@ -298,6 +298,10 @@ class Speculator:
         """Hands hidden states to the drafters that asked for them; those that rested at that step hear what they missed."""
         self._drafters.observe(progress)
 
+    def copy(self, sources: Ints, targets: Ints) -> None:
+        """Tells drafters of hidden states that the KV of these slots was copied to those."""
+        self._drafters.copy(sources, targets)
+
     def learn_cost(self, load: Load, seconds: float) -> None:
         self._cost.observe(load, seconds)
 

@@ -23,6 +23,10 @@ _TOGETHER = 256
 """Tokens beyond which no more are put together: hundreds at once cost no longer each than thousands, which would all be copied."""
 
 
+_NOWHERE = 0
+"""A slot of block 0, which belongs to nobody."""
+
+
 class Backlog:
     """In order of their coming."""
 
@@ -35,9 +39,20 @@ class Backlog:
         return self._count
 
     def add(self, taps: list[torch.Tensor], positions: Ints, slots: Ints) -> None:
-        """taps: [T, hidden] each, which nobody writes to any more; positions, slots: int64 [T], see `Progress`."""
+        """taps: [T, hidden] each; positions, slots: int64 [T], see `Progress`. Nobody else writes to any of them any more."""
         self._parts.append((taps, positions, slots))
         self._count += len(slots)
+
+    def copy(self, sources: Ints, targets: Ints) -> None:
+        """What waits for slots `sources` waits for `targets`, too, instead of what waited for those before: int64 [N]."""
+        parts = list(self._parts)
+        found = [np.nonzero(slots[:, None] == sources) for _, _, slots in parts]
+        for _, _, slots in parts:
+            slots[np.isin(slots, targets)] = _NOWHERE
+        for (taps, positions, _), (rows, which) in zip(parts, found, strict=True):
+            if len(rows):
+                at = to_device(rows, taps[0].device)
+                self.add([tap.index_select(0, at) for tap in taps], positions[rows], targets[which])
 
     def take(self) -> Iterator[Part]:
         """All of it, some hundred tokens at a time; of tokens that lay in one slot after the other only the last."""

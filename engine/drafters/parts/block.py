@@ -16,6 +16,7 @@ import kernels
 from engine.drafters.parts.layers import Weights, attention_inputs, context_projection, finish_keys, finish_layer, read_rope, take_layer
 from engine.drafters.parts.layers import unweighted_norm as _unweighted
 from engine.kv_pool import zeros
+from engine.transfer import to_device
 from kernels import pages
 
 if TYPE_CHECKING:
@@ -84,6 +85,13 @@ class BlockBackbone:
     def overwrite(self, slots: NDArray[np.int64]) -> None:
         """What lies here now was never taken in: nobody sees it."""
         self._known[slots] = False
+
+    def copy(self, sources: NDArray[np.int64], targets: NDArray[np.int64]) -> None:
+        """What was taken in at `sources` is at `targets`, too: int64 [N]. All is read before any is written."""
+        self._known[targets] = self._known[sources]
+        read, write = to_device(sources, self._device), to_device(targets, self._device)
+        for cache in (*self._keys, *self._values):
+            cache.index_copy_(0, write, cache.index_select(0, read))
 
     def knows(self, slots: NDArray[np.int64]) -> NDArray[np.bool_]:
         """bool, in the shape of `slots`: whether what lies there was taken in."""

@@ -89,6 +89,13 @@ class FeatureChain:
         """See `Rests`. Their slots may have held what was seen of another text."""
         self._known[progress.slots[progress.rows()]] = False
 
+    @torch.inference_mode()
+    def copy(self, sources: Ints, targets: Ints) -> None:
+        """See `Rests`."""
+        self._known[targets] = self._known[sources]
+        features = self._features.index_select(0, to_device(sources, self._device))
+        self._features.index_copy_(0, to_device(targets, self._device), features)
+
     def follows(self, sequences: list[Sequence]) -> NDArray[np.bool_]:
         """See `Rests`."""
         return np.asarray(self._known[recent_slots(sequences, self._host.block_size)].all(axis=1))

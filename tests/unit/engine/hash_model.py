@@ -7,11 +7,15 @@ depend on all of it, and equality is exact.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from engine.batch import ForwardBatch, ForwardOutput, ModelSpec
+
+if TYPE_CHECKING:
+    from engine.kv_pool import KVPool
 
 VOCAB = 64
 EOS = 63
@@ -38,7 +42,7 @@ def continuation(prompt: tuple[int, ...], count: int, loop: int = 0) -> tuple[in
 
 @dataclass
 class HashModel:
-    """Keeps (token, position) by slot, and reads contexts only through block tables and lengths, as attention would."""
+    """Keeps positions and tokens in the place of keys and values, and reads contexts only through block tables, as attention would."""
 
     block_size: int = 4
     max_positions: int = 256
@@ -61,15 +65,16 @@ class HashModel:
             device=torch.device("cpu"),
             parameter_bytes=0,
         )
-        self._tokens: dict[int, int] = {}
-        self._positions: dict[int, int] = {}
 
-    def forward(self, batch: ForwardBatch, kv: object) -> ForwardOutput:
+    def forward(self, batch: ForwardBatch, kv: KVPool) -> ForwardOutput:
         tokens, positions, slots = batch.token_ids.tolist(), batch.positions.tolist(), batch.slots.tolist()
         starts = batch.query_start.tolist()
         self.steps.append(len(tokens))
+        # Views: [block, offset].
+        kept_positions, kept_tokens = kv.keys[0].numpy()[:, 0, :, 0], kv.values[0].numpy()[:, 0, :, 0]
         for token, position, slot in zip(tokens, positions, slots, strict=True):
-            self._tokens[slot], self._positions[slot] = token, position
+            place = divmod(slot, self.block_size)
+            kept_positions[place], kept_tokens[place] = 1 + position, token
         live = any(slot >= self.block_size for slot in slots)  # a profile writes into block 0 alone, and reads what was never written
         tables = batch.block_tables.numpy()
         if batch.shared_prefix_blocks:
@@ -80,10 +85,10 @@ class HashModel:
             owner = int(owners[row])
             context = []
             for position in range(positions[row] + 1):
-                slot = int(tables[owner, position // self.block_size]) * self.block_size + position % self.block_size
-                if slot >= self.block_size and live:
-                    assert self._positions[slot] == position
-                context.append(self._tokens[slot] if live else self._tokens.get(slot, 0))
+                place = int(tables[owner, position // self.block_size]), position % self.block_size
+                if place[0] and live:
+                    assert kept_positions[place] == 1 + position
+                context.append(int(kept_tokens[place]))
             logits[out, next_token(context, loop=self.loop)] = 5.0
             if self.poison is not None and self.poison in context:
                 logits[out] = torch.nan

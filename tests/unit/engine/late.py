@@ -6,9 +6,12 @@ The second is a device that is always behind: a step is computed from what it wa
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from engine import engine as engine_module
 from engine.batch import ForwardOutput, TargetModel
@@ -41,6 +44,12 @@ class Queue(Runner):
         assert not taps
         self.launched = step
         return ForwardOutput(torch.zeros(len(step.logit_rows), self.model.spec.vocab_size))
+
+    def copy(self, slots: NDArray[np.int64]) -> None:
+        if self.live:
+            self.queue.append(partial(super().copy, slots))
+        else:
+            super().copy(slots)
 
     def compute(self, step: PackedStep) -> torch.Tensor:
         return super().run(step).logits

@@ -33,7 +33,7 @@ class World:
         self.scheduler = scheduler
         self.rng = rng
         self.memory: dict[int, tuple[int, ...]] = {}
-        self.computed = 0
+        self.computed = self.copied = 0
         self.finished: dict[str, Sequence] = {}
         self.unfit: list[str] = []
 
@@ -50,6 +50,7 @@ class World:
         for chunk in plan.decoding:
             wanted = min(self.rng.randrange(4), self.scheduler.max_step_tokens - plan.num_tokens, max(chunk.sequence.room - 1, 0))
             drafts[chunk.sequence.serial] = self.scheduler.grant_drafts(chunk.sequence, wanted)
+        self.copy(plan)
         chunks = plan.decoding + plan.prefill
         written: set[int] = set()
         for chunk in chunks:
@@ -62,6 +63,12 @@ class World:
             self.confirm(chunk, drafts.get(chunk.sequence.serial, 0))
         self.scheduler.pool.check()
         return plan
+
+    def copy(self, plan: StepPlan) -> None:
+        slots = [(copy.source * BLOCK + index, copy.target * BLOCK + index) for copy in plan.copies for index in range(copy.count)]
+        self.copied += len(slots)
+        texts = [self.memory[source] for source, _ in slots]  # all of them before any is written
+        self.memory.update(zip((target for _, target in slots), texts, strict=True))
 
     def write(self, chunk: Chunk, drafted: int, written: set[int]) -> set[int]:
         tokens = chunk.sequence.tokens.tolist()
