@@ -6,7 +6,6 @@ The second is a device that is always behind: a step is computed from what it wa
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import pytest
@@ -35,6 +34,8 @@ class Queue(Runner):
         super().__init__(model, kv, max_sequences)
         self.queue: list[Callable[[], None]] = []
         self.launched: PackedStep | None = None
+        self.copies: NDArray[np.int64] | None = None
+        """Of the step that is launched next."""
         self.live = False
         self.deepest = 0
 
@@ -47,11 +48,13 @@ class Queue(Runner):
 
     def copy(self, slots: NDArray[np.int64]) -> None:
         if self.live:
-            self.queue.append(partial(super().copy, slots))
+            self.copies = slots
         else:
             super().copy(slots)
 
-    def compute(self, step: PackedStep) -> torch.Tensor:
+    def compute(self, step: PackedStep, copies: NDArray[np.int64] | None) -> torch.Tensor:
+        if copies is not None:
+            super().copy(copies)
         return super().run(step).logits
 
     def catch_up(self, until: Callable[[], bool]) -> None:
@@ -68,9 +71,10 @@ class LateJudge:
     def __call__(self, logits, rows, row_counts, slots, attempt, probabilities, rules, wanted) -> Pending:
         runner, judge, step = self._runner, self._judge, self._runner.launched
         assert step is not None
+        copies, runner.copies = runner.copies, None
         found: list[Decision] = []
         asked = (rows, row_counts, slots, attempt, probabilities, rules, wanted)
-        runner.queue.append(lambda: found.append(judge(runner.compute(step), *asked).read()))
+        runner.queue.append(lambda: found.append(judge(runner.compute(step, copies), *asked).read()))
 
         class Later:
             def read(self) -> Decision:

@@ -234,6 +234,31 @@ def test_a_drafter_sees_nothing_in_a_crowd_and_drafts_again_when_it_is_over(
     assert max(drafted) <= 3
 
 
+def test_a_drafter_knows_a_text_whose_beginning_was_copied(target: TargetModel, folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its prompt parts from another inside a block, whose beginning the drafter saw once."""
+    known, copied = [], []
+    propose, copy = DSparkDrafter.propose, DSparkDrafter.copy
+
+    def watched(self: DSparkDrafter, batch: DraftBatch) -> Drafts:
+        known.extend(self.knows_from(sequence) for sequence in batch.sequences)
+        return propose(self, batch)
+
+    def counted(self: DSparkDrafter, sources: np.ndarray, targets: np.ndarray) -> None:
+        copied.append(len(sources))
+        copy(self, sources, targets)
+
+    monkeypatch.setattr(DSparkDrafter, "propose", watched)
+    monkeypatch.setattr(DSparkDrafter, "copy", counted)
+    first, second = jobs(2)
+    prompt = (*range(3, 9), 70)
+    alike = [replace(first, prompt_token_ids=(*prompt, 80, 81)), replace(second, prompt_token_ids=(*prompt, 90, 91, 92))]
+    text, _ = run(target, alike, str(folders / "dspark"), fixed_drafts=4, max_sequences=1)
+    assert text == run(target, alike, "off", share_prefixes=False)[0]
+    assert copied == [3], "of seven common tokens four are a whole block"
+    assert len(known) > 4
+    assert set(known) == {0}
+
+
 def test_finished_answers_from_elsewhere_draft_for_their_siblings(target: TargetModel) -> None:
     request = jobs(1, max_tokens=25)[0]
     answers, _ = run(target, [request], "off")

@@ -174,6 +174,28 @@ def test_siblings_admitted_together_compute_their_prefix_once() -> None:
     assert sorted(sequence.ledger.cached for sequence in world.finished.values()) == [0] + [40] * 7
 
 
+def test_texts_that_part_inside_a_block_are_computed_once_up_to_there() -> None:
+    prefix = list(range(10))
+    world = World(scheduler(), random.Random(0))
+    for name, rest in (("first", [30, 31, 32]), ("second", [30, 33, 34]), ("third", [40]), ("scored", [41])):
+        scored = {"prompt_logprobs": True, "logprobs": 0} if name == "scored" else {}
+        world.scheduler.add(Request(name, (*prefix, *rest), SamplingParams(max_tokens=1, temperature=0.0, **scored)))
+        while not world.idle:
+            world.step()
+    assert [world.finished[name].ledger.cached for name in ("first", "second", "third", "scored")] == [0, 11, 10, 0]
+    assert world.copied == 3 + 2
+    assert world.computed == 13 + 2 + 1 + 11
+
+
+def test_the_token_that_is_sampled_from_is_always_computed() -> None:
+    world = World(scheduler(), random.Random(0))
+    for name in ("first", "second"):
+        world.scheduler.add(request(name, list(range(8)), 1))
+        while not world.idle:
+            world.step()
+    assert world.finished["second"].ledger.cached == 7
+
+
 def test_a_sibling_takes_over_a_prefix_whose_owner_left() -> None:
     prefix = list(range(40))
     world = World(scheduler(max_sequences=2, max_step_tokens=12), random.Random(0))

@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from engine.batch import TargetModel
 from engine.drafters.base import Host, Progress
+from engine.drafters.parts.places import slots_of
 from engine.scheduler import Chunk
 from engine.sequence import Sequence
 from engine.tokenizer import Tokenizer
@@ -36,7 +38,6 @@ SIZES = {
     "model_type": "qwen3",
 }
 Tensors = dict[str, torch.Tensor]
-Checkpoint = tuple[dict[str, Any], Tensors]
 Checkpoint = tuple[dict[str, Any], Tensors]
 
 
@@ -219,6 +220,24 @@ class Scene:
             for text, _, end in spans:
                 self.sequences[text].num_computed = end
                 self.sequences[text].decoding = True
+
+
+PARTED = 6
+"""Tokens that the first two of `parted`'s texts have in common."""
+
+
+def parted() -> Texts:
+    """`Texts.random`, of which the first two part inside a block."""
+    texts = Texts.random(VOCAB)
+    texts.tokens[1][:PARTED] = texts.tokens[0][:PARTED]
+    return texts
+
+
+def copy_beginning(scene: Scene) -> NDArray[np.int64]:
+    """Copies the KV of what the first text has in common with the second to that; int64 [2, PARTED], from where to where."""
+    slots = np.stack([slots_of(sequence, np.arange(PARTED), BLOCK_SIZE) for sequence in scene.sequences[:2]])
+    scene.pool.copy(*torch.from_numpy(slots))
+    return slots
 
 
 def without_anchors(steps: list[list[tuple[int, int, int]]]) -> list[list[tuple[int, int, int]]]:

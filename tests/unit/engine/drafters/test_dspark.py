@@ -24,8 +24,10 @@ from tests.unit.engine.drafters.layouts import (
     MASK,
     VOCAB,
     Scene,
+    copy_beginning,
     deepspec,
     head_weight,
+    parted,
     speculators_block,
     without_anchors,
     write,
@@ -232,6 +234,54 @@ def test_of_tokens_that_lay_in_one_place_the_last_is_taken_in(together: int, siz
         assert [tap[:, 0].tolist() for tap in taps] == [positions.tolist(), (-positions).tolist()]
     assert len(backlog) == 0
     assert list(backlog.take()) == []
+
+
+def test_what_waits_for_a_slot_waits_for_its_copies_in_the_place_of_what_was_to_come_there() -> None:
+    backlog = Backlog()
+    for first, slots in ((0, [5, 3]), (10, [5, 7])):
+        rows = np.arange(first, first + 2)
+        backlog.add([torch.from_numpy(rows)[:, None].float()], rows, np.array(slots))
+    backlog.copy(np.array([5, 5, 40]), np.array([20, 7, 3]))
+    (part,) = backlog.take()
+    taps, positions, slots = part
+    assert taps[0][:, 0].tolist() == positions.tolist()
+    places = dict(zip(slots.tolist(), positions.tolist(), strict=True))
+    del places[0]  # nobody's
+    assert places == {5: 10, 20: 10, 7: 10}, "the latest of what waited for 5; nothing for 3, whose new content has been taken in"
+
+
+@pytest.mark.parametrize("put_off", [False, True])
+def test_what_was_copied_is_known_as_if_it_had_been_shown(tmp_path: Path, target: TargetModel, put_off: bool) -> None:
+    """Two texts that part inside a block, where the second's blocks were another text's, which it still has to take in."""
+    folder = read_folder(write(tmp_path / "d", *deepspec(target)))
+    scenes = [Scene(target, texts=parted()) for _ in range(2)]
+    copied, shown = (DSparkDrafter.load(folder, scene.host) for scene in scenes)
+    scenes[0].feed(copied, [[(1, 0, 8)]])
+    other = Scene(target)
+    other.feed(copied, [[(1, 0, 8)]])
+    scenes[0].feed(copied, [[(0, 0, 22)]])
+    if not put_off:
+        copied.catch_up()
+    slots = copy_beginning(scenes[0])
+    copied.copy(*slots)
+    scenes[0].feed(copied, [[(1, 6, 8)]])
+    scenes[1].feed(shown, [[(1, 0, 8)]])
+    assert copied.follows(scenes[0].sequences[1:2]).tolist() == [True]
+    (found, scores), (expected, expected_scores) = (
+        drafter.propose_scored(DraftBatch(scene.sequences[1:2], np.array([5]), 1))
+        for drafter, scene in zip((copied, shown), scenes, strict=True)
+    )
+    assert found.token_ids.tolist() == expected.token_ids.tolist()
+    assert scores == pytest.approx(expected_scores, abs=1e-4)
+
+
+def test_a_copy_of_what_was_missed_is_not_known(tmp_path: Path, target: TargetModel) -> None:
+    scene = Scene(target, texts=parted())
+    drafter = DSparkDrafter.load(read_folder(write(tmp_path / "d", *deepspec(target))), scene.host)
+    scene.feed(drafter, [[(1, 0, 8)]])
+    scene.feed(drafter, [[(0, 0, 22)]], seen=False)
+    drafter.copy(*copy_beginning(scene))
+    assert drafter.follows(scene.sequences[1:2]).tolist() == [False]
 
 
 def test_of_a_prompt_longer_than_what_it_was_trained_on_it_takes_in_the_end(tmp_path: Path, target: TargetModel) -> None:

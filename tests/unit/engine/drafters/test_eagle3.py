@@ -13,7 +13,7 @@ from engine.batch import TargetModel
 from engine.checkpoints.drafters import DrafterError, read_folder
 from engine.drafters.base import DraftBatch
 from engine.drafters.eagle3 import Eagle3Drafter
-from tests.unit.engine.drafters.layouts import HEADS, KV_HEADS, Scene, eagle, without_anchors, write
+from tests.unit.engine.drafters.layouts import HEADS, KV_HEADS, Scene, copy_beginning, eagle, parted, without_anchors, write
 from tests.unit.engine.drafters.plain import eagle_chain
 from tests.unit.engine.models.tiny import CHUNKED, make_hf, make_lean
 
@@ -117,6 +117,24 @@ def test_what_it_missed_hides_what_it_saw_of_another_text_in_the_same_place(tmp_
     late, fresh = (drafter.propose(DraftBatch(scene.sequences[:1], np.array([5]), 1)) for drafter in drafters)
     assert late.lengths.tolist() == [5]
     assert late.token_ids.tolist() == fresh.token_ids.tolist()
+
+
+def test_what_was_copied_is_known_as_if_it_had_been_shown(tmp_path: Path, target: TargetModel) -> None:
+    folder = read_folder(write(tmp_path / "d", *eagle("original")))
+    scenes = [Scene(target, texts=parted()) for _ in range(2)]
+    copied, shown = (Eagle3Drafter.load(folder, scene.host) for scene in scenes)
+    scenes[0].feed(copied, [[(0, 0, 3)], [(0, 3, 22)]])
+    copied.copy(*copy_beginning(scenes[0]))
+    scenes[0].feed(copied, [[(1, 6, 8)]])
+    scenes[1].feed(shown, [[(1, 0, 8)]])
+    assert copied.follows(scenes[0].sequences[1:2]).tolist() == [True]
+    found, expected = (
+        drafter.propose(DraftBatch(scene.sequences[1:2], np.array([5]), 1)) for drafter, scene in zip((copied, shown), scenes, strict=True)
+    )
+    assert found.token_ids.tolist() == expected.token_ids.tolist()
+    scenes[0].feed(copied, [[(0, 0, 22)]], seen=False)
+    copied.copy(*copy_beginning(scenes[0]))
+    assert copied.follows(scenes[0].sequences[1:2]).tolist() == [False], "it is a copy of what it did not see"
 
 
 @pytest.mark.parametrize(
