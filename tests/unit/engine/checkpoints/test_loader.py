@@ -284,6 +284,7 @@ import gc, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
+from safetensors.torch import save_file
 from transformers import AutoConfig, LlamaForCausalLM
 from engine.checkpoints import load_model
 from kernels import pages
@@ -294,16 +295,21 @@ folder, stored, dtype = make_tiny_model(Path(sys.argv[1])), sys.argv[2], sys.arg
 def memory(key):
     return int(Path("/proc/self/status").read_text().split(key)[1].split()[0]) * 1024
 
-def whole(config):
-    model = LlamaForCausalLM(config).to(getattr(torch, stored))
-    model.save_pretrained(folder)
-    return load_model(str(folder), dtype=dtype, device="cpu")
+def write(config):
+    with torch.device("meta"):
+        shapes = LlamaForCausalLM(config).state_dict()
+    if config.tie_word_embeddings:
+        del shapes["lm_head.weight"]
+    ones = {name: torch.ones(tensor.shape, dtype=getattr(torch, stored)) for name, tensor in shapes.items()}
+    save_file(ones, folder / "model.safetensors", {"format": "pt"})
+    config.save_pretrained(folder)
 
 config = AutoConfig.from_pretrained(folder)
-whole(config)  # imports, compiles
+write(config)
+load_model(str(folder), dtype=dtype, device="cpu")  # imports, compiles
 config.hidden_size, config.head_dim, config.intermediate_size, config.num_hidden_layers = 1024, 64, 4096, 8
 config.num_attention_heads, config.num_key_value_heads = 16, 8
-whole(config)
+write(config)
 gc.collect()
 pages.give_back()
 Path("/proc/self/clear_refs").write_text("5")
