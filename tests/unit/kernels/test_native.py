@@ -83,7 +83,9 @@ def test_attention_equals_the_definition(name: str) -> None:
     assert (found.double() - expected).abs().max() < 5e-6
 
 
-@pytest.mark.parametrize("name", ["prefill, drafts and decoding in one step", "shared prefix", "shared prefix, decoding", "window"])
+@pytest.mark.parametrize(
+    "name", ["prefill, drafts and decoding in one step", "many sequences", "shared prefix", "shared prefix, decoding", "window"]
+)
 def test_attention_of_a_sequence_does_not_depend_on_its_company(name: str) -> None:
     case = long_enough(CASES[name])
     cache = Cache(case)
