@@ -29,7 +29,8 @@ class KVPool:
         keys = self._storage[0]
         if kernels.stores_keys_transposed(dtype, device, head_dim, block_size):
             keys = keys.view(num_layers, num_blocks, kv_heads, head_dim, block_size).transpose(3, 4)
-        self._parts = keys, self._storage[1]
+        # By their bits: not every torch can index numbers of eight bits.
+        self._parts = [part.view(torch.uint8) if dtype.itemsize == 1 else part for part in (keys, self._storage[1])]
         self.keys: list[torch.Tensor] = list(keys)
         self.values: list[torch.Tensor] = list(self._storage[1])
         scales = torch.ones(2, num_layers, kv_heads, device=device) if dtype == torch.float8_e4m3fn else None

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import EngineConfig
+from service.cli.bench.prompts import distinct_positions
 from tests.benchmarks import live
 
 TAIL, TAIL_GOAL = 0.05, 0.15
@@ -77,7 +78,7 @@ def main() -> int:
     cached = sum(result.ledger.cached for result in shared.results)
     tail = 1.0 - shared.ends[len(shared.ends) - max(round(TAIL * len(shared.ends)), 1) - 1] / shared.seconds
     same = sum(alone.answers()[name] == tokens for name, tokens in part.answers().items())
-    possible = best_hit_rate([request.prompt_token_ids for request in requests])
+    possible = 1.0 - distinct_positions(request.prompt_token_ids for request in requests) / prompt
     result = {
         "benchmark": "shared prompts",
         "lines": len(requests),
@@ -97,19 +98,6 @@ def main() -> int:
         "pass": cached / prompt >= possible - 0.02 and tail < TAIL_GOAL and part.tokens_per_second > alone.tokens_per_second,
     }
     return live.report(result, as_json=options.as_json)
-
-
-def best_hit_rate(prompts: list[tuple[int, ...]], block: int = 16) -> float:
-    """Of a cache that forgets nothing: every block of a prompt but its last is there if any earlier prompt had the same beginning."""
-    known: set[tuple[int, ...]] = set()
-    hits = 0
-    for prompt in prompts:
-        before = True
-        for end in range(block, len(prompt), block):
-            before = before and prompt[:end] in known
-            hits += block * before
-            known.add(prompt[:end])
-    return hits / sum(map(len, prompts))
 
 
 if __name__ == "__main__":

@@ -56,6 +56,19 @@ def mixed_step(generator: np.random.Generator, lengths: tuple[int, ...], counts:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_slots_are_copied_as_on_a_cpu(dtype: torch.dtype) -> None:
+    here, there = (KVPool(2, 6, BLOCK, 2, 8, dtype, device) for device in (DEVICE, torch.device("cpu")))
+    for a, b in zip((*here.keys, *here.values), (*there.keys, *there.values), strict=True):
+        b.copy_(torch.randn(b.shape))
+        a.copy_(b)
+    slots = torch.tensor([[17, 18, 33, 17], [33, 34, 50, 65]])
+    here.copy(*slots.to(DEVICE))
+    there.copy(*slots)
+    for a, b in zip((*here.keys, *here.values), (*there.keys, *there.values), strict=True):
+        assert torch.equal(a.cpu().float(), b.float())
+
+
 def test_replayed_steps_equal_eager_ones() -> None:
     model = random_model(qwen3_config(tiny=True), DEVICE)
     plain, graphs = Runner(model, pool(model)), GraphRunner(model, pool(model), 8)

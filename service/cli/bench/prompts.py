@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,17 +54,9 @@ class Prompts:
         return self._tokenizer.decode(tokens), len(tokens)
 
     def distinct_positions(self, *, shared: bool) -> int:
-        """Prompt positions to compute: all, or with `shared` prefixes each distinct one once, and of every prompt at least its last."""
-        if not shared:
-            return sum(len(prompt.tokens) for prompt in self.all)
-        count, before = 0, list[int]()
-        for tokens in sorted(prompt.tokens for prompt in self.all):
-            common = 0
-            while common < min(len(tokens), len(before)) and tokens[common] == before[common]:
-                common += 1
-            count += max(len(tokens) - common, 1)
-            before = tokens
-        return count
+        """Prompt positions to compute: all, or with `shared` prefixes each distinct one once."""
+        tokens = [prompt.tokens for prompt in self.all]
+        return distinct_positions(tokens) if shared else sum(map(len, tokens))
 
     def _prompt(self, line: BenchLine) -> Prompt:
         asked = parse_body(line.endpoint, line.body)
@@ -72,6 +64,18 @@ class Prompts:
             raise ValueError(f"line {line.custom_id!r} asks for {asked.choices} answers; the benchmark compares one answer a line")
         tokens = list(encode_prompts(self._tokenizer, asked)[0].tokens)
         return Prompt(line.custom_id, asked, tokens, asked.max_tokens or self._context - len(tokens))
+
+
+def distinct_positions(prompts: Iterable[Sequence[int]]) -> int:
+    """Positions that a cache which forgets nothing computes: of equal beginnings one, and of every prompt at least its last."""
+    count, before = 0, list[int]()
+    for tokens in sorted(map(list, prompts)):
+        common = 0
+        while common < min(len(tokens), len(before)) and tokens[common] == before[common]:
+            common += 1
+        count += max(len(tokens) - common, 1)
+        before = tokens
+    return count
 
 
 def wire_job(prompts: Prompts, scratch: Path, threads: int, options: dict[str, Any]) -> dict[str, Any]:
