@@ -64,6 +64,10 @@ class Drafts:
     bins: NDArray[np.int64]
     probabilities: torch.Tensor | None = None
 
+    def rows(self, rows: NDArray[np.int64]) -> Drafts:
+        """Certain drafts of some rows alone."""
+        return Drafts(self.token_ids[rows], self.lengths[rows], self.bins[rows])
+
     @staticmethod
     def certain(rows: list[tuple[list[int], list[int]]]) -> Drafts:
         """From one (tokens, bins) pair a sequence."""

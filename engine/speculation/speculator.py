@@ -376,12 +376,12 @@ class Speculator:
                 continue
             if name is None:
                 if lookup is not None:
-                    self._take(TEXT, rows[places], _rows_of(lookup, places), sequences, proposal)
+                    self._take(TEXT, rows[places], lookup.rows(places), sequences, proposal)
                 continue
             drafts = self._ask(name, rows[places], sequences, limits, step, proposal)
             self._take(name, rows[places], drafts, sequences, proposal)
             if lookup is not None:
-                proposal.shadows.append((TEXT, rows[places], _rows_of(lookup, places)))
+                proposal.shadows.append((TEXT, rows[places], lookup.rows(places)))
 
     def _speed(self, cost: StepCost, count: int) -> float:
         """Tokens a second of a step of `count` sequences without drafts, were the machine as it usually is. So are a drafter's times: what
@@ -398,7 +398,3 @@ class Speculator:
 def _price(cost: StepCost, count: int) -> float:
     """Of a draft's verification, in tokens that its time brings otherwise, in a step of `count` sequences."""
     return cost.per_draft(_FEW * count) * count / max(cost.decoding, 1e-9)
-
-
-def _rows_of(drafts: Drafts, places: Ints) -> Drafts:
-    return Drafts(drafts.token_ids[places], drafts.lengths[places], drafts.bins[places])
