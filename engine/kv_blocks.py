@@ -10,7 +10,7 @@ blocks a child is therefore always older than its parent, and evicting the oldes
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import bisect_left
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
@@ -219,8 +219,9 @@ class BlockPool:
 
     def _list(self, block: int, parent: int, content: bytes) -> None:
         alike = self._alike.setdefault(parent, [])
-        if (content, block) not in alike[(place := bisect_left(alike, (content, block))) : place + 1]:
-            insort(alike, (content, block))
+        place = bisect_left(alike, (content, block))
+        if alike[place : place + 1] != [(content, block)]:
+            alike.insert(place, (content, block))
 
     def _unlist(self, block: int, parent: int, content: bytes) -> None:
         alike = self._alike.get(parent, [])
