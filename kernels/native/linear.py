@@ -12,7 +12,6 @@ to the last bit. 2 cores, AVX2, all products of a 135M-parameter Llama, millisec
 
 from __future__ import annotations
 
-import math
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING
@@ -37,7 +36,8 @@ _PANELS, _PANELS_AVX512 = {1: 4, 2: 2, 3: 2}, {1: 4, 2: 2, 3: 2, 4: 2}
 """Panels that a tile of so few rows takes at once; more rows take one."""
 _GROUP = 4
 """Most panels that a thread takes at a time."""
-_UNROLL = 2
+_STEPS, _STEPS_AVX512 = 4, 2
+"""Of the inner loop, in one go."""
 _CACHE_LINE = 64
 """Bytes."""
 _CACHED_ROWS = 96
@@ -176,9 +176,12 @@ class _Product:
         self.scales = e.pointer(10) if int8 else None
         self.number = I8 if int8 else F32
         """Of the weight."""
+        self.steps = _STEPS_AVX512 if e.lanes == 16 else _STEPS
         self.group = e.argument(11)
         self.counter = e.at(e.function.args[0], 12, I64)
         self.width = 2 * e.lanes
+        self.lines_read = -(-self.width * self.steps * (1 if int8 else 4) // _CACHE_LINE)
+        """Of a panel, in one go."""
         self.few = _panels_at_once()
         self.sums = e.scratch(max(_CACHED_ROWS * self.width, max(self.few) * self.width * _GROUP))
         self.most = most_rows()
@@ -251,7 +254,7 @@ class _Product:
         e, (start, length) = self.e, stretch
         vectors = 2 * panels
         kept = e.at(self.sums, e.mul(place, self.width))
-        lines = [e.at(self.x, e.add(e.mul(self.x_stride, e.add(row, index)), start)) for index in range(count)]
+        lines = e.apart([e.at(self.x, e.add(e.mul(self.x_stride, e.add(row, index)), start)) for index in range(count)])
         panel_size = e.mul(self.depth, self.width)
         weights = [
             e.at(self.weight, e.add(e.mul(e.add(panel, index), panel_size), e.mul(start, self.width)), self.number)
@@ -265,21 +268,29 @@ class _Product:
             ]
             for index in range(count)
         ]
-        lines_asked = math.ceil(self.width * _UNROLL * (4 if self.scales is None else 1) / _CACHE_LINE)
-        if ahead is not None:
+        even = e.mul(e.div(length, self.steps), self.steps)
+
+        def multiply(wanted: ir.Value, each: ir.Value, asked: int) -> None:
+            """While `each` numbers a step of k are asked for, by `asked` lines of the cache in one go."""
+            with e.range(0, even, self.steps) as k:
+                for line in range(asked):
+                    at = e.add(e.mul(k, each), e.div(e.mul(each, line * self.steps), asked))
+                    e.prefetch(e.at(wanted, at, self.number), e.const(0))
+                self._multiply(sums, lines, weights, k, self.steps)
+
+        if ahead is None:
+            multiply(self.weight, e.const(0), 0)
+        else:
             wanted, tile, tiles = ahead
-            each = e.div(e.add(tiles, self.width - 1), tiles)  # numbers a step of k
+            each = e.div(e.add(tiles, self.width - 1), tiles)
             wanted = e.at(wanted, e.mul(e.mul(tile, length), each), self.number)
-        even = e.mul(e.div(length, _UNROLL), _UNROLL)
-        with e.range(0, even, _UNROLL) as k:
-            if ahead is not None:
-                for asked in range(lines_asked):
-                    place = e.add(e.mul(k, each), e.div(e.mul(each, asked * _UNROLL), lines_asked))
-                    e.prefetch(e.at(wanted, place, self.number), e.const(0))
-            for step in range(_UNROLL):
-                self._multiply(sums, lines, weights, e.add(k, step))
+            with e.b.if_else(e.less(tiles, self.lines_read)) as (few, many):
+                with few:
+                    multiply(wanted, each, self.lines_read)
+                with many:
+                    multiply(wanted, each, 1)
         with e.range(even, length) as k:
-            self._multiply(sums, lines, weights, k)
+            self._multiply(sums, lines, weights, k, 1)
         with e.b.if_else(e.less(e.add(start, length), self.depth)) as (unfinished, done):
             with unfinished:
                 for index in range(count):
@@ -291,14 +302,16 @@ class _Product:
                         pair = sums[index][2 * number : 2 * number + 2]
                         self._write(e.add(row, index), e.add(panel, number), pair[0].get(), pair[1].get())
 
-    def _multiply(self, sums: list[list[Variable]], lines: list[ir.Value], weights: list[ir.Value], k: ir.Value) -> None:
+    def _multiply(self, sums: list[list[Variable]], lines: list[ir.Value], weights: list[ir.Value], k: ir.Value, steps: int) -> None:
         e = self.e
         load = e.load_vector if self.scales is None else e.load_int8_vector
-        columns = [load(panel, e.add(e.mul(k, self.width), half * e.lanes)) for panel in weights for half in (0, 1)]
-        for line, row_sums in zip(lines, sums, strict=True):
-            number = e.splat(e.load(line, k))
-            for column, total in zip(columns, row_sums, strict=True):
-                total.set(e.fma(number, column, total.get()))
+        panels = [e.at(panel, e.mul(k, self.width), self.number) for panel in weights]
+        for step in range(steps):
+            columns = [load(panel, step * self.width + half * e.lanes) for panel in panels for half in (0, 1)]
+            for line, row_sums in zip(lines, sums, strict=True):
+                number = e.splat(e.load(line, e.add(k, step)))
+                for column, total in zip(columns, row_sums, strict=True):
+                    total.set(e.fma(number, column, total.get()))
 
     def _write(self, row: ir.Value, panel: ir.Value, first: ir.Value, second: ir.Value) -> None:
         e = self.e
