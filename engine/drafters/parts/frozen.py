@@ -21,7 +21,7 @@ _ALIKE = 0.5
 """Mean cosine of stored and actual embeddings: a fine-tuned target stays above 0.99, another model is at 0."""
 
 _LARGE = 8 << 20
-"""Bytes of a matrix over the vocabulary beyond which a CPU reads it from memory at every use."""
+"""Bytes of weights beyond which a CPU reads them from memory at every use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +80,13 @@ def vocabulary(weights: Weights, frozen: FrozenParts, *, scale: float = 1.0, sof
 
 
 def large(matrix: torch.Tensor) -> bool:
-    """Whether a float32 matrix on a CPU is read from memory whenever it is used: drafters then keep theirs in eight bits."""
-    return matrix.device.type == "cpu" and matrix.dtype == torch.float32 and matrix.nbytes > _LARGE
+    """Whether drafters keep a matrix over the vocabulary in eight bits."""
+    return read_from_memory(matrix.nbytes, matrix.dtype, matrix.device)
+
+
+def read_from_memory(nbytes: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether float32 weights on a CPU come from memory whenever they are used: drafters then keep theirs in eight bits."""
+    return device.type == "cpu" and dtype == torch.float32 and nbytes > _LARGE
 
 
 def _check_origin(stored: torch.Tensor, embedding: torch.Tensor) -> None:
