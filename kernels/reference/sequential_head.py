@@ -148,20 +148,22 @@ def draft(
     state = None if head.w1 is None else torch.zeros(len(anchors), head.rank, dtype=head.w1.dtype, device=anchors.device)
     previous = anchors
     tokens: list[torch.Tensor] = []
-    lses: list[torch.Tensor] = []
+    log_sums: list[torch.Tensor] = []
     peaks: list[torch.Tensor] = []
-    confidences: list[torch.Tensor] = []
+    embeddings: list[torch.Tensor] = []
     for k in range(count):
-        embedding, state, confidence = _mix(head, previous, state, None if hidden is None else hidden[:, k])
-        columns, highest, lse = choose(k, embedding)
+        embedding = None if head.w1 is None else head.w1[previous]
+        if embedding is not None:
+            embeddings.append(embedding)
+            embedding, state = _mix(head, embedding, state, None if hidden is None else hidden[:, k])
+        columns, highest, log_sum = choose(k, embedding)
         previous = columns if head.token_ids is None else head.token_ids[columns]
         tokens.append(previous)
-        lses.append(lse)
-        peaks.append(highest - lse)
-        if confidence is not None:
-            confidences.append(confidence)
-    sure = torch.stack(confidences, 1) if confidences else None
-    return DraftBlock(torch.stack(tokens, 1), torch.stack(lses, 1), torch.stack(peaks, 1), sure, None)
+        log_sums.append(log_sum)
+        peaks.append(highest)
+    lse = torch.stack(log_sums, 1)
+    sure = None if hidden is None else _confidence(head, hidden[:, :count], torch.stack(embeddings, 1) if embeddings else None)
+    return DraftBlock(torch.stack(tokens, 1), lse, torch.stack(peaks, 1) - lse, sure, None)
 
 
 def check_block(
@@ -187,13 +189,9 @@ def check_block(
 
 
 def _mix(
-    head: SequentialHead, previous: torch.Tensor, state: torch.Tensor | None, hidden: torch.Tensor | None
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """(what W2 is multiplied with [S, r], next state [S, r], confidence [S]) of one position; None for what the head does not have."""
-    embedding = None if head.w1 is None else head.w1[previous]
-    confidence = _confidence(head, hidden, embedding)
-    if embedding is None:
-        return None, state, confidence
+    head: SequentialHead, embedding: torch.Tensor, state: torch.Tensor | None, hidden: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What W2 is multiplied with [S, r], and the next state [S, r], of one position. embedding: of the token before."""
     if head.kind == "gated":
         assert hidden is not None
         assert head.mix_weight is not None
@@ -208,7 +206,7 @@ def _mix(
         gate = torch.sigmoid(gate)
         state = gate * state + (1.0 - gate) * torch.tanh(candidate)
         embedding = torch.tanh(out)
-    return embedding, state, confidence
+    return embedding, state
 
 
 def _bias(head: SequentialHead, embedding: torch.Tensor) -> torch.Tensor:
@@ -219,13 +217,13 @@ def _bias(head: SequentialHead, embedding: torch.Tensor) -> torch.Tensor:
     return embedding @ head.w2.t()
 
 
-def _confidence(head: SequentialHead, hidden: torch.Tensor | None, embedding: torch.Tensor | None) -> torch.Tensor | None:
-    """c_k = sigmoid(w . [h_k; W1[x_{k-1}]] + b) (eq. 7): it has not seen x_k."""
-    if head.confidence_weight is None or hidden is None:
+def _confidence(head: SequentialHead, hidden: torch.Tensor, embeddings: torch.Tensor | None) -> torch.Tensor | None:
+    """c_k = sigmoid(w . [h_k; W1[x_{k-1}]] + b) (eq. 7) of all positions [S, K]: none has seen its own x_k."""
+    if head.confidence_weight is None:
         return None
     weight = head.confidence_weight.flatten()
     features = hidden.to(weight.dtype)
-    if len(weight) > hidden.shape[-1] and embedding is not None:
-        features = torch.cat((features, embedding), 1)
+    if len(weight) > hidden.shape[-1] and embeddings is not None:
+        features = torch.cat((features, embeddings), 2)
     score = features @ weight
     return torch.sigmoid(score if head.confidence_bias is None else score + head.confidence_bias)

@@ -37,7 +37,10 @@ class Draws:
         seeded = ~greedy & np.array([params.seed is not None for params in sampling])
         random = ~greedy & ~seeded
         self.probabilities = torch.zeros(len(sequences), width, vocab, device=device) if random.any() else None
-        self._tempered = None if greedy.all() else torch.from_numpy(self.temperatures.astype(np.float32)).to(device)
+        self._tempered = self._noise = None
+        if greedy.all():
+            return
+        self._tempered = torch.from_numpy(self.temperatures.astype(np.float32)).to(device)
         positions = np.array([sequence.num_generated for sequence in sequences], np.int64)[:, None] + np.arange(width)
         own = np.array([(entropy + sequence.serial) & _MASK for sequence in sequences], np.uint64)
         given = np.array([sample_seed(params.seed or 0, params.sample) for params in sampling], np.uint64)
@@ -59,14 +62,13 @@ class Draws:
         rows: which of the sequences those S are.
         """
         count = logits.shape[1]
-        sampled = self._tempered is not None
         block = kernels.sequential_head(
             logits,
             hidden,
             anchors,
             head,
             temperatures=None if self._tempered is None else self._tempered[rows],
-            keys=self._noise[rows, first : first + count] if sampled else None,
+            keys=None if self._noise is None else self._noise[rows, first : first + count],
             keep_weights=self.probabilities is not None,
         )
         if self.probabilities is not None:

@@ -41,8 +41,9 @@ class Drafted:
         the device.
         """
         peaks = self.confidences if self.peaks is None else self.peaks
-        packed = torch.stack((self.tokens.double(), self.confidences.double(), peaks.double()), -1).cpu().numpy()
-        tokens, evidence = packed[..., 0].astype(np.int64), logit(packed[..., 1:])
+        # Token ids are whole numbers in float32 as well: vocabularies end far below 2**24.
+        packed = torch.stack((self.tokens.float(), self.confidences, peaks), -1).cpu().numpy()
+        tokens, evidence = packed[..., 0].astype(np.int64), logit(packed[..., 1:].astype(np.float64))
         found = bins.bins(evidence, draws.temperatures, self.limits)
         lengths = np.zeros(count, np.int64)
         lengths[self.rows] = self.limits
