@@ -6,8 +6,9 @@ multipliers of the core busy (Goto and van de Geijn, "Anatomy of high-performanc
 panels at once instead, for the same number of independent sums. While a panel is multiplied the next one is asked for.
 
 Every output is one running sum over K in order, whatever the number of rows: a row's result does not depend on who shares the batch,
-to the last bit. 2 cores, AVX2, all products of a 135M-parameter Llama, milliseconds here / oneDNN's prepacked: 1 row 17 / 24,
-4: 21 / 33, 16: 40 / 63, 64: 107 / 139, 128: 209 / 260 (the arithmetic's limit at 3 GHz is 190 GFLOP/s, here 160-165).
+to the last bit. 2 cores, AVX2 (Zen 3), all products of a 135M-parameter Llama, milliseconds here / oneDNN's prepacked, each at its best
+moment: 1 row 17 / 43, 4: 22 / 60, 16: 26 / 68, 64: 71 / 170, 128: 131 / 273 (207 GFLOP/s; multiply-adds on registers alone, in another
+minute, 183 to 189). In turns over minutes with neighbours on the machine 64 rows take 90 to 107, 125 to 150 GFLOP/s.
 """
 
 from __future__ import annotations

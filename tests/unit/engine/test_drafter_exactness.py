@@ -69,14 +69,15 @@ def test_greedy_text_is_plain_decodings(target: TargetModel, folders: Path, draf
         assert engine.drafters.resolve("eagle3") == "eagle3"
 
 
+@pytest.mark.parametrize("drafter", ["dspark", "eagle3"])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_drafters_in_eight_bits_leave_the_text_alone(
-    target: TargetModel, folders: Path, monkeypatch: pytest.MonkeyPatch, temperature: float
+    target: TargetModel, folders: Path, monkeypatch: pytest.MonkeyPatch, temperature: float, drafter: str
 ) -> None:
     made = jobs(7, temperature=temperature, seed=5)
     plain, _ = run(target, made, "off")
     monkeypatch.setattr(frozen, "_LARGE", 0)
-    text, engine = run(target, made, str(folders / "dspark"), fixed_drafts=4)
+    text, engine = run(target, made, str(folders / drafter), fixed_drafts=4)
     assert text == plain
     assert engine.stats().verified > 0
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+import kernels
 from engine.batch import FrozenParts, TargetModel
 from engine.checkpoints.drafters import read_folder
 from engine.drafters import dspark
@@ -65,6 +66,22 @@ def test_context_takes_memory_as_it_is_written(tmp_path: Path, target: TargetMod
     for cache in caches:
         assert resident(cache) > each * first_blocks / blocks
         assert cache[slots].abs().sum() > 0
+
+
+@pytest.mark.parametrize(("rows", "bits"), [(4000, 32), (5000, 8)])
+def test_a_drafter_that_is_read_from_memory_has_its_products_in_eight_bits(rows: int, bits: int) -> None:
+    """All its weights count: 8 MiB are many."""
+    tensors = {name: torch.randn(rows, 256) for name in ("up.weight", "gate.weight")}
+    weights = Weights(tensors, torch.float32, torch.device("cpu"))
+    x = torch.randn(3, 256)
+    up, gate = (x @ tensors[name].T for name in ("up.weight", "gate.weight"))
+    for packed, found, wanted in (
+        (linear := weights.linear("up"), kernels.linear(x, linear), up),
+        (gated := weights.gated("gate", "up", "silu"), kernels.gated_linear(x, gated, "silu"), torch.nn.functional.silu(gate) * up),
+    ):
+        assert packed.weight.dtype == {8: torch.int8, 32: torch.float32}[bits]
+        error = (found - wanted).square().mean().sqrt() / wanted.square().mean().sqrt()
+        assert error < {8: 2e-2, 32: 1e-6}[bits]
 
 
 @pytest.mark.parametrize("rows", [8000, 9000])
