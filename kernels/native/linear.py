@@ -285,6 +285,7 @@ class _Product:
             wanted, tile, tiles = ahead
             each = e.div(e.add(tiles, self.width - 1), tiles)
             wanted = e.at(wanted, e.mul(e.mul(tile, length), each), self.number)
+            # Of so many tiles each asks for no more than a line in one go: to ask for it once is cheaper than to ask for its parts.
             with e.b.if_else(e.less(tiles, self.lines_read)) as (few, many):
                 with few:
                     multiply(wanted, each, self.lines_read)
