@@ -73,7 +73,7 @@ def test_answers_equal_plain_decoding(max_sequences: int, drafter: str, loop: in
     assert (stats.running, stats.waiting, stats.finished) == (0, 0, 24)
 
 
-def test_lookup_shortens_a_repetitive_job() -> None:
+def test_lookup_shortens_a_repetitive_job(fixed_costs: None) -> None:
     made = engine(5, drafter="ngram")
     collect(made, jobs(16))
     assert made.stats().acceptance_length > 1.5
@@ -283,7 +283,7 @@ class Oracle:
         assert self.seen.pop(sequence.serial) == text[: sequence.num_computed or len(text) - 1][: len(text) - 1]
 
 
-def test_a_drafter_gets_hidden_states_of_every_confirmed_token_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_drafter_gets_hidden_states_of_every_confirmed_token_once(fixed_costs: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(registry.TEXT_DRAFTERS, "oracle", Oracle)
     made = engine(drafter="oracle", max_draft_tokens=8, share_prefixes=False)
     requests = jobs(12)

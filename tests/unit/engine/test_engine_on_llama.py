@@ -104,7 +104,7 @@ COMPANY: dict[str, dict[str, object]] = {
 @pytest.mark.skipif(not native.available(), reason="this processor has no compiled kernels")
 @pytest.mark.parametrize("company", [None, *COMPANY])
 def test_only_greedy_steps_do_without_the_other_logits(
-    loaded: Loaded, greedy: dict[str, tuple[int, ...]], company: str | None, monkeypatch: pytest.MonkeyPatch
+    fixed_costs: None, loaded: Loaded, greedy: dict[str, tuple[int, ...]], company: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = highest = 0
 

@@ -103,7 +103,7 @@ def test_a_continuation_that_would_change_the_text_before_it_is_no_draft() -> No
     assert words.decode(continuation(words, words.encode("hel"), "lo there")) == "lo there"
 
 
-def test_another_tokenizer_drafts_exactly_in_the_engine(tmp_path: Path) -> None:
+def test_another_tokenizer_drafts_exactly_in_the_engine(fixed_costs: None, tmp_path: Path) -> None:
     """The draft model is the target itself under renamed tokens, so nearly everything it says is right."""
     model = make_tiny_model(tmp_path / "target")
     other = make_tiny_model(tmp_path / "other")
