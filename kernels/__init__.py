@@ -143,10 +143,8 @@ def _transposed(keys: torch.Tensor) -> bool:
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x / sqrt(mean(x**2) + eps) * weight over the last dimension. See `kernels.reference.rms_norm`."""
-    if x.device.type == "cpu" and (native := _native()) is not None:
-        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        if native.takes_norm(rows, weight):
-            return _compiled("rows", "rms_norm")(rows, weight, eps).view(x.shape)
+    if x.device.type == "cpu" and (native := _native()) is not None and native.takes_norm(x, weight):
+        return _compiled("rows", "rms_norm")(x, weight, eps)
     return _implementation("rms_norm", x.device.type)(x, weight, eps)
 
 

@@ -32,10 +32,10 @@ def takes_rows(x: torch.Tensor) -> bool:
 
 
 def takes_norm(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether rows [T, N] can be normalised by `kernels.native.rows`."""
+    """Whether x [..., N] can be normalised by `kernels.native.rows`."""
     from kernels.native.jit import lanes
 
-    return x.dtype == weight.dtype == torch.float32 and x.dim() == 2 and x.stride(1) == 1 and x.shape[1] % lanes() == 0
+    return x.dtype == weight.dtype == torch.float32 and x.dim() > 1 and x.stride(-1) == 1 and x.shape[-1] % lanes() == 0
 
 
 def takes_gated(gate: torch.Tensor, dtype: torch.dtype, activation: str) -> bool:

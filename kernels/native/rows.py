@@ -30,9 +30,10 @@ def float_bits(value: float) -> int:
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """See `kernels.reference.rms_norm`. x: float32 [T, N], rows contiguous; N a multiple of the vector's lanes."""
+    """See `kernels.reference.rms_norm`. x: float32 [..., N], rows contiguous; N a multiple of the vector's lanes."""
+    rows = x.reshape(-1, x.shape[-1])
     out = x.new_empty(x.shape)
-    norm_call(x, weight, out, eps).run()
+    norm_call(rows, weight, out, eps).run()
     return out
 
 
@@ -66,7 +67,7 @@ def rotary_kv_write(
     for first, last, weight in ((0, num_heads, q_norm), (num_heads, num_heads + kv_heads, k_norm)):
         if weight is not None:
             part = heads[:, first:last]
-            part.copy_(rms_norm(part.reshape(-1, head_dim), weight, eps).view(part.shape))
+            part.copy_(rms_norm(part, weight, eps))
     rotation_call(qkv, cos, sin, slots, keys, values, num_heads=num_heads).run()
     return qkv[:, : num_heads * head_dim].view(len(qkv), num_heads, head_dim)
 

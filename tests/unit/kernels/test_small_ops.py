@@ -20,6 +20,19 @@ def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype, tolerance: float) 
     assert torch.allclose(found.double(), expected, atol=tolerance, rtol=tolerance)
 
 
+def test_heads_within_a_fused_row_are_normalised_alone() -> None:
+    torch.manual_seed(0)
+    fused, weight = torch.randn(5, 6 * 64), torch.randn(64)
+    heads = fused.view(5, 6, 64)[:, 1:4]
+    before = fused.clone()
+    found = kernels.rms_norm(heads, weight, 1e-5)
+    wide = heads.double()
+    expected = wide / torch.sqrt((wide**2).mean(-1, keepdim=True) + 1e-5) * weight.double()
+    assert found.shape == heads.shape
+    assert torch.allclose(found.double(), expected, atol=2e-6, rtol=2e-6)
+    assert torch.equal(fused, before)
+
+
 @pytest.mark.parametrize("rotated", [8, 4])
 def test_rotary_turns_pairs_and_leaves_the_rest(rotated: int) -> None:
     torch.manual_seed(0)
